@@ -1,0 +1,47 @@
+# `make help` lists the targets.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export RAY_USAGE_STATS_ENABLED := 0
+# DVC runs the stages' `python`: that of the environment.
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup repro report test lint slow bench clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+setup: $(STAMP) ## create the environment in .venv from pinned constraints
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed, $(PYTHON) is `$(PYTHON) -V 2>&1`: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@
+
+repro: setup ## run the pipeline on the presets of params.yaml and print where the report is
+	dvc repro
+	@python workflows/summary.py
+
+report: setup ## print where the reports are and their main figures
+	@python workflows/summary.py
+
+lint: setup ## check style and layers
+	ruff check .
+	ruff format --check .
+
+test: setup lint ## lint, then every test that is neither slow nor needs a GPU
+	pytest -m 'not slow and not gpu'
+
+slow: setup ## the tests left out of `make test`: kills, whole pipelines
+	pytest -m 'slow and not gpu'
+
+bench: setup ## time the log-density beside its peers
+	python benchmarks/log_density.py
+
+clean: ## remove the environment and scratch folders; artifacts stay
+	rm -rf $(VENV) data/*/.scratch

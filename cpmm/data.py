@@ -1,0 +1,107 @@
+"""A data set split for training, with its way into the model's space."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cpmm.preprocessing import Augmentation, Preprocessing
+from cpmm.seeds import seeded_generator
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class DataSplits:
+    """Raw data of the three splits and how to preprocess them.
+
+    Attributes:
+        raw: Grey levels or real values of each split, (N, M).
+        label: Class of each point, -1 for none, (N,), by split; None without labels.
+        preprocessing: Fitted on the training split.
+        augmentation: Random changes of training data.
+        noise_seed: Of the one dequantization draw that validation and test are evaluated with.
+        image_shape: (channels, height, width), None for tables.
+        class_names: By class index.
+    """
+
+    raw: dict[str, Tensor]
+    label: dict[str, Tensor] | None
+    preprocessing: Preprocessing
+    augmentation: Augmentation
+    noise_seed: int
+    image_shape: tuple[int, int, int] | None
+    class_names: tuple[str, ...]
+
+    @property
+    def n_features(self) -> int:
+        """M."""
+        return self.preprocessing.n_features
+
+    def points(self, split: str) -> tuple[Tensor, Tensor]:
+        """Points of a split with its one fixed noise draw, not augmented.
+
+        Args:
+            split: "train", "validation" or "test".
+
+        Returns:
+            z, (N, M), and the log-determinant of the map from data, nats, (N,), both float64.
+        """
+        generator = seeded_generator(self.noise_seed, SPLITS.index(split))
+        return self.preprocessing.forward(self.preprocessing.dequantize(self.raw[split], generator))
+
+    def draw(self, n_draws: int, generator: torch.Generator) -> Tensor:
+        """Draw augmented, freshly dequantized training points.
+
+        Args:
+            n_draws: Times each training point is drawn.
+            generator: Source of the draws.
+
+        Returns:
+            (n_draws N, M), float32.
+        """
+        raw = self.raw["train"]
+        spread = raw.double().std(0)
+        parts = []
+        for _ in range(n_draws):
+            x = self.preprocessing.dequantize(self.augmentation(raw, spread, generator), generator)
+            parts.append(self.preprocessing.forward(x)[0].float())
+        return torch.cat(parts)
+
+
+def split_indices(
+    n: int, n_validation: int, n_test: int, official_test: int, seed: int
+) -> dict[str, Tensor]:
+    """Split points at random, by a seed of its own.
+
+    Args:
+        n: Number of points.
+        n_validation: Size of the validation split.
+        n_test: Size of the test split; ignored if the source has its own.
+        official_test: The last so many points are the source's own test split.
+        seed: Of the permutation; the same for every run on the data set.
+
+    Returns:
+        Indices by split.
+
+    Raises:
+        ValueError: If nothing is left to train on.
+    """
+    n_rest = n - official_test
+    n_test = 0 if official_test else n_test
+    n_train = n_rest - n_validation - n_test
+    if min(n_validation, n_test + official_test) < 1 or n_train < 2:
+        raise ValueError(
+            f"the split leaves {n_train} of {n} points to train on, {n_validation} to validate, "
+            f"{n_test + official_test} to test: lower data.n_validation or data.n_test; each needs "
+            "some"
+        )
+    order = torch.randperm(n_rest, generator=seeded_generator(seed))
+    official = torch.arange(n_rest, n)
+    return {
+        "train": order[:n_train],
+        "validation": order[n_train : n_train + n_validation],
+        "test": official if official_test else order[n_train + n_validation :],
+    }

@@ -1,0 +1,177 @@
+r"""Factor analyzers: Gaussians with covariance :math:`A A^\top + D` (section 2.1.1).
+
+Every density of this package is computed here, once: training, extraction, evaluation and the
+baselines all call :func:`component_log_prob`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class FactorAnalyzers:
+    """K weighted factor analyzers.
+
+    Attributes:
+        log_weight: Log of the weights, normalized to sum to one, (K,).
+        mean: (K, M).
+        loading: The low-rank factor A, (K, M, R).
+        log_diagonal: Log of the variances D, (K, M).
+    """
+
+    log_weight: Tensor
+    mean: Tensor
+    loading: Tensor
+    log_diagonal: Tensor
+
+    def __post_init__(self) -> None:
+        """Check that the four tensors agree.
+
+        Raises:
+            ValueError: If their shapes do not fit together.
+        """
+        k, m = self.mean.shape if self.mean.ndim == 2 else (-1, -1)
+        expected = {"log_weight": (k,), "loading": (k, m, "R"), "log_diagonal": (k, m)}
+        got = {name: tuple(getattr(self, name).shape) for name in expected}
+        if (
+            k < 0
+            or got["log_weight"] != (k,)
+            or got["loading"][:2] != (k, m)
+            or len(got["loading"]) != 3
+            or got["log_diagonal"] != (k, m)
+        ):
+            raise ValueError(
+                f"factor analyzers: mean has shape {tuple(self.mean.shape)}, expected (K, M) and "
+                f"with it {expected}; got {got}"
+            )
+
+    @property
+    def n_components(self) -> int:
+        """K."""
+        return self.mean.shape[0]
+
+    @property
+    def n_features(self) -> int:
+        """M."""
+        return self.mean.shape[1]
+
+    @property
+    def n_factors(self) -> int:
+        """R."""
+        return self.loading.shape[2]
+
+    @property
+    def n_parameters(self) -> int:
+        """Numbers stored: weights, means, loadings and log-diagonals."""
+        return sum(getattr(self, field.name).numel() for field in fields(self))
+
+    def to(self, *args, **kwargs) -> FactorAnalyzers:
+        """Move every tensor to a device or floating-point type, as ``Tensor.to`` does."""
+        return FactorAnalyzers(
+            **{f.name: getattr(self, f.name).to(*args, **kwargs) for f in fields(self)}
+        )
+
+    def select(self, index: Tensor) -> FactorAnalyzers:
+        """Return the components at ``index``, their weights normalized anew."""
+        chosen = FactorAnalyzers(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
+        return replace(chosen, log_weight=chosen.log_weight.log_softmax(0))
+
+    def covariance(self) -> Tensor:
+        """Dense covariances, (K, M, M); costs O(K M^2) memory."""
+        return self.loading @ self.loading.mT + torch.diag_embed(self.log_diagonal.exp())
+
+
+def capacitance_cholesky(fa: FactorAnalyzers) -> tuple[Tensor, Tensor]:
+    r"""Cholesky factor of the capacitance matrix :math:`I + A^\top D^{-1} A`.
+
+    Returns:
+        The factor, (K, R, R), and :math:`D^{-1} A`, (K, M, R).
+
+    Raises:
+        FloatingPointError: If a capacitance matrix is not finite and positive definite.
+    """
+    scaled = fa.loading * torch.exp(-fa.log_diagonal).unsqueeze(-1)  # (K, M, R)
+    capacitance = fa.loading.mT @ scaled
+    capacitance = capacitance + torch.eye(
+        fa.n_factors, dtype=capacitance.dtype, device=capacitance.device
+    )
+    cholesky, info = torch.linalg.cholesky_ex(capacitance)
+    if bool(info.any()) or not bool(torch.isfinite(cholesky).all()):
+        bad = int(((info != 0) | ~torch.isfinite(cholesky).all((1, 2))).sum())
+        raise FloatingPointError(
+            f"{bad} of {fa.n_components} capacitance matrices I + A^T D^-1 A are not "
+            f"positive definite: smallest log-variance {fa.log_diagonal.min().item():.3g}, largest "
+            f"loading {fa.loading.abs().max().item():.3g}; raise the floor of log d or lower the "
+            "learning rate"
+        )
+    return cholesky, scaled
+
+
+def component_log_prob(x: Tensor, fa: FactorAnalyzers) -> Tensor:
+    r"""Log-density of each point under each factor analyzer (section 2.1.1).
+
+    .. math:: \log N(x; \mu_k, A_k A_k^\top + D_k)
+
+    Three matrix products over the points, O(N K M R), through the capacitance matrix; no M x M
+    matrix is formed. The points are centred on the mean of the component means first, since the
+    square is expanded: in float32 the absolute error grows with :math:`\|x - c\|^2 / \min d`.
+
+    Args:
+        x: Points in the mixture's own space, (N, M).
+        fa: K factor analyzers; ``log_diagonal`` is the log of a variance, (K, M).
+
+    Returns:
+        Nats, (N, K), without the weights.
+
+    Raises:
+        ValueError: If ``x`` and ``fa`` disagree on M.
+        FloatingPointError: If a covariance is not finite and positive definite.
+    """
+    if x.ndim != 2 or x.shape[1] != fa.n_features:
+        raise ValueError(
+            f"x must be (N, {fa.n_features}), the mixture has {fa.n_features} features: "
+            f"got shape {tuple(x.shape)}"
+        )
+    cholesky, scaled = capacitance_cholesky(fa)
+    centre = fa.mean.detach().mean(0)
+    x = x - centre
+    mean = fa.mean - centre
+    precision = torch.exp(-fa.log_diagonal)  # (K, M)
+    # Rows of L^-1 A^T D^-1: the low-rank part of the Mahalanobis distance is a plain square.
+    whitened = torch.linalg.solve_triangular(cholesky, scaled.mT, upper=False)  # (K, R, M)
+    projected_mean = (whitened @ mean.unsqueeze(-1)).squeeze(-1)  # (K, R)
+    low_rank = x @ whitened.flatten(0, 1).T  # (N, K R)
+    low_rank = low_rank.unflatten(1, projected_mean.shape) - projected_mean  # (N, K, R)
+    weighted_mean = mean * precision
+    coefficients = torch.cat([precision, -2 * weighted_mean], 1)
+    diagonal = torch.cat([x.square(), x], 1) @ coefficients.T  # (N, K)
+    constant = (
+        (mean * weighted_mean).sum(1)
+        + fa.log_diagonal.sum(1)
+        + 2 * cholesky.diagonal(dim1=1, dim2=2).log().sum(1)
+        + fa.n_features * math.log(2 * math.pi)
+    )
+    return -0.5 * (diagonal - low_rank.square().sum(-1) + constant)
+
+
+def sample_components(fa: FactorAnalyzers, index: Tensor, generator: torch.Generator) -> Tensor:
+    r"""Draw one point from each component named by ``index``: :math:`\mu + A z + \sqrt{d} e`.
+
+    Args:
+        fa: K factor analyzers.
+        index: Component of each draw, (N,).
+        generator: On the device of ``fa``.
+
+    Returns:
+        (N, M).
+    """
+    kwargs = {"generator": generator, "dtype": fa.mean.dtype, "device": fa.mean.device}
+    factors = torch.randn(len(index), fa.n_factors, 1, **kwargs)
+    noise = torch.randn(len(index), fa.n_features, **kwargs)
+    deviation = torch.exp(0.5 * fa.log_diagonal[index]) * noise
+    return fa.mean[index] + (fa.loading[index] @ factors).squeeze(-1) + deviation

@@ -1,0 +1,177 @@
+"""Vector fields: the networks on the right-hand side of an ODE (section 2.2).
+
+A field maps a time and a batch of states to their velocities, ``field(t, h)``, torchdiffeq's order.
+States are flat, (B, S); the convolutional field folds them into image shape itself, so that
+solvers, trajectories and the teacher see one layout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+
+class Sine(nn.Module):
+    """The sine as an activation; the paper finds its ODEs less prone to stiffness than tanh's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the sine elementwise."""
+        return torch.sin(x)
+
+
+ACTIVATIONS = {"sin": Sine, "tanh": nn.Tanh, "softplus": nn.Softplus, "silu": nn.SiLU}
+
+
+def make_activation(name: str) -> nn.Module:
+    """Build the activation called ``name``.
+
+    Raises:
+        ValueError: If there is none of that name.
+    """
+    if name not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {name!r}: choose one of {sorted(ACTIVATIONS)}")
+    return ACTIVATIONS[name]()
+
+
+class TimeFeatures(nn.Module):
+    """Time as ``1 + 2 n`` numbers: t itself, and n sines and cosines of growing frequency."""
+
+    def __init__(self, n_frequencies: int = 0) -> None:
+        super().__init__()
+        self.register_buffer(
+            "frequencies", math.pi * 2.0 ** torch.arange(n_frequencies), persistent=False
+        )
+
+    @property
+    def size(self) -> int:
+        """Number of features."""
+        return 1 + 2 * len(self.frequencies)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Map times, (B,), to features, (B, size)."""
+        angles = t.unsqueeze(-1) * self.frequencies
+        return torch.cat([t.unsqueeze(-1), angles.sin(), angles.cos()], -1)
+
+
+def _batch_of_times(t: Tensor, h: Tensor) -> Tensor:
+    return t.to(h).expand(len(h))
+
+
+class MLPField(nn.Module):
+    """Multilayer perceptron on the flat state with an explicit dependence on time (tabular data).
+
+    Args:
+        size: Size S of the state.
+        width: Units of a hidden layer.
+        depth: Number of hidden layers, at least 1.
+        activation: A key of :data:`ACTIVATIONS`.
+        n_frequencies: Sines and cosines of time beside time itself.
+        last_layer_scale: The last layer's initial weights are multiplied by this; small values
+            start the ODE near the identity.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        width: int,
+        depth: int,
+        activation: str = "sin",
+        n_frequencies: int = 0,
+        last_layer_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if depth < 1 or width < 1:
+            raise ValueError(f"a field needs depth >= 1 and width >= 1: got {depth} and {width}")
+        self.time = TimeFeatures(n_frequencies)
+        sizes = [size + self.time.size, *[width] * depth]
+        layers: list[nn.Module] = []
+        for n_in, n_out in pairwise(sizes):
+            layers += [nn.Linear(n_in, n_out), make_activation(activation)]
+        layers.append(nn.Linear(width, size))
+        self.layers = nn.Sequential(*layers)
+        _scale_(layers[-1], last_layer_scale)
+
+    def forward(self, t: Tensor, h: Tensor) -> Tensor:
+        """Velocity of states ``h``, (B, S), at time ``t``, a scalar or (B,)."""
+        return self.layers(torch.cat([h, self.time(_batch_of_times(t, h))], 1))
+
+
+class ConvField(nn.Module):
+    """Convolutional network on the state in image shape, time as extra channels (section 3.1).
+
+    Args:
+        shape: Shape of a state, (channels, height, width); S is their product.
+        width: Hidden channels (64 in the paper).
+        depth: Number of hidden layers, at least 1; the paper's depth of 3 counts the output layer.
+        activation: A key of :data:`ACTIVATIONS`.
+        n_frequencies: Sines and cosines of time beside time itself.
+        last_layer_scale: The last layer's initial weights are multiplied by this.
+        kernel_size: Odd side of the square kernels.
+        coordinates: Whether two channels carry the row and column, each in [-1, 1].
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        width: int,
+        depth: int,
+        activation: str = "sin",
+        n_frequencies: int = 0,
+        last_layer_scale: float = 1.0,
+        kernel_size: int = 3,
+        coordinates: bool = False,
+    ) -> None:
+        super().__init__()
+        if depth < 1 or width < 1:
+            raise ValueError(f"a field needs depth >= 1 and width >= 1: got {depth} and {width}")
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd to keep the image's size: got {kernel_size}")
+        channels, height, columns = self.shape = tuple(shape)
+        self.time = TimeFeatures(n_frequencies)
+        grid = torch.stack(
+            torch.meshgrid(
+                torch.linspace(-1, 1, height), torch.linspace(-1, 1, columns), indexing="ij"
+            )
+        )
+        self.register_buffer("grid", grid if coordinates else grid[:0], persistent=False)
+        sizes = [channels + self.time.size + len(self.grid), *[width] * depth]
+        layers: list[nn.Module] = []
+        for n_in, n_out in pairwise(sizes):
+            layers += [
+                nn.Conv2d(n_in, n_out, kernel_size, padding=kernel_size // 2),
+                make_activation(activation),
+            ]
+        layers.append(nn.Conv2d(width, channels, kernel_size, padding=kernel_size // 2))
+        self.layers = nn.Sequential(*layers)
+        _scale_(layers[-1], last_layer_scale)
+
+    def forward(self, t: Tensor, h: Tensor) -> Tensor:
+        """Velocity of states ``h``, (B, S), at time ``t``, a scalar or (B,)."""
+        image = h.unflatten(1, self.shape)
+        time = self.time(_batch_of_times(t, h))[:, :, None, None]
+        extra = [time.expand(-1, -1, *self.shape[1:]), self.grid.expand(len(h), -1, -1, -1)]
+        return self.layers(torch.cat([image, *extra], 1)).flatten(1)
+
+
+class SeparateFields(nn.Module):
+    """One field for each trajectory: row c of the state goes through field c (Table 2)."""
+
+    def __init__(self, fields: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.fields = nn.ModuleList(fields)
+
+    def forward(self, t: Tensor, h: Tensor) -> Tensor:
+        """Velocity of states ``h``, (C, S), at time ``t``, a scalar."""
+        return torch.cat(
+            [field(t, row) for field, row in zip(self.fields, h.split(1), strict=True)]
+        )
+
+
+def _scale_(layer: nn.Module, factor: float) -> None:
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.mul_(factor)

@@ -1,0 +1,199 @@
+"""Initial states of trajectories, and k-means with local factor analysis for direct mixtures."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import torch
+from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
+from torch import Tensor
+
+from cpmm.factor_analyzers import FactorAnalyzers, component_log_prob
+from cpmm.trajectory import StateLayout
+
+INITIALIZATIONS = ("gaussian", "random", "kmeans", "analyzers")
+
+
+def initial_states(
+    kind: str,
+    layout: StateLayout,
+    n_clusters: int,
+    x: Tensor,
+    inputs: Tensor,
+    generator: torch.Generator,
+    mean_scale: float = 0.1,
+    loading_scale: float = 0.1,
+    free_scale: float = 0.1,
+    restarts: int = 4,
+) -> Tensor:
+    """Choose where the trajectories start.
+
+    Args:
+        kind: "gaussian", perturbations of the standard Gaussian, for a curriculum that starts there
+            (section 3.3); "random", a random point and the spread of all data; "kmeans", the mean
+            and spread of groups that k-means finds in the input space (Table 2); "analyzers", of
+            groups that :func:`partition` finds there. With a curriculum the groups are carried to
+            the space where training starts.
+        layout: How a state is read.
+        n_clusters: C.
+        x: Training points in the space where training starts, (n_draws N, M), draw by draw.
+        inputs: The same points in the input space, (N, M).
+        generator: Source of every draw.
+        mean_scale: Deviation of the perturbation of the means, "gaussian" only.
+        loading_scale: Deviation of the loadings, in units of the spread.
+        free_scale: Deviation of the augmentation.
+        restarts: Starts of k-means.
+
+    Returns:
+        (C, S).
+
+    Raises:
+        ValueError: If ``kind`` is unknown or C is out of range.
+    """
+    if kind not in INITIALIZATIONS:
+        raise ValueError(f"cpmm.initialization is {kind!r}: choose one of {INITIALIZATIONS}")
+    if not 1 <= n_clusters <= len(inputs):
+        raise ValueError(
+            f"cpmm.n_clusters (C) is {n_clusters}: expected 1 <= C <= N = {len(inputs)} points"
+        )
+    shape = (n_clusters, layout.n_features)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator)
+
+    if kind == "gaussian":
+        mean, spread = mean_scale * normal(*shape), torch.ones(shape)
+    elif kind == "random":
+        mean = x.mean(0) + x.std(0) * normal(*shape)
+        spread = x.std(0).expand(shape)
+    else:
+        if kind == "kmeans":
+            label = kmeans(inputs, n_clusters, generator, restarts)
+        else:
+            label = partition(inputs, n_clusters, layout, restarts, generator)
+        label = label.repeat(len(x) // len(inputs))
+        groups = [x[label == c] for c in range(n_clusters)]
+        mean = torch.stack([group.mean(0) for group in groups])
+        spread = torch.stack([group.std(0, correction=0) for group in groups])
+    loading = loading_scale * spread.unsqueeze(-1) * normal(*shape, layout.n_factors)
+    floor = layout.log_diagonal_floor + 0.1
+    log_diagonal = (2 * spread.log()).clamp(min=floor)
+    if layout.diagonal == "constant":
+        log_diagonal = spread.square().mean(1, keepdim=True).log().clamp(min=floor).expand(shape)
+    free = free_scale * normal(n_clusters, layout.n_maps - layout.n_factors - 2, layout.n_features)
+    return layout.write(mean.float(), loading.float(), log_diagonal.float(), free)
+
+
+def kmeans(x: Tensor, n_clusters: int, generator: torch.Generator, n_init: int = 4) -> Tensor:
+    """Cluster points by k-means, the best of ``n_init`` starts; (N,), integers in [0, C).
+
+    Raises:
+        ValueError: If there are fewer distinct points than clusters.
+    """
+    seed = int(torch.randint(2**31, (1,), generator=generator))
+    model = KMeans(n_clusters, n_init=n_init, random_state=seed)
+    points = np.asarray(x, dtype=np.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # says the same, and goes on
+        label = torch.from_numpy(model.fit_predict(points).astype(np.int64))
+    n_found = len(label.unique())
+    if n_found < n_clusters:
+        raise ValueError(
+            f"k-means needs {n_clusters} distinct points, found {n_found} among {len(x)}: lower "
+            "the number of clusters"
+        )
+    return label
+
+
+def partition(
+    x: Tensor, n_groups: int, layout: StateLayout, restarts: int, generator: torch.Generator
+) -> Tensor:
+    """Group points by the likeliest of C local factor analyzers, from several starts of k-means.
+
+    Each start alternates between local factor analysis and assignment until nothing changes; the
+    start whose mixture has the highest likelihood wins.
+
+    Args:
+        x: Points, (N, M).
+        n_groups: C.
+        layout: For the number of factors and the floor of log d.
+        restarts: Number of starts.
+        generator: Source of every draw.
+
+    Returns:
+        (N,), integers in [0, C).
+    """
+    best, best_value = None, -torch.inf
+    for _ in range(restarts):
+        label = kmeans(x, n_groups, generator, n_init=1)
+        for _ in range(50):
+            fa = local_factor_analyzers(
+                x, label, n_groups, layout.n_factors, layout.log_diagonal_floor
+            )
+            joint = component_log_prob(x, fa) + fa.log_weight
+            proposal = joint.argmax(1)
+            if len(proposal.unique()) < n_groups or bool((proposal == label).all()):
+                break
+            label = proposal
+        value = float(joint.logsumexp(1).mean())
+        if value > best_value:
+            best, best_value = label, value
+    return best
+
+
+def local_factor_analyzers(
+    x: Tensor,
+    label: Tensor,
+    n_components: int,
+    n_factors: int,
+    log_diagonal_floor: float,
+    shrinkage: float = 20.0,
+) -> FactorAnalyzers:
+    """Fit a factor analyzer to each group of points (Richardson & Weiss, 2018).
+
+    Principal components of the group scaled as in probabilistic PCA, and what they leave over on
+    the diagonal. Groups too small to have a covariance are shrunk towards the pooled variances.
+
+    Args:
+        x: Points, (N, M).
+        label: Group of each point, (N,), every group non-empty.
+        n_components: K.
+        n_factors: R.
+        log_diagonal_floor: Lower bound of log d.
+        shrinkage: Weight of the pooled variances in each group's, in points.
+
+    Returns:
+        K factor analyzers, weighted by the size of their groups.
+
+    Raises:
+        ValueError: If a group is empty.
+    """
+    n, m = x.shape
+    counts = torch.bincount(label, minlength=n_components)
+    if not bool(counts.all()):
+        raise ValueError(f"group {int(counts.argmin())} of {n_components} is empty: drop it")
+    pooled = torch.stack([x[label == k].var(0, correction=0) for k in range(n_components)])
+    pooled = (pooled * counts[:, None]).sum(0) / n  # within-group variances, (M,)
+    means, loadings, diagonals = [], [], []
+    for k in range(n_components):
+        group = x[label == k]
+        centred = group - group.mean(0)
+        rank = min(n_factors, max(0, len(group) - 1), m)
+        loading = x.new_zeros(m, n_factors)
+        if rank:
+            _, singular, axes = torch.linalg.svd(centred, full_matrices=False)
+            variance = singular[:rank].square() / (len(group) + shrinkage)
+            loading[:, :rank] = axes[:rank].T * variance.sqrt()
+        rest = centred.square().sum(0) / (len(group) + shrinkage) - loading.square().sum(1)
+        rest = rest.clamp(min=0) + pooled * shrinkage / (len(group) + shrinkage)
+        means.append(group.mean(0))
+        loadings.append(loading)
+        diagonals.append(rest.log().clamp(min=log_diagonal_floor + 0.1))
+    return FactorAnalyzers(
+        log_weight=(counts / n).to(x).log(),
+        mean=torch.stack(means),
+        loading=torch.stack(loadings),
+        log_diagonal=torch.stack(diagonals),
+    )

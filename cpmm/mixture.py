@@ -1,0 +1,163 @@
+"""The hierarchical mixture of factor analyzers (Eq. 1 and 7), usable without any ODE."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cpmm.artifact import load_artifact, save_artifact
+from cpmm.factor_analyzers import FactorAnalyzers, component_log_prob, sample_components
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """K factor analyzers in C clusters.
+
+    Attributes:
+        components: The factor analyzers, cluster by cluster; their weights are eta_c pi_c(t_j).
+        cluster_sizes: Number of components of each cluster, C numbers that sum to K.
+        batch_size: Points that go through at a time without gradients; bounds memory.
+    """
+
+    components: FactorAnalyzers
+    cluster_sizes: tuple[int, ...]
+    batch_size: int = 2048
+
+    def __post_init__(self) -> None:
+        """Check that every component has a cluster.
+
+        Raises:
+            ValueError: If the sizes of the clusters do not sum to K.
+        """
+        if sum(self.cluster_sizes) != self.components.n_components or min(self.cluster_sizes) < 0:
+            raise ValueError(
+                f"cluster_sizes must sum to K = {self.components.n_components}, the number of "
+                f"components: got {self.cluster_sizes}"
+            )
+
+    @property
+    def n_clusters(self) -> int:
+        """C."""
+        return len(self.cluster_sizes)
+
+    @property
+    def n_features(self) -> int:
+        """M."""
+        return self.components.n_features
+
+    @property
+    def cluster(self) -> Tensor:
+        """Cluster of each component, (K,), integers in [0, C)."""
+        sizes = torch.tensor(self.cluster_sizes, device=self.components.mean.device)
+        return torch.arange(self.n_clusters, device=sizes.device).repeat_interleave(sizes)
+
+    def to(self, *args, **kwargs) -> Mixture:
+        """Move to a device or floating-point type, as ``Tensor.to`` does."""
+        return replace(self, components=self.components.to(*args, **kwargs))
+
+    def joint_log_prob(self, x: Tensor) -> Tensor:
+        r"""Log of weight times density, :math:`\log \pi_k N(x; \mu_k, \Sigma_k)`, nats, (N, K)."""
+        return component_log_prob(x, self.components) + self.components.log_weight
+
+    def cluster_joint_log_prob(self, x: Tensor) -> Tensor:
+        r"""Log of :math:`\eta_c p(x | c)` of Eq. 7, nats, (N, C)."""
+        return self._by_cluster(self.joint_log_prob(x))
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log-density of points in the mixture's space (Eq. 1), nats, (N,).
+
+        Without gradients the points go through in batches, so memory is bounded.
+
+        Raises:
+            ValueError: If ``x`` is not (N, M).
+        """
+        return self._batched(lambda part: self.joint_log_prob(part).logsumexp(1), x)
+
+    def component_responsibilities(self, x: Tensor) -> Tensor:
+        """Posterior of the components given the points, (N, K), rows sum to one."""
+        return self._batched(lambda part: self.joint_log_prob(part).softmax(1), x)
+
+    def cluster_responsibilities(self, x: Tensor) -> Tensor:
+        """Posterior of the clusters given the points, p(y = c | x) of section 3.2, (N, C)."""
+        return self._batched(lambda part: self.cluster_joint_log_prob(part).softmax(1), x)
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Most likely cluster of each point, (N,), integers in [0, C)."""
+        return self._batched(lambda part: self.cluster_joint_log_prob(part).argmax(1), x)
+
+    def sample(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Draw points and the components they come from.
+
+        Args:
+            n: Number of points.
+            generator: On the device of the mixture.
+
+        Returns:
+            Points, (n, M), and component indices, (n,); ``cluster[index]`` gives clusters.
+        """
+        weight = self.components.log_weight.softmax(0)
+        index = torch.multinomial(weight, n, replacement=True, generator=generator)
+        return sample_components(self.components, index, generator), index
+
+    def without_idle_components(self, x: Tensor) -> Mixture:
+        """Drop the components that are the most likely one for none of the points ``x``, (N, M)."""
+        best = self._batched(lambda part: self.joint_log_prob(part).argmax(1), x)
+        keep = best.unique()
+        sizes = torch.bincount(self.cluster[keep], minlength=self.n_clusters)
+        return replace(
+            self, components=self.components.select(keep), cluster_sizes=tuple(sizes.tolist())
+        )
+
+    def save(self, folder: str | os.PathLike, header: Mapping[str, Any] | None = None) -> None:
+        """Write ``mixture.safetensors`` and ``mixture.json`` into ``folder``.
+
+        Args:
+            folder: Made if missing.
+            header: Anything JSON can hold, kept beside the sizes.
+        """
+        fa = self.components
+        sizes = {
+            "n_components": fa.n_components,
+            "n_features": fa.n_features,
+            "n_factors": fa.n_factors,
+            "cluster_sizes": list(self.cluster_sizes),
+        }
+        save_artifact(folder, "mixture", vars(fa), sizes | dict(header or {}))
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike, device: torch.device | str = "cpu") -> Mixture:
+        """Read what :meth:`save` wrote, without any ODE; nothing is unpickled.
+
+        Raises:
+            FileNotFoundError: If a file is missing.
+            ValueError: If a file is damaged, of another schema, or not a mixture.
+        """
+        tensors, header = load_artifact(folder, "mixture", device)
+        names = {field.name for field in fields(FactorAnalyzers)}
+        if set(tensors) != names:
+            raise ValueError(f"{folder} holds tensors {sorted(tensors)}: expected {sorted(names)}")
+        if not all(bool(torch.isfinite(value).all()) for value in tensors.values()):
+            raise ValueError(
+                f"{folder} holds values that are not finite: extract the mixture again"
+            )
+        sizes = header.get("cluster_sizes")
+        if not isinstance(sizes, list) or not all(isinstance(size, int) for size in sizes):
+            raise ValueError(
+                f"{folder}: mixture.json states cluster_sizes {sizes!r}: expected C integers"
+            )
+        return cls(FactorAnalyzers(**tensors), tuple(sizes))
+
+    def _by_cluster(self, joint: Tensor) -> Tensor:
+        # A cluster that lost all its components gets the log of zero.
+        parts = joint.split(self.cluster_sizes, 1)
+        return torch.stack([part.logsumexp(1) for part in parts], 1)
+
+    def _batched(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or len(x) <= self.batch_size:
+            return function(x)
+        return torch.cat([function(part) for part in x.split(self.batch_size)])

@@ -1,0 +1,221 @@
+r"""Maps between data as it comes and the space that densities are modelled in.
+
+Grey levels k are dequantized, :math:`x = (k + u) / \text{levels}`, and squeezed through the logit,
+:math:`z = \operatorname{logit}(\alpha + (1 - 2 \alpha) x)`; real-valued tables are taken as they
+are. An affine map may follow. Every log-determinant is kept, so densities of any space can be
+compared in units of the data.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+STANDARDIZATIONS = ("none", "shared", "feature")
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """An invertible elementwise map from data to the model's space, fitted on training data.
+
+    Attributes:
+        levels: Number of grey levels of dequantized data; None for real-valued tables.
+        alpha: Margin of the logit; it moves bits per dimension by more than one bit, so every
+            figure states it. None for real-valued tables.
+        shift: Subtracted last, M numbers.
+        scale: Divided by last, M positive numbers.
+    """
+
+    levels: int | None
+    alpha: float | None
+    shift: tuple[float, ...]
+    scale: tuple[float, ...]
+
+    @classmethod
+    def fit(
+        cls,
+        raw: Tensor,
+        levels: int | None,
+        alpha: float | None,
+        standardize: str,
+        generator: torch.Generator,
+        feature_names: tuple[str, ...] = (),
+    ) -> Preprocessing:
+        """Choose the affine part from training data.
+
+        Args:
+            raw: Grey levels or real values, (N, M).
+            levels: Number of grey levels, None for real-valued data.
+            alpha: Margin of the logit, in [0, 0.5); None for real-valued data.
+            standardize: "none"; "feature", zero mean and unit deviation for each feature; "shared",
+                the mean of each feature and one deviation for all.
+            generator: Source of the dequantization noise.
+            feature_names: Used in messages.
+
+        Raises:
+            ValueError: If an option is unknown, or a feature has no variance or is not finite.
+        """
+        if standardize not in STANDARDIZATIONS:
+            raise ValueError(
+                f"data.standardize is {standardize!r}: choose one of {', '.join(STANDARDIZATIONS)}"
+            )
+        if levels is not None and (alpha is None or not 0 < alpha < 0.5):
+            raise ValueError(
+                f"data.alpha, the margin of the logit, is {alpha}: expected 0 < alpha < 0.5"
+            )
+        n_features = raw.shape[1]
+        plain = cls(levels, alpha if levels else None, (0.0,) * n_features, (1.0,) * n_features)
+        z, _ = plain.forward(plain.dequantize(raw, generator))
+        spread = z.std(0)
+        usable = spread > 1e-12 * (1 + z.abs().amax(0))  # False for NaN too
+        if not bool(usable.all()):
+            idle = (~usable).nonzero().flatten().tolist()
+            names = [feature_names[i] if feature_names else str(i) for i in idle[:5]]
+            raise ValueError(
+                f"{len(idle)} of {n_features} features have no variance, or values that are not "
+                f"finite, in the training split ({', '.join(names)}"
+                f"{', ...' if len(idle) > 5 else ''}): drop them, their density is not defined"
+            )
+        if standardize == "none":
+            return plain
+        scale = (
+            spread if standardize == "feature" else spread.square().mean().sqrt().expand(n_features)
+        )
+        return cls(plain.levels, plain.alpha, tuple(z.mean(0).tolist()), tuple(scale.tolist()))
+
+    @property
+    def n_features(self) -> int:
+        """M."""
+        return len(self.shift)
+
+    def dequantize(self, raw: Tensor, generator: torch.Generator) -> Tensor:
+        """Add uniform noise to grey levels and rescale to [0, 1] (Appendix B), float64.
+
+        Args:
+            raw: Integer grey levels, or real values, which pass through, (N, M).
+            generator: On the device of ``raw``.
+
+        Returns:
+            (N, M), float64: at alpha 1e-6 float32 has too few digits near one.
+
+        Raises:
+            ValueError: If a grey level is out of range.
+        """
+        if self.levels is None:
+            return raw.double()
+        low, high = int(raw.min()), int(raw.max())
+        if low < 0 or high >= self.levels:
+            raise ValueError(
+                f"grey levels must be 0 to {self.levels - 1}: got {low} to {high}; set data.levels"
+            )
+        noise = torch.rand(raw.shape, generator=generator, dtype=torch.float64, device=raw.device)
+        return (raw.double() + noise) / self.levels
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Map dequantized data to the model's space.
+
+        .. math:: \log |dz/dx| = \sum \log(1 - 2\alpha) - \log s - \log(1 - s) - \log \text{scale}
+
+        with :math:`s = \alpha + (1 - 2\alpha) x` (rule 1 of the evaluation).
+
+        Args:
+            x: In [0, 1] for grey levels, real values otherwise, (N, M).
+
+        Returns:
+            z, (N, M), and the log-determinant, nats, (N,).
+
+        Raises:
+            ValueError: If ``x`` has another number of features.
+        """
+        if x.ndim != 2 or x.shape[1] != self.n_features:
+            raise ValueError(
+                f"x must be (N, {self.n_features}) for this preprocessing: got shape "
+                f"{tuple(x.shape)}"
+            )
+        shift, scale = x.new_tensor(self.shift), x.new_tensor(self.scale)
+        log_det = -scale.log().sum().expand(len(x))
+        if self.levels is not None:
+            s = self.alpha + (1 - 2 * self.alpha) * x
+            log_det = log_det + (math.log1p(-2 * self.alpha) - s.log() - torch.log1p(-s)).sum(1)
+            x = torch.logit(s)
+        return (x - shift) / scale, log_det
+
+    def inverse(self, z: Tensor) -> Tensor:
+        """Map back from the model's space: to [0, 1] for grey levels, to real values otherwise."""
+        x = z * z.new_tensor(self.scale) + z.new_tensor(self.shift)
+        if self.levels is None:
+            return x
+        return ((torch.sigmoid(x) - self.alpha) / (1 - 2 * self.alpha)).clamp(0, 1)
+
+    def to_dict(self) -> dict:
+        """Return what JSON can hold; :meth:`from_dict` undoes it."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> Preprocessing:
+        """Build from what :meth:`to_dict` returned."""
+        return cls(
+            values["levels"], values["alpha"], tuple(values["shift"]), tuple(values["scale"])
+        )
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random changes of training data that leave its meaning alone (Appendix B).
+
+    Attributes:
+        noise: Deviation of Gaussian noise on real-valued features in units of each feature's
+            deviation; the paper uses 0.01 to 0.1 for tables.
+        translate: Largest shift of an image in pixels, along each axis; gaps take the edge's
+            values.
+        flip: Whether images are mirrored left to right with probability one half.
+        image_shape: (channels, height, width); None for tables.
+    """
+
+    noise: float = 0.0
+    translate: int = 0
+    flip: bool = False
+    image_shape: tuple[int, int, int] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the options.
+
+        Raises:
+            ValueError: If one is out of range, or an image's is asked of a table.
+        """
+        if self.noise < 0 or self.translate < 0:
+            raise ValueError(
+                f"augmentation: noise and translate must be 0 or more: got {self.noise}, "
+                f"{self.translate}"
+            )
+        if self.image_shape is None and (self.translate or self.flip):
+            raise ValueError(
+                "augmentation: translate and flip need images, this data set is a table"
+            )
+
+    def __call__(self, raw: Tensor, spread: Tensor, generator: torch.Generator) -> Tensor:
+        """Change a copy of ``raw``, (N, M); ``spread`` is each feature's deviation, (M,)."""
+        if self.noise and raw.is_floating_point():
+            noise = torch.randn(raw.shape, generator=generator, dtype=raw.dtype, device=raw.device)
+            raw = raw + self.noise * spread.to(raw) * noise
+        if self.flip:
+            image = raw.unflatten(1, self.image_shape)
+            mirror = torch.rand(len(raw), generator=generator, device=raw.device) < 0.5
+            raw = torch.where(mirror[:, None, None, None], image.flip(-1), image).flatten(1)
+        if self.translate:
+            raw = self._translate(raw, generator)
+        return raw
+
+    def _translate(self, raw: Tensor, generator: torch.Generator) -> Tensor:
+        _, height, width = self.image_shape
+        d = self.translate
+        offsets = torch.randint(-d, d + 1, (2, len(raw)), generator=generator, device=raw.device)
+        rows = (torch.arange(height, device=raw.device) + offsets[0, :, None]).clamp(0, height - 1)
+        columns = (torch.arange(width, device=raw.device) + offsets[1, :, None]).clamp(0, width - 1)
+        image = raw.unflatten(1, self.image_shape)
+        n = torch.arange(len(raw), device=raw.device)[:, None, None]
+        shifted = image.movedim(1, -1)[n, rows[:, :, None], columns[:, None, :]]
+        return shifted.movedim(-1, 1).flatten(1)

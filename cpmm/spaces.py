@@ -1,0 +1,97 @@
+"""The curriculum: the spaces between the latent Gaussian and the input (section 3.3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cpmm.teacher import Flow
+
+
+def space_positions(n_spaces: int) -> Tensor:
+    """Positions v of the spaces, evenly from 1 (latent) to 0 (input), (V,), float64.
+
+    Raises:
+        ValueError: If there are fewer than two.
+    """
+    if n_spaces < 2:
+        raise ValueError(
+            f"spaces.n_spaces is {n_spaces}: expected at least 2, the latent and the input space"
+        )
+    return torch.linspace(1, 0, n_spaces, dtype=torch.float64)
+
+
+def flow_spaces(flow: Flow, x: Tensor, positions: Tensor) -> Tensor:
+    """Carry points through the teacher and stop at every position (Eq. 8).
+
+    Args:
+        flow: The teacher.
+        x: Points in the input space, (N, M).
+        positions: Descending from 1 to 0, (V,).
+
+    Returns:
+        u_v(x), (V, N, M).
+    """
+    with torch.no_grad():
+        return flow.transform(x, positions.flip(0).to(x)).flip(0)
+
+
+def noise_spaces(x: Tensor, noise: Tensor, positions: Tensor) -> Tensor:
+    """The teacher-free curriculum (1 - v) x + v noise: the marginals of flow matching's paths.
+
+    Args:
+        x: Points in the input space, (N, M).
+        noise: Standard Gaussian, one draw for all positions, (N, M).
+        positions: v, (V,).
+
+    Returns:
+        (V, N, M).
+    """
+    return torch.stack([torch.lerp(x, noise, float(v)) for v in positions])
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """Which space each epoch trains on; earlier spaces are not revisited, they are only a guide.
+
+    Attributes:
+        n_spaces: V; 0 trains on the input space alone.
+        epochs_per_space: The paper allocates one.
+        fine_tune_epochs: Epochs on the input space at the end.
+    """
+
+    n_spaces: int
+    epochs_per_space: int
+    fine_tune_epochs: int
+
+    def __post_init__(self) -> None:
+        """Check the counts.
+
+        Raises:
+            ValueError: If nothing would be trained.
+        """
+        if (
+            min(self.n_spaces, self.epochs_per_space, self.fine_tune_epochs) < 0
+            or not self.n_epochs
+        ):
+            raise ValueError(
+                "a curriculum needs counts of 0 or more and at least one epoch: got n_spaces "
+                f"{self.n_spaces}, epochs_per_space {self.epochs_per_space}, fine_tune_epochs "
+                f"{self.fine_tune_epochs}"
+            )
+
+    @property
+    def n_guided_epochs(self) -> int:
+        """Epochs on the spaces, before fine-tuning."""
+        return self.n_spaces * self.epochs_per_space
+
+    @property
+    def n_epochs(self) -> int:
+        """Epochs in all."""
+        return self.n_guided_epochs + self.fine_tune_epochs
+
+    def space(self, epoch: int) -> int | None:
+        """Index of the epoch's space, 0 for the latent one; None while fine-tuning."""
+        return epoch // self.epochs_per_space if epoch < self.n_guided_epochs else None

@@ -1,0 +1,307 @@
+"""Score the extracted mixture and its sanity rows on test data: data/<preset>/evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from workflows.stage import Config, fingerprint, publish, run_stage, scratch_folder
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from cpmm.data import DataSplits
+    from cpmm.mixture import Mixture
+
+
+def main(folder: Path, config: Config) -> str:
+    """Write ``evaluation`` for a preset."""
+    import torch
+
+    from cpmm.baselines.gaussian import fit_full_gaussian
+    from cpmm.mixture import Mixture
+    from workflows.models import density_units
+    from workflows.store import artifact_fingerprint, load_prepared, write_json
+
+    data, data_mark = load_prepared(folder / "prepared")
+    mixture = Mixture.load(folder / "mixture").to(torch.float64)
+    options, seed = config["evaluation"], config["seed"]
+    mark = fingerprint(
+        "evaluation", options, config["cpmm"]["n_factors"], config["cpmm"]["log_diagonal_floor"],
+        seed, data_mark, artifact_fingerprint(folder / "mixture", "mixture"),
+        artifact_fingerprint(folder / "cpmm", "cpmm"),
+    )  # fmt: skip
+    scratch = scratch_folder(folder, "evaluate", mark)
+    out = scratch / "evaluation"
+    (out / "figures").mkdir(parents=True, exist_ok=True)
+    score = _Scorer(data)
+
+    direct = _train_direct(config, data, mixture, scratch)
+    matched = _train_direct(config, data, mixture, scratch, matched=True)
+    with torch.no_grad():
+        gaussian = fit_full_gaussian(_draws(data, options["gaussian_draws"], seed))
+        models = {
+            "cpmm": {
+                "name": f"CPMM, {_sizes(mixture)}",
+                **score.mixture(mixture),
+            },
+            "direct_mixture": {
+                "name": f"direct mixture of factor analyzers, {_sizes(direct)}",
+                **score.density(direct.log_prob),
+                "n_components": direct.components.n_components,
+                "n_parameters": direct.components.n_parameters,
+            },
+            "matched_mixture": {
+                "name": f"direct mixture, one component a cluster, {_sizes(matched)}",
+                **score.mixture(matched),
+            },
+            "full_gaussian": {
+                "name": "one Gaussian, full covariance",
+                **score.density(gaussian.log_prob),
+                "n_components": 1,
+                "n_parameters": data.n_features * (data.n_features + 3) // 2,
+            },
+            "kmeans": {"name": f"k-means, {mixture.n_clusters} clusters", **_kmeans(score, mixture, seed)},
+        }
+        if config["cpmm"]["curriculum"] and config["spaces"]["kind"] == "teacher":
+            models["teacher"] = {
+                "name": "teacher (continuous normalizing flow)",
+                **_score_teacher(folder, config, data, score),
+            }
+        discretization = _discretize(folder, config, data, score)
+    unit, _, _ = density_units(data)
+    metrics = {
+        "preset": config["name"],
+        "seed": seed,
+        "unit": unit,
+        "n_test": len(data.raw["test"]),
+        "models": models,
+        "discretization": discretization,
+    }
+    write_json(out / "metrics.json", metrics)
+    write_json(out / "rules.json", _rules(config, data))
+    _write_tables(out, score, mixture, discretization)
+    _draw_figures(folder, out, config, data, mixture, metrics)
+    publish(scratch, "evaluation", folder / "evaluation")
+    parts = [f"{name} {row['density']:.3f}" for name, row in models.items() if "density" in row]
+    accuracy = models["cpmm"].get("accuracy")
+    tail = "" if accuracy is None else f"; clustering accuracy {100 * accuracy:.1f} %"
+    return f"test {unit}: {', '.join(parts)}{tail} -> {folder / 'evaluation'}"
+
+
+class _Scorer:
+    """Scores of any model on the test split, by the rules of :func:`_rules`."""
+
+    def __init__(self, data: DataSplits) -> None:
+        from workflows.models import density_units
+
+        self.data = data
+        self.z, self.log_det = data.points("test")
+        self.label = None if data.label is None else data.label["test"].numpy()
+        _, self.factor, self.offset = density_units(data)
+
+    def density(self, log_prob: Any) -> dict[str, float]:
+        """Mean density of the test points in units of the data, and its standard error."""
+        from cpmm.metrics import nats_per_dimension
+
+        nats = nats_per_dimension(log_prob(self.z), self.log_det, self.data.n_features)
+        value = self.factor * nats + self.offset
+        return {
+            "density": float(value.mean()),
+            "density_standard_error": float(value.std() / len(value) ** 0.5),
+        }
+
+    def clusters(self, cluster: np.ndarray, n_clusters: int) -> dict[str, float]:
+        """Clustering scores, nothing without labels."""
+        from cpmm.metrics import clustering_scores
+
+        return {} if self.label is None else clustering_scores(self.label, cluster, n_clusters)
+
+    def mixture(self, mixture: Mixture) -> dict[str, float]:
+        """Both."""
+        return {
+            **self.density(mixture.log_prob),
+            **self.clusters(mixture.predict(self.z).numpy(), mixture.n_clusters),
+            "n_components": mixture.components.n_components,
+            "n_parameters": mixture.components.n_parameters,
+        }
+
+
+def _train_direct(
+    config: Config, data: DataSplits, mixture: Mixture, scratch: Path, matched: bool = False
+) -> Mixture:
+    """Train a direct mixture with the K, R and floor of the extracted one, on the same likelihood.
+
+    ``matched`` gives each cluster a single component. Of the shrinkages of the local covariances, the
+    one with the best validation likelihood starts the run.
+    """
+    import torch
+
+    from cpmm.baselines.direct import DirectMixture
+    from cpmm.initialization import kmeans, local_factor_analyzers
+    from cpmm.seeds import seeded_generator
+    from cpmm.spaces import Curriculum
+    from cpmm.training import EpochData, MixtureTraining
+    from workflows.fit import fit
+    from workflows.stage import pick
+
+    options, seed = config["evaluation"]["direct"], config["seed"]
+    floor = config["cpmm"]["log_diagonal_floor"]
+    n_components = mixture.n_clusters if matched else mixture.components.n_components
+    name = "matched" if matched else "direct"
+    generator = seeded_generator(seed, 30)
+    x = data.points("train")[0].float()
+    validation = data.points("validation")[0].float()
+    label = kmeans(x, n_components, generator)
+    starts = [
+        DirectMixture(
+            local_factor_analyzers(x, label, n_components, config["cpmm"]["n_factors"], floor, shrinkage),
+            floor,
+        )
+        for shrinkage in options["shrinkages"]
+    ]
+    with torch.no_grad():
+        best = max(starts, key=lambda model: float(model.mixture().log_prob(validation).mean()))
+    module = MixtureTraining(
+        best,
+        Curriculum(0, 0, options["epochs"]),
+        n_pseudotimes=1,
+        pseudotimes="grid",
+        n_extracted=1,
+        entropy_weight=0.0,
+        path_weight=0.0,
+        initial_rate_factor=1.0,
+        **pick(options, "noise", "learning_rate", "n_warmup_epochs"),
+        seed=seed,
+    )
+    rows = EpochData(
+        lambda epoch, draws: data.draw(options["n_draws"], draws),
+        lambda epoch: validation,
+        options["batch_size"],
+        seed,
+    )
+    (scratch / name).mkdir(exist_ok=True)
+    fit(
+        f"evaluate {name} mixture", module, rows, config["trainer"], scratch / name,
+        options["gradient_clip"],
+    )  # fmt: skip
+    with torch.no_grad():
+        return module.model.cpu().mixture().to(torch.float64)
+
+
+def _kmeans(score: _Scorer, mixture: Mixture, seed: int) -> dict[str, float]:
+    """Score k-means on the same split, in the mixture's space."""
+    from sklearn.cluster import KMeans
+
+    if score.label is None:
+        return {}
+    train = score.data.points("train")[0].numpy()
+    model = KMeans(mixture.n_clusters, n_init=10, random_state=seed).fit(train)
+    return score.clusters(model.predict(score.z.numpy()).astype(int), mixture.n_clusters)
+
+
+def _score_teacher(folder: Path, config: Config, data: DataSplits, score: _Scorer) -> dict[str, float]:
+    """Density of the teacher by a solve at the stated tolerance."""
+    import torch
+
+    from cpmm.odes import Solver
+    from cpmm.seeds import seeded_generator
+    from workflows.models import make_teacher
+    from workflows.store import load_model
+
+    teacher = make_teacher(config["teacher"], data, config["seed"])
+    load_model(folder / "teacher", "teacher", teacher)
+    teacher.solver = Solver(**config["evaluation"]["teacher_solver"])
+    generator = seeded_generator(config["seed"], 31)
+    parts = score.z.float().split(config["evaluation"]["batch_size"])
+    log_prob = torch.cat([teacher.log_prob(part, generator) for part in parts]).double()
+    return {
+        **score.density(lambda _: log_prob),
+        "n_parameters": sum(p.numel() for p in teacher.parameters()),
+    }
+
+
+def _discretize(folder: Path, config: Config, data: DataSplits, score: _Scorer) -> dict[str, float]:
+    """Density of the same trained trajectories at other numbers of pseudotimes."""
+    import torch
+
+    from cpmm.trajectory import pseudotime_grid
+    from workflows.models import load_trajectories
+
+    trajectories, _ = load_trajectories(folder, config, data)
+    return {
+        str(n): score.density(trajectories.mixture(pseudotime_grid(n)).to(torch.float64).log_prob)["density"]
+        for n in config["evaluation"]["discretizations"]
+    }
+
+
+def _rules(config: Config, data: DataSplits) -> dict[str, str]:
+    """One sentence for each figure: the rule that made it."""
+    pre, options = data.preprocessing, config["evaluation"]
+    common = (
+        f"mean over the {len(data.raw['test'])} test points, one noise sample of seed {data.noise_seed}, "
+        f"computed in float64; floor of log d {config['cpmm']['log_diagonal_floor']}"
+    )
+    if pre.levels is None:
+        density = f"-(log p(z) + log|dz/dx|) / M, nats, in units of the data; {common}"
+    else:
+        density = (
+            f"-(log p(z) + log|dz/dx|) / (M ln 2) + log2 {pre.levels} with x = (k + u)/{pre.levels}, "
+            f"z = logit(a + (1 - 2a) x), a = {pre.alpha:g}; {common}"
+        )
+    rules = {
+        "density": density + ". Lower is better.",
+        "density_standard_error": "Standard deviation over the test points divided by the root of their number.",
+        "selection": "Weights are those of the fine-tuning epoch with the best validation likelihood.",
+        "direct_mixture": "k-means and local factor analysis, shrinkage by validation likelihood, then Adam "
+        f"for {options['direct']['epochs']} epochs; best epoch by validation.",
+    }
+    if data.label is not None:
+        rules["accuracy"] = "Share of test points whose cluster's class, matched one to one (Hungarian), is theirs."
+        rules["nmi"] = "Normalized mutual information, arithmetic mean."
+        rules["ari"] = "Adjusted Rand index."
+        rules["purity"] = "Share of test points in the commonest class of their cluster."
+    if config["cpmm"]["curriculum"] and config["spaces"]["kind"] == "teacher":
+        solver = options["teacher_solver"]
+        trace = "exact" if data.n_features <= config["teacher"]["exact_trace_up_to"] else "Hutchinson, fixed seed"
+        rules["teacher"] = f"{solver['method']}, tolerances {solver['rtol']:g}/{solver['atol']:g}; trace: {trace}."
+    return rules
+
+
+def _write_tables(out: Path, score: _Scorer, mixture: Mixture, discretization: dict[str, float]) -> None:
+    import pandas as pd
+
+    from cpmm.metrics import confusion
+
+    table = pd.DataFrame({"n_pseudotimes": list(map(int, discretization)), "density": list(discretization.values())})
+    table.to_csv(out / "discretization.csv", index=False)
+    cluster = mixture.predict(score.z).numpy()
+    points = pd.DataFrame({"cluster": cluster})
+    if score.label is not None:
+        points.insert(0, "label", score.label)
+        member = score.label >= 0
+        counts = confusion(
+            score.label[member], cluster[member], len(score.data.class_names), mixture.n_clusters
+        )
+        pd.DataFrame(counts, index=list(score.data.class_names)).to_csv(
+            out / "confusion.csv", index_label="class"
+        )
+    points.to_csv(out / "clusters.csv", index=False)
+
+
+def _draws(data: DataSplits, n_draws: int, seed: int) -> Tensor:
+    from cpmm.seeds import seeded_generator
+
+    return data.draw(n_draws, seeded_generator(seed, 32))
+
+
+def _sizes(mixture: Mixture) -> str:
+    sizes = set(mixture.cluster_sizes)
+    fa = mixture.components
+    count = f"{mixture.n_clusters} x {sizes.pop()}" if len(sizes) == 1 else f"{fa.n_components} components"
+    return f"{count}, R = {fa.n_factors}"
+
+
+if __name__ == "__main__":
+    run_stage(main, __doc__)

@@ -1,0 +1,137 @@
+"""Run a training loop: Lightning's trainer, one progress line, a checkpoint, resumption."""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+
+from cpmm.training import EpochData, Recorded
+from workflows.stage import is_checkpoint, pick
+
+PRECISIONS = ("32-true", "tf32", "bf16-mixed", "64-true")
+
+
+class ProgressLine(Callback):
+    """One line that a person can follow, rewritten on a terminal, now and then printed elsewhere.
+
+    Args:
+        name: Of the stage.
+        unit: Unit of the losses.
+        every: Seconds between lines where there is no terminal.
+    """
+
+    def __init__(self, name: str, unit: str = "nats/dim", every: float = 15.0) -> None:
+        self.name = name
+        self.unit = unit
+        self.terminal = sys.stdout.isatty()
+        self.every = 0.2 if self.terminal else every
+        self.started = self.printed = time.monotonic()
+        self.first_step = 0
+
+    def on_train_start(self, trainer: pl.Trainer, module: Recorded) -> None:
+        """Start the clock."""
+        self.started = self.printed = time.monotonic()
+        self.first_step = module.global_step
+        if module.global_step:
+            print(
+                f"{self.name} | resuming after epoch {module.current_epoch}/{module.n_epochs}, "
+                f"step {module.global_step}",
+                flush=True,
+            )
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: Recorded) -> None:
+        """Print the epoch that has just ended."""
+        now = time.monotonic()
+        last = module.current_epoch + 1 == module.n_epochs
+        if now - self.printed < self.every and not last:
+            return
+        self.printed = now
+        rate = (module.global_step - self.first_step) / max(1e-9, now - self.started)
+        n_steps = round(module.global_step * module.n_epochs / (module.current_epoch + 1))
+        eta = (n_steps - module.global_step) / rate
+        row = module.history[-1]
+        losses = " ".join(
+            f"{short} {row[column]:.4f}"
+            for short, column in (("train", "train"), ("val", "validation"))
+            if column in row
+        )
+        line = (
+            f"{self.name} | step {module.global_step}/{n_steps} | {module.describe_phase()} | "
+            f"{losses} {self.unit} | {rate:.0f} it/s | eta {eta / 60:.1f}m"
+        )
+        end = "\n" if last or not self.terminal else "\r"
+        print(f"\x1b[2K{line}" if self.terminal else line, end=end, flush=True)
+
+
+def fit(
+    name: str,
+    module: Recorded,
+    data: EpochData,
+    config: dict[str, Any],
+    scratch: Path,
+    gradient_clip: float,
+    unit: str = "nats/dim",
+    callbacks: tuple[Callback, ...] = (),
+) -> float:
+    """Train ``module``, from its last checkpoint in ``scratch`` if there is one.
+
+    Args:
+        name: Of the stage, for the progress line.
+        module: What to train; holds its best weights afterwards.
+        data: Rows of each epoch.
+        config: The section ``trainer``.
+        scratch: Where the checkpoint lies.
+        gradient_clip: Largest norm of a gradient.
+        unit: Unit of the losses, for the progress line.
+        callbacks: Further callbacks of Lightning.
+
+    Returns:
+        Seconds this call took; a resumed run counts its last part only.
+
+    Raises:
+        FloatingPointError: If the run diverges.
+        ValueError: If an option is unknown.
+    """
+    precision = config["precision"]
+    if precision not in PRECISIONS:
+        raise ValueError(f"trainer.precision is {precision!r}: choose one of {', '.join(PRECISIONS)}")
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    checkpoint = scratch / "last.ckpt"
+    started = time.monotonic()
+    with warnings.catch_warnings():
+        # Lightning's advice about workers and logging intervals does not fit rows held in memory.
+        warnings.filterwarnings("ignore", category=UserWarning, module="pytorch_lightning")
+        trainer = pl.Trainer(
+            max_epochs=module.n_epochs,
+            precision="32-true" if precision == "tf32" else precision,
+            **pick(config, "accelerator", "devices", "deterministic"),
+            gradient_clip_val=gradient_clip,
+            check_val_every_n_epoch=1,
+            reload_dataloaders_every_n_epochs=1,
+            num_sanity_val_steps=0,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[
+                ProgressLine(name, unit),
+                ModelCheckpoint(
+                    dirpath=scratch,
+                    filename="last",
+                    every_n_epochs=config["checkpoint_every_n_epochs"],
+                    enable_version_counter=False,
+                    save_on_train_epoch_end=True,
+                ),
+                *callbacks,
+            ],
+        )
+        resume = str(checkpoint) if is_checkpoint(checkpoint) else None
+        trainer.fit(module, data, ckpt_path=resume, weights_only=True)
+    module.restore_best()
+    return time.monotonic() - started

@@ -1,0 +1,189 @@
+"""From configuration to objects: the one place where a variant is chosen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from cpmm.data import DataSplits
+from cpmm.fields import ConvField, MLPField, SeparateFields
+from cpmm.initialization import initial_states
+from cpmm.odes import Solver
+from cpmm.seeds import seeded_generator
+from cpmm.spaces import Curriculum
+from cpmm.teacher import Flow
+from cpmm.training import EpochData, MixtureTraining
+from cpmm.trajectory import StateLayout, Trajectories
+from workflows.stage import pick
+from workflows.store import Spaces, load_model
+
+T = TypeVar("T")
+
+SPACES = ("teacher", "noise")
+
+
+def make_field(config: Mapping[str, Any], data: DataSplits, maps: int) -> nn.Module:
+    """Build a vector field on ``maps`` stacked maps of M features.
+
+    Raises:
+        ValueError: If the kind is unknown, or a convolution is asked of a table.
+    """
+    options = pick(config, "width", "depth", "activation", "n_frequencies", "last_layer_scale")
+
+    def mlp() -> nn.Module:
+        return MLPField(maps * data.n_features, **options)
+
+    def conv() -> nn.Module:
+        if data.image_shape is None:
+            raise ValueError("field.kind is 'conv', but the data are no images: choose mlp")
+        channels, height, width = data.image_shape
+        shape = (maps * channels, height, width)
+        return ConvField(shape, **options, **pick(config, "kernel_size", "coordinates"))
+
+    return choose("field.kind", config["kind"], {"mlp": mlp, "conv": conv})()
+
+
+def make_teacher(config: Mapping[str, Any], data: DataSplits, seed: int) -> Flow:
+    """Build an untrained teacher; the seed draws its weights."""
+    with _seeded(seed, 10):
+        field = make_field(config["field"], data, maps=1)
+    trace = "exact" if data.n_features <= config["exact_trace_up_to"] else "hutchinson"
+    return Flow(field, Solver(**config["solver"]), trace)
+
+
+def make_trajectories(
+    config: Mapping[str, Any], data: DataSplits, start: Tensor, seed: int
+) -> Trajectories:
+    """Build untrained trajectories.
+
+    Args:
+        config: The section ``cpmm``.
+        data: The splits.
+        start: Training points in the space where training starts, (N, M).
+        seed: Of the field's weights and the initial states.
+
+    Raises:
+        ValueError: If an option is unknown or out of range.
+    """
+    layout = StateLayout(
+        data.n_features,
+        **pick(
+            config, "n_factors", "augmentation", "diagonal", "learned_weight", "log_diagonal_floor"
+        ),
+    )
+    initial = initial_states(
+        layout=layout,
+        n_clusters=config["n_clusters"],
+        x=start,
+        inputs=data.points("train")[0].float(),
+        generator=seeded_generator(seed, 11),
+        **config["initialization"],
+    )
+
+    def shared() -> nn.Module:
+        return make_field(config["field"], data, layout.n_maps)
+
+    def separate() -> nn.Module:
+        return SeparateFields([shared() for _ in range(config["n_clusters"])])
+
+    with _seeded(seed, 12):
+        field = choose("cpmm.ode", config["ode"], {"shared": shared, "separate": separate})()
+    return Trajectories(
+        layout, field, initial, Solver(**config["solver"]), config["learned_cluster_weight"]
+    )
+
+
+def load_trajectories(
+    folder: Path, config: Mapping[str, Any], data: DataSplits
+) -> tuple[Trajectories, str]:
+    """Read the trained trajectories of ``data/<preset>`` and their fingerprint."""
+    start = data.points("train")[0].float()
+    trajectories = make_trajectories(config["cpmm"], data, start, config["seed"])
+    header = load_model(folder / "cpmm", "cpmm", trajectories)
+    return trajectories, header["fingerprint"]
+
+
+def make_curriculum(config: Mapping[str, Any], n_spaces: int) -> Curriculum:
+    """Build the schedule of the section ``cpmm``; without a curriculum only fine-tuning is left."""
+    if not config["curriculum"]:
+        return Curriculum(0, 0, config["fine_tune_epochs"])
+    return Curriculum(n_spaces, **pick(config, "epochs_per_space", "fine_tune_epochs"))
+
+
+def density_units(data: DataSplits) -> tuple[str, float, float]:
+    """Return the unit of reported densities, and the factor and offset from nats per dimension."""
+    if data.preprocessing.levels is None:
+        return "nats per dimension", 1.0, 0.0
+    return "bits per dimension", 1 / math.log(2), math.log2(data.preprocessing.levels)
+
+
+def make_mixture_training(
+    config: Mapping[str, Any],
+    mixture: Mapping[str, Any],
+    data: DataSplits,
+    spaces: Spaces | None,
+    seed: int,
+) -> tuple[MixtureTraining, EpochData]:
+    """Build the training of the trajectories and its rows: the stage's, and every sweep trial's.
+
+    Args:
+        config: The section ``cpmm``.
+        mixture: The section ``mixture``, for the pseudotimes that validation uses.
+        data: The splits.
+        spaces: The curriculum; None trains on the input space alone.
+        seed: Of everything random.
+    """
+    curriculum = make_curriculum(config, len(spaces) if spaces else 0)
+    fine_tuning = data.points("validation")[0].float()
+    start = spaces.train(0) if spaces else data.points("train")[0].float()
+    module = MixtureTraining(
+        make_trajectories(config, data, start, seed),
+        curriculum,
+        n_extracted=mixture["n_pseudotimes"],
+        **pick(
+            config, "n_pseudotimes", "pseudotimes", "noise", "entropy_weight", "learning_rate",
+            "path_weight", "initial_rate_factor",
+            "n_warmup_epochs",
+        ),
+        seed=seed,
+    )  # fmt: skip
+
+    @lru_cache(maxsize=1)
+    def guided(index: int) -> Tensor:
+        return spaces.train(index)
+
+    def rows(epoch: int, generator: torch.Generator) -> Tensor:
+        index = curriculum.space(epoch)
+        return data.draw(config["n_draws"], generator) if index is None else guided(index)
+
+    def validation_rows(epoch: int) -> Tensor:
+        index = curriculum.space(epoch)
+        return fine_tuning if index is None else spaces.validation(index)
+
+    return module, EpochData(rows, validation_rows, config["batch_size"], seed)
+
+
+def choose(name: str, value: str, variants: Mapping[str, T]) -> T:
+    """Take the variant called ``value``.
+
+    Raises:
+        ValueError: If there is none; names the option and the choices.
+    """
+    if value not in variants:
+        raise ValueError(f"{name} is {value!r}: choose one of {', '.join(variants)}")
+    return variants[value]
+
+
+@contextmanager
+def _seeded(*seeds: int) -> Iterator[None]:
+    """Draw initial weights, for which torch's modules take no generator, from seeds of their own."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seeded_generator(*seeds).initial_seed())
+        yield

@@ -1,0 +1,1 @@
+"""Print where the report of each preset is, and its main figures."""

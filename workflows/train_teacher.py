@@ -1,0 +1,50 @@
+"""Train the teacher, a continuous normalizing flow: data/<preset>/teacher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from workflows.stage import Config, fingerprint, pick, publish, run_stage, scratch_folder
+
+
+def main(folder: Path, config: Config) -> str:
+    """Write ``teacher`` for a preset."""
+    import pandas as pd
+
+    from cpmm.training import EpochData, TeacherTraining
+    from workflows.fit import fit
+    from workflows.models import make_teacher
+    from workflows.store import load_prepared, save_model
+
+    data, data_mark = load_prepared(folder / "prepared")
+    options, seed = config["teacher"], config["seed"]
+    mark = fingerprint("teacher", options, seed, config["trainer"]["precision"], data_mark)
+    scratch = scratch_folder(folder, "train_teacher", mark)
+    validation = data.points("validation")[0].float()
+    module = TeacherTraining(
+        make_teacher(options, data, seed),
+        **pick(
+            options, "flow_matching_epochs", "likelihood_epochs", "kinetic_weight", "jacobian_weight",
+            "learning_rate", "n_warmup_epochs",
+        ),
+        seed=seed,
+    )  # fmt: skip
+    rows = EpochData(
+        lambda epoch, generator: data.draw(options["n_draws"], generator),
+        lambda epoch: validation,
+        options["batch_size"],
+        seed,
+    )
+    seconds = fit(
+        "train_teacher", module, rows, config["trainer"], scratch, options["gradient_clip"]
+    )
+    out = scratch / "teacher"
+    header = {"fingerprint": mark, "seconds": seconds, "best": module.best_summary()}
+    save_model(out, "teacher", module.model, header)
+    pd.DataFrame(module.history).to_csv(out / "history.csv", index=False)
+    publish(scratch, "teacher", folder / "teacher")
+    return f"best validation loss {module.best['value']:.4f} -> {folder / 'teacher'}"
+
+
+if __name__ == "__main__":
+    run_stage(main, __doc__)

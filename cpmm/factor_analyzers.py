@@ -137,6 +137,11 @@ def component_log_prob(x: Tensor, fa: FactorAnalyzers) -> Tensor:
             f"x must be (N, {fa.n_features}), the mixture has {fa.n_features} features: "
             f"got shape {tuple(x.shape)}"
         )
+    with torch.autocast(x.device.type, enabled=False):  # no half precision for an expanded square
+        return _component_log_prob(x, fa)
+
+
+def _component_log_prob(x: Tensor, fa: FactorAnalyzers) -> Tensor:
     cholesky, scaled = capacitance_cholesky(fa)
     centre = fa.mean.detach().mean(0)
     x = x - centre

@@ -6,14 +6,15 @@ import warnings
 
 import numpy as np
 import torch
-from sklearn.cluster import KMeans
+from sklearn.cluster import KMeans, SpectralClustering
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from cpmm.factor_analyzers import FactorAnalyzers, component_log_prob
 from cpmm.trajectory import StateLayout
 
-INITIALIZATIONS = ("gaussian", "random", "kmeans", "analyzers")
+PARTITIONS = ("kmeans", "analyzers", "spectral")
+INITIALIZATIONS = ("gaussian", "random", *PARTITIONS)
 
 
 def initial_states(
@@ -21,30 +22,28 @@ def initial_states(
     layout: StateLayout,
     n_clusters: int,
     x: Tensor,
-    inputs: Tensor,
+    group: Tensor | None,
     generator: torch.Generator,
     mean_scale: float = 0.1,
     loading_scale: float = 0.1,
     free_scale: float = 0.1,
-    restarts: int = 4,
 ) -> Tensor:
     """Choose where the trajectories start.
 
     Args:
         kind: "gaussian", perturbations of the standard Gaussian, for a curriculum that starts there
-            (section 3.3); "random", a random point and the spread of all data; "kmeans", the mean
-            and spread of groups that k-means finds in the input space (Table 2); "analyzers", of
-            groups that :func:`partition` finds there. With a curriculum the groups are carried to
-            the space where training starts.
+            (section 3.3); "random", a random point and the spread of all data; a kind of
+            :func:`partition`, the mean and spread of each of its groups (Table 2 has k-means).
+            With a curriculum the groups, found in the input space, are carried to the space where
+            training starts.
         layout: How a state is read.
         n_clusters: C.
-        x: Training points in the space where training starts, (n_draws N, M), draw by draw.
-        inputs: The same points in the input space, (N, M).
+        x: Training points in the space where training starts, (N, M).
+        group: Group of each point, (N,), integers in [0, C); None for the first two kinds.
         generator: Source of every draw.
         mean_scale: Deviation of the perturbation of the means, "gaussian" only.
         loading_scale: Deviation of the loadings, in units of the spread.
         free_scale: Deviation of the augmentation.
-        restarts: Starts of k-means.
 
     Returns:
         (C, S).
@@ -53,11 +52,10 @@ def initial_states(
         ValueError: If ``kind`` is unknown or C is out of range.
     """
     if kind not in INITIALIZATIONS:
-        raise ValueError(f"cpmm.initialization is {kind!r}: choose one of {INITIALIZATIONS}")
-    if not 1 <= n_clusters <= len(inputs):
         raise ValueError(
-            f"cpmm.n_clusters (C) is {n_clusters}: expected 1 <= C <= N = {len(inputs)} points"
+            f"cpmm.initialization.kind is {kind!r}: choose one of {', '.join(INITIALIZATIONS)}"
         )
+    require_clusters(n_clusters, len(x))
     shape = (n_clusters, layout.n_features)
 
     def normal(*size: int) -> Tensor:
@@ -69,14 +67,9 @@ def initial_states(
         mean = x.mean(0) + x.std(0) * normal(*shape)
         spread = x.std(0).expand(shape)
     else:
-        if kind == "kmeans":
-            label = kmeans(inputs, n_clusters, generator, restarts)
-        else:
-            label = partition(inputs, n_clusters, layout, restarts, generator)
-        label = label.repeat(len(x) // len(inputs))
-        groups = [x[label == c] for c in range(n_clusters)]
-        mean = torch.stack([group.mean(0) for group in groups])
-        spread = torch.stack([group.std(0, correction=0) for group in groups])
+        groups = [x[group == c] for c in range(n_clusters)]
+        mean = torch.stack([rows.mean(0) for rows in groups])
+        spread = torch.stack([rows.std(0, correction=0) for rows in groups]).clamp(min=1e-6)
     loading = loading_scale * spread.unsqueeze(-1) * normal(*shape, layout.n_factors)
     floor = layout.log_diagonal_floor + 0.1
     log_diagonal = (2 * spread.log()).clamp(min=floor)
@@ -84,6 +77,63 @@ def initial_states(
         log_diagonal = spread.square().mean(1, keepdim=True).log().clamp(min=floor).expand(shape)
     free = free_scale * normal(n_clusters, layout.n_maps - layout.n_factors - 2, layout.n_features)
     return layout.write(mean.float(), loading.float(), log_diagonal.float(), free)
+
+
+def require_clusters(n_clusters: int, n: int) -> None:
+    """Check the number of clusters.
+
+    Raises:
+        ValueError: If it is not between 1 and the number of points.
+    """
+    if not 1 <= n_clusters <= n:
+        raise ValueError(f"cpmm.n_clusters (C) is {n_clusters}: expected 1 <= C <= N = {n} points")
+
+
+def partition(
+    kind: str,
+    x: Tensor,
+    n_groups: int,
+    layout: StateLayout,
+    generator: torch.Generator,
+    restarts: int = 10,
+    n_neighbors: int = 10,
+) -> Tensor:
+    """Group points without labels, as a start for the trajectories.
+
+    Args:
+        kind: "kmeans", the best of several starts; "analyzers", the likeliest of C local factor
+            analyzers, see :func:`local_analyzer_groups`; "spectral", spectral clustering of the
+            graph of nearest neighbours, which follows curved groups.
+        x: Points in the input space, (N, M).
+        n_groups: C.
+        layout: For the number of factors and the floor of log d; "analyzers" only.
+        generator: Source of every draw.
+        restarts: Starts of k-means.
+        n_neighbors: Neighbours in the graph; "spectral" only.
+
+    Returns:
+        (N,), integers in [0, C).
+
+    Raises:
+        ValueError: If ``kind`` is unknown or C is out of range.
+    """
+    require_clusters(n_groups, len(x))
+    if kind == "kmeans":
+        return kmeans(x, n_groups, generator, restarts)
+    if kind == "analyzers":
+        return local_analyzer_groups(x, n_groups, layout, restarts, generator)
+    if kind == "spectral":
+        model = SpectralClustering(
+            n_groups,
+            affinity="nearest_neighbors",
+            n_neighbors=min(n_neighbors, len(x)),
+            random_state=int(torch.randint(2**31, (1,), generator=generator)),
+        )
+        with warnings.catch_warnings():
+            # A graph in several pieces is what well separated groups look like.
+            warnings.filterwarnings("ignore", "Graph is not fully connected", UserWarning)
+            return torch.from_numpy(model.fit_predict(x.double().numpy()).astype(np.int64))
+    raise ValueError(f"partition {kind!r} is unknown: choose one of {', '.join(PARTITIONS)}")
 
 
 def kmeans(x: Tensor, n_clusters: int, generator: torch.Generator, n_init: int = 4) -> Tensor:
@@ -107,7 +157,7 @@ def kmeans(x: Tensor, n_clusters: int, generator: torch.Generator, n_init: int =
     return label
 
 
-def partition(
+def local_analyzer_groups(
     x: Tensor, n_groups: int, layout: StateLayout, restarts: int, generator: torch.Generator
 ) -> Tensor:
     """Group points by the likeliest of C local factor analyzers, from several starts of k-means.

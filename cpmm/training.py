@@ -27,7 +27,8 @@ class EpochData(pl.LightningDataModule):
     """Batches of rows that are made anew for every epoch; the trainer must reload each epoch.
 
     Args:
-        rows: Gives the training rows of an epoch, (N, M), from the epoch and a generator.
+        rows: Gives the training rows of an epoch, (N, M), from the epoch and a generator; or
+            several tensors of N rows, which stay together.
         validation_rows: Gives the validation rows of an epoch, (N, M).
         batch_size: Rows of a batch.
         seed: Of the order of rows and what ``rows`` draws.
@@ -35,7 +36,7 @@ class EpochData(pl.LightningDataModule):
 
     def __init__(
         self,
-        rows: Callable[[int, torch.Generator], Tensor],
+        rows: Callable[[int, torch.Generator], Tensor | tuple[Tensor, ...]],
         validation_rows: Callable[[int], Tensor],
         batch_size: int,
         seed: int,
@@ -50,7 +51,8 @@ class EpochData(pl.LightningDataModule):
         """Batches of the current epoch, shuffled."""
         epoch = self.trainer.current_epoch
         generator = seeded_generator(self.seed, 0, epoch)
-        data = TensorDataset(self.rows(epoch, generator))
+        rows = self.rows(epoch, generator)
+        data = TensorDataset(*(rows if isinstance(rows, tuple) else (rows,)))
         order = RandomSampler(data, generator=generator)
         return DataLoader(
             data, sampler=BatchSampler(order, self.batch_size, False), batch_size=None
@@ -270,6 +272,8 @@ class MixtureTraining(Recorded):
     Args:
         model: The trajectories, or a direct mixture.
         curriculum: Which space each epoch trains on.
+        told_spaces: In so many first spaces a trajectory is told which points are its own, those of
+            its group, and maximizes the likelihood of points and groups; afterwards that of points.
         n_pseudotimes: G of a training step.
         pseudotimes: How they are chosen, see :func:`draw_pseudotimes`.
         n_extracted: G at validation: that of the extracted mixture.
@@ -287,6 +291,7 @@ class MixtureTraining(Recorded):
         self,
         model: HasMixture,
         curriculum: Curriculum,
+        told_spaces: int,
         n_pseudotimes: int,
         pseudotimes: str,
         n_extracted: int,
@@ -309,6 +314,7 @@ class MixtureTraining(Recorded):
         self.path_weight = path_weight
         self.initial_rate_factor = initial_rate_factor
         self.curriculum = curriculum
+        self.told_epochs = min(told_spaces, curriculum.n_spaces) * curriculum.epochs_per_space
         self.n_pseudotimes = n_pseudotimes
         self.pseudotimes = pseudotimes
         self.n_extracted = n_extracted
@@ -343,7 +349,7 @@ class MixtureTraining(Recorded):
         return self.curriculum.space(self.current_epoch) is None
 
     def training_step(self, batch: Sequence[Tensor], batch_index: int) -> Tensor:
-        """One step up the likelihood."""
+        """One step up the likelihood; a batch holds points and, while they are told, groups."""
         x = batch[0]
         if self.noise:
             x = x + self.noise * torch.randn(x.shape, generator=self._generator, device=x.device)
@@ -352,6 +358,8 @@ class MixtureTraining(Recorded):
             mixture = self.model.mixture(times.to(x))
             by_cluster = mixture.cluster_joint_log_prob(x)
             log_prob = by_cluster.logsumexp(1)
+            if len(batch) > 1:  # of points and groups
+                log_prob = by_cluster.gather(1, batch[1][:, None]).squeeze(1)
             loss = -log_prob.mean() / x.shape[1]
             if not bool(torch.isfinite(loss)):
                 raise FloatingPointError(self._diagnosis(log_prob, mixture))

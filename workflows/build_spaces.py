@@ -36,7 +36,7 @@ def main(folder: Path, config: Config) -> str:
     options, seed = config["spaces"], config["seed"]
     kind = choose("spaces.kind", options["kind"], {kind: kind for kind in SPACES})
     teacher, teacher_mark = None, None
-    if kind == "teacher":
+    if kind == "teacher" and config["cpmm"]["curriculum"]:
         teacher = make_teacher(config["teacher"], data, seed)
         load_model(folder / "teacher", "teacher", teacher)
         teacher = teacher.to(_device(config["trainer"]["accelerator"]))

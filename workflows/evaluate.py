@@ -21,7 +21,7 @@ def main(folder: Path, config: Config) -> str:
 
     from cpmm.baselines.gaussian import fit_full_gaussian
     from cpmm.mixture import Mixture
-    from workflows.models import density_units
+    from workflows.models import density_units, needs_teacher
     from workflows.store import artifact_fingerprint, load_prepared, write_json
 
     data, data_mark = load_prepared(folder / "prepared")
@@ -64,7 +64,7 @@ def main(folder: Path, config: Config) -> str:
             },
             "kmeans": {"name": f"k-means, {mixture.n_clusters} clusters", **_kmeans(score, mixture, seed)},
         }
-        if config["cpmm"]["curriculum"] and config["spaces"]["kind"] == "teacher":
+        if needs_teacher(config):
             models["teacher"] = {
                 "name": "teacher (continuous normalizing flow)",
                 **_score_teacher(folder, config, data, score),
@@ -79,10 +79,10 @@ def main(folder: Path, config: Config) -> str:
         "models": models,
         "discretization": discretization,
     }
-    write_json(out / "metrics.json", metrics)
     write_json(out / "rules.json", _rules(config, data))
     _write_tables(out, score, mixture, discretization)
     _draw_figures(folder, out, config, data, mixture, metrics)
+    write_json(folder / "metrics.json", metrics)
     publish(scratch, "evaluation", folder / "evaluation")
     parts = [f"{name} {row['density']:.3f}" for name, row in models.items() if "density" in row]
     accuracy = models["cpmm"].get("accuracy")
@@ -166,6 +166,7 @@ def _train_direct(
     module = MixtureTraining(
         best,
         Curriculum(0, 0, options["epochs"]),
+        told_spaces=0,
         n_pseudotimes=1,
         pseudotimes="grid",
         n_extracted=1,
@@ -238,6 +239,8 @@ def _discretize(folder: Path, config: Config, data: DataSplits, score: _Scorer) 
 
 def _rules(config: Config, data: DataSplits) -> dict[str, str]:
     """One sentence for each figure: the rule that made it."""
+    from workflows.models import needs_teacher
+
     pre, options = data.preprocessing, config["evaluation"]
     common = (
         f"mean over the {len(data.raw['test'])} test points, one noise sample of seed {data.noise_seed}, "
@@ -262,7 +265,7 @@ def _rules(config: Config, data: DataSplits) -> dict[str, str]:
         rules["nmi"] = "Normalized mutual information, arithmetic mean."
         rules["ari"] = "Adjusted Rand index."
         rules["purity"] = "Share of test points in the commonest class of their cluster."
-    if config["cpmm"]["curriculum"] and config["spaces"]["kind"] == "teacher":
+    if needs_teacher(config):
         solver = options["teacher_solver"]
         trace = "exact" if data.n_features <= config["teacher"]["exact_trace_up_to"] else "Hutchinson, fixed seed"
         rules["teacher"] = f"{solver['method']}, tolerances {solver['rtol']:g}/{solver['atol']:g}; trace: {trace}."
@@ -288,6 +291,88 @@ def _write_tables(out: Path, score: _Scorer, mixture: Mixture, discretization: d
             out / "confusion.csv", index_label="class"
         )
     points.to_csv(out / "clusters.csv", index=False)
+
+
+def _draw_figures(
+    folder: Path, out: Path, config: Config, data: DataSplits, mixture: Mixture, metrics: Config
+) -> None:
+    """Draw what the report shows into ``out/figures``, the same bytes for the same inputs."""
+    import numpy as np
+    import pandas as pd
+    import torch
+    from matplotlib import rc_context
+
+    from cpmm import figures
+    from cpmm.metrics import confusion, match_clusters
+    from cpmm.seeds import seeded_generator
+    from workflows.store import open_spaces
+
+    z, _ = data.points("test")
+    label = None if data.label is None else data.label["test"].numpy()
+    cluster = mixture.predict(z)
+    spaces = open_spaces(folder / "spaces")
+    shown = np.unique(np.linspace(0, len(spaces) - 1, 7).round().astype(int))
+    n_shown = 10 if data.image_shape else 1000
+    drawn = {
+        "spaces": figures.plot_spaces(
+            np.stack([spaces.validation(int(i))[:n_shown].numpy() for i in shown]),
+            spaces.positions[shown].numpy(),
+            None if data.label is None else data.label["validation"][:n_shown].numpy(),
+            data.image_shape,
+        ),
+        "history": figures.plot_history(
+            pd.read_csv(folder / "cpmm" / "history.csv"),
+            len(spaces) if config["cpmm"]["curriculum"] else 0,
+        ),
+        "discretization": figures.plot_discretization(
+            [int(n) for n in metrics["discretization"]],
+            list(metrics["discretization"].values()),
+            metrics["unit"],
+        ),
+    }
+    shown_as = data.preprocessing.inverse if data.image_shape else lambda points: points
+    samples, component = mixture.sample(len(z), seeded_generator(config["seed"], 33))
+    drawn["samples"] = figures.plot_samples(
+        shown_as(z).numpy(),
+        shown_as(samples).numpy(),
+        label,
+        mixture.cluster[component].numpy(),
+        data.image_shape,
+    )
+    match = names = None
+    if label is not None:
+        member = label >= 0
+        match = match_clusters(label[member], cluster.numpy()[member], mixture.n_clusters)
+        table = confusion(
+            label[member], cluster.numpy()[member], len(data.class_names), mixture.n_clusters
+        )
+        drawn["confusion"] = figures.plot_confusion(table, data.class_names, match)
+        names = [data.class_names[c] if c >= 0 else "-" for c in match]
+    means = mixture.components.mean.split(mixture.cluster_sizes)
+    if len(set(mixture.cluster_sizes)) == 1:  # idle components dropped leave no common pseudotimes
+        best = torch.cat([mixture.joint_log_prob(part).argmax(1) for part in z.split(2048)])
+        share = torch.bincount(best, minlength=mixture.components.n_components) / len(z)
+        weight = torch.bincount(cluster, minlength=mixture.n_clusters) / len(z)
+        drawn["trajectories"] = figures.plot_trajectory_means(
+            np.stack([shown_as(mean).numpy() for mean in means]),
+            data.image_shape,
+            [
+                f"cluster {c}{'' if names is None else f' = {names[c]!r}'}, {100 * weight[c]:.0f} %"
+                for c in range(mixture.n_clusters)
+            ],
+            share.reshape(mixture.n_clusters, -1).numpy(),
+            shown_as(z).numpy(),
+        )
+    if data.n_features == 2:
+        drawn["components"] = figures.plot_components(
+            mixture.components.mean.numpy(),
+            mixture.components.covariance().numpy(),
+            mixture.cluster.numpy(),
+            z.numpy(),
+        )
+    with rc_context({"svg.hashsalt": "cpmm"}):
+        for name, figure in drawn.items():
+            figure.savefig(out / "figures" / f"{name}.svg", metadata={"Date": None})
 
 
 def _draws(data: DataSplits, n_draws: int, seed: int) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cpmm.data import DataSplits
 from cpmm.fields import ConvField, MLPField, SeparateFields
-from cpmm.initialization import initial_states
+from cpmm.initialization import PARTITIONS, initial_states, partition
 from cpmm.odes import Solver
 from cpmm.seeds import seeded_generator
 from cpmm.spaces import Curriculum
@@ -50,6 +50,11 @@ def make_field(config: Mapping[str, Any], data: DataSplits, maps: int) -> nn.Mod
     return choose("field.kind", config["kind"], {"mlp": mlp, "conv": conv})()
 
 
+def needs_teacher(config: Mapping[str, Any]) -> bool:
+    """Whether the whole configuration trains through the spaces of a teacher."""
+    return config["cpmm"]["curriculum"] and config["spaces"]["kind"] == "teacher"
+
+
 def make_teacher(config: Mapping[str, Any], data: DataSplits, seed: int) -> Flow:
     """Build an untrained teacher; the seed draws its weights."""
     with _seeded(seed, 10):
@@ -58,34 +63,63 @@ def make_teacher(config: Mapping[str, Any], data: DataSplits, seed: int) -> Flow
     return Flow(field, Solver(**config["solver"]), trace)
 
 
-def make_trajectories(
-    config: Mapping[str, Any], data: DataSplits, start: Tensor, seed: int
-) -> Trajectories:
-    """Build untrained trajectories.
-
-    Args:
-        config: The section ``cpmm``.
-        data: The splits.
-        start: Training points in the space where training starts, (N, M).
-        seed: Of the field's weights and the initial states.
-
-    Raises:
-        ValueError: If an option is unknown or out of range.
-    """
-    layout = StateLayout(
+def make_layout(config: Mapping[str, Any], data: DataSplits) -> StateLayout:
+    """Build the layout of the state from the section ``cpmm``."""
+    return StateLayout(
         data.n_features,
         **pick(
             config, "n_factors", "augmentation", "diagonal", "learned_weight", "log_diagonal_floor"
         ),
     )
-    initial = initial_states(
-        layout=layout,
-        n_clusters=config["n_clusters"],
-        x=start,
-        inputs=data.points("train")[0].float(),
-        generator=seeded_generator(seed, 11),
-        **config["initialization"],
+
+
+def make_groups(config: Mapping[str, Any], data: DataSplits, seed: int) -> Tensor | None:
+    """Group the training points for the initialization, (N,); None if it needs no groups."""
+    options = config["initialization"]
+    if options["kind"] not in PARTITIONS:
+        return None
+    return partition(
+        options["kind"],
+        data.points("train")[0].float(),
+        config["n_clusters"],
+        make_layout(config, data),
+        seeded_generator(seed, 13),
+        **pick(options, "restarts", "n_neighbors"),
     )
+
+
+def make_trajectories(
+    config: Mapping[str, Any],
+    data: DataSplits,
+    seed: int,
+    start: Tensor | None = None,
+    group: Tensor | None = None,
+) -> Trajectories:
+    """Build trajectories, untrained.
+
+    Args:
+        config: The section ``cpmm``.
+        data: The splits.
+        seed: Of the field's weights and the initial states.
+        start: Training points in the space where training starts, (N, M); None leaves the initial
+            states zero, for weights that are loaded next.
+        group: Their groups, (N,), if the initialization needs them.
+
+    Raises:
+        ValueError: If an option is unknown or out of range.
+    """
+    layout = make_layout(config, data)
+    if start is None:
+        initial = torch.zeros(config["n_clusters"], layout.size)
+    else:
+        initial = initial_states(
+            layout=layout,
+            n_clusters=config["n_clusters"],
+            x=start,
+            group=group,
+            generator=seeded_generator(seed, 11),
+            **pick(config["initialization"], "kind", "mean_scale", "loading_scale", "free_scale"),
+        )
 
     def shared() -> nn.Module:
         return make_field(config["field"], data, layout.n_maps)
@@ -104,8 +138,7 @@ def load_trajectories(
     folder: Path, config: Mapping[str, Any], data: DataSplits
 ) -> tuple[Trajectories, str]:
     """Read the trained trajectories of ``data/<preset>`` and their fingerprint."""
-    start = data.points("train")[0].float()
-    trajectories = make_trajectories(config["cpmm"], data, start, config["seed"])
+    trajectories = make_trajectories(config["cpmm"], data, config["seed"])
     header = load_model(folder / "cpmm", "cpmm", trajectories)
     return trajectories, header["fingerprint"]
 
@@ -143,12 +176,20 @@ def make_mixture_training(
     curriculum = make_curriculum(config, len(spaces) if spaces else 0)
     fine_tuning = data.points("validation")[0].float()
     start = spaces.train(0) if spaces else data.points("train")[0].float()
+    group = make_groups(config, data, seed)
+    if group is not None:  # the spaces hold the training points draw by draw
+        group = group.repeat(len(start) // len(group))
+    elif config["told_spaces"]:
+        raise ValueError(
+            f"cpmm.told_spaces is {config['told_spaces']}, but cpmm.initialization.kind "
+            f"{config['initialization']['kind']!r} makes no groups: choose one of {', '.join(PARTITIONS)}"
+        )
     module = MixtureTraining(
-        make_trajectories(config, data, start, seed),
+        make_trajectories(config, data, seed, start, group),
         curriculum,
         n_extracted=mixture["n_pseudotimes"],
         **pick(
-            config, "n_pseudotimes", "pseudotimes", "noise", "entropy_weight", "learning_rate",
+            config, "told_spaces", "n_pseudotimes", "pseudotimes", "noise", "entropy_weight", "learning_rate",
             "path_weight", "initial_rate_factor",
             "n_warmup_epochs",
         ),
@@ -159,9 +200,11 @@ def make_mixture_training(
     def guided(index: int) -> Tensor:
         return spaces.train(index)
 
-    def rows(epoch: int, generator: torch.Generator) -> Tensor:
+    def rows(epoch: int, generator: torch.Generator) -> Tensor | tuple[Tensor, ...]:
         index = curriculum.space(epoch)
-        return data.draw(config["n_draws"], generator) if index is None else guided(index)
+        if index is None:
+            return data.draw(config["n_draws"], generator)
+        return (guided(index), group) if epoch < module.told_epochs else guided(index)
 
     def validation_rows(epoch: int) -> Tensor:
         index = curriculum.space(epoch)

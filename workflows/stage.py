@@ -36,9 +36,9 @@ def run_stage(main: Callable[[Path, Config], str], description: str) -> None:
     name = Path(sys.argv[0]).stem
     try:
         config = load_config(path)
-        import torch  # after the arguments are parsed, so that --help is quick
-
         if config["trainer"]["threads"]:
+            import torch  # after the arguments are parsed, so that --help is quick
+
             torch.set_num_threads(config["trainer"]["threads"])
         print(f"{name}: {main(path.parent, config)}", flush=True)
     except EXPECTED_ERRORS as error:

@@ -11,11 +11,15 @@ def main(folder: Path, config: Config) -> str:
     """Write ``teacher`` for a preset."""
     import pandas as pd
 
+    from cpmm.artifact import save_artifact
     from cpmm.training import EpochData, TeacherTraining
     from workflows.fit import fit
-    from workflows.models import make_teacher
+    from workflows.models import make_teacher, needs_teacher
     from workflows.store import load_prepared, save_model
 
+    if not needs_teacher(config):
+        save_artifact(folder / "teacher", "teacher", {}, {"fingerprint": None, "trained": False})
+        return "not needed: the curriculum of this configuration has no teacher"
     data, data_mark = load_prepared(folder / "prepared")
     options, seed = config["teacher"], config["seed"]
     mark = fingerprint("teacher", options, seed, config["trainer"]["precision"], data_mark)

@@ -1,0 +1,685 @@
+"""The paper's figures, drawn from plain arrays.
+
+Every function returns a new ``Figure`` and touches no state of pyplot. All figures are equally
+wide, and narrow beside their type, so that they can be read on a phone and enlarged on a desk.
+Colours are those of Okabe and Ito, which most colour-blind readers can tell apart; past seven
+groups the shape of the marker changes too. Clouds of points are rasterized, even in an SVG file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.collections import EllipseCollection
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator, NullLocator
+
+WIDTH = 5.0  # inches
+DPI = 200  # of the rasterized parts
+# Okabe and Ito without their yellow, which is lost on white.
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#000000")
+MARKERS = "o^sDv"
+GREY = "#8c8c8c"  # points of no class, and data behind a model
+N_POINTS = 2500  # of a scatter panel
+N_LEGEND = 12  # groups, beyond which a legend says nothing
+
+
+def plot_spaces(
+    spaces: np.ndarray,
+    positions: np.ndarray,
+    label: np.ndarray | None = None,
+    image_shape: tuple[int, int, int] | None = None,
+    n_images: int = 10,
+) -> Figure:
+    """Draw the curriculum from the latent to the input space (Figure 2).
+
+    Images: one row a space, the same images in every row, black and white at equal distances from
+    zero. Tables: one panel a space, along the first two principal components of the input space if
+    there are more than two features; each panel has a scale of its own.
+
+    Args:
+        spaces: The same points in every space, (V', N, M).
+        positions: v of every space, 1 latent and 0 input, (V',).
+        label: Class of each point, (N,); -1 is none.
+        image_shape: (channels, height, width), None for tables.
+        n_images: Images of a row, of as many classes as there are.
+
+    Raises:
+        ValueError: If shapes disagree.
+    """
+    spaces, positions = np.asarray(spaces), np.asarray(positions)
+    if spaces.ndim != 3 or len(spaces) != len(positions):
+        raise ValueError(
+            f"spaces must be (V', N, M) with one position each: got shape {spaces.shape} and "
+            f"{len(positions)} positions"
+        )
+    _check_group("label", label, spaces.shape[1])
+    titles = [_name_position(v) for v in positions]
+    if image_shape is not None:
+        shown = spaces[:, _examples(label, spaces.shape[1], n_images)]
+        reach = np.quantile(np.abs(shown), 0.995, axis=(1, 2))[:, None, None] + 1e-12
+        side = (WIDTH - 1.15) / shown.shape[1]  # beside the titles
+        figure = _figure(len(shown) * side * _aspect(image_shape) + 0.1)
+        axes = figure.add_subplot()
+        centres = _draw_mosaic(axes, _grey(shown, -reach, reach), image_shape)
+        axes.set_yticks(centres, titles, fontsize=9)
+        axes.set_anchor("W")  # centred, the layout finds too little room for the titles
+        return figure
+    plane = _Plane.of(spaces[np.argmin(positions)])
+    n_columns = 2 if len(spaces) in (2, 4) else 3
+    n_rows = -(-len(spaces) // n_columns)
+    figure = _figure(n_rows * WIDTH / n_columns * 1.02)
+    for i, (space, title) in enumerate(zip(spaces, titles, strict=True)):
+        axes = figure.add_subplot(n_rows, n_columns, i + 1)
+        points = plane(space)
+        _scatter(axes, points, label, size=3)
+        _limit(axes, points)
+        axes.set_title(title, fontsize=10)
+        axes.tick_params(labelsize=8)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(3, integer=True))
+    if plane.n_features > 2:
+        figure.supxlabel(plane.names[0], fontsize=10)
+        figure.supylabel(plane.names[1], fontsize=10)
+    return figure
+
+
+def plot_samples(
+    data: np.ndarray,
+    samples: np.ndarray,
+    label: np.ndarray | None,
+    cluster: np.ndarray,
+    image_shape: tuple[int, int, int] | None = None,
+    n_images: int = 8,
+) -> Figure:
+    """Draw data by class beside samples of the mixture by cluster (Figure 3).
+
+    Classes and clusters are numbered independently, and so are their colours. Images: a row for
+    each class and each cluster, on one grey scale.
+
+    Args:
+        data: Points, (N, M).
+        samples: Points drawn from the mixture, (N', M).
+        label: Class of each data point, (N,); -1 is none. None if there are no classes.
+        cluster: Cluster that each sample came from, (N',).
+        image_shape: (channels, height, width), None for tables.
+        n_images: Images of a row.
+
+    Raises:
+        ValueError: If shapes disagree.
+    """
+    data, samples = np.asarray(data), np.asarray(samples)
+    if data.ndim != 2 or samples.ndim != 2 or data.shape[1] != samples.shape[1]:
+        raise ValueError(
+            f"data and samples must be (N, M) and (N', M): got {data.shape} and {samples.shape}"
+        )
+    _check_group("label", label, len(data))
+    _check_group("cluster", cluster, len(samples))
+    titles = ("data" if label is None else "data, by class", "samples, by cluster")
+    if image_shape is not None:
+        low, high = data.min(), data.max()
+        n_rows = len(np.unique(cluster))
+        grids = (
+            _grid(data, label, n_images, n_rows),
+            _grid(samples, cluster, n_images, n_rows),
+        )
+        tallest = max(len(grid) for grid in grids)
+        figure = _figure(tallest * 0.46 * WIDTH / n_images * _aspect(image_shape) + 0.35)
+        for i, (grid, title) in enumerate(zip(grids, titles, strict=True)):
+            axes = figure.add_subplot(1, 2, i + 1)
+            _draw_mosaic(axes, _grey(grid, low, high), image_shape)
+            axes.set_title(title, fontsize=10)
+            axes.set_anchor("N")
+        return figure
+    plane = _Plane.of(data)
+    both = np.concatenate([plane(data), plane(samples)])
+    figure = _figure(WIDTH / 2 + 0.35)
+    for i, (x, group, title) in enumerate(
+        zip((data, samples), (label, cluster), titles, strict=True)
+    ):
+        axes = figure.add_subplot(1, 2, i + 1)
+        _scatter(axes, plane(x), group, size=4)
+        _limit(axes, both)
+        _name_axes(axes, plane)
+        axes.set_title(title, fontsize=10)
+        if i:
+            axes.set_ylabel("")
+            axes.tick_params(labelleft=False)
+    return figure
+
+
+def plot_trajectory_means(
+    mean: np.ndarray,
+    image_shape: tuple[int, int, int] | None = None,
+    row_labels: Sequence[str] | None = None,
+    share: np.ndarray | None = None,
+    data: np.ndarray | None = None,
+    n_shown: int = 25,
+) -> Figure:
+    """Draw the means along every trajectory, from t = 0 to t = 1 (Figures 4 and 5).
+
+    Images: a row for each trajectory, read from left to right. Tables: a path for each trajectory,
+    along two principal components (of the data if given) if there are more than two features;
+    a path darkens with pseudotime and ends in a square. Components that are the most likely one for
+    no point are faded in a row of images, hollow on a path.
+
+    Args:
+        mean: Means of the components in the order of pseudotime, (C, G, M).
+        image_shape: (channels, height, width), None for tables.
+        row_labels: Names of the trajectories, C strings.
+        share: Share of the points for which each component is the most likely, (C, G).
+        data: Points behind the paths, (N, M); images do not need them.
+        n_shown: Largest number of images in a row; more pseudotimes are thinned evenly.
+
+    Raises:
+        ValueError: If shapes disagree.
+    """
+    mean = np.asarray(mean)
+    share = np.ones(mean.shape[:2]) if share is None else np.asarray(share)
+    if mean.ndim != 3 or share.shape != mean.shape[:2]:
+        raise ValueError(
+            f"mean must be (C, G, M) and share (C, G): got {mean.shape} and {share.shape}"
+        )
+    n_clusters = len(mean)
+    row_labels = [f"cluster {c}" for c in range(n_clusters)] if row_labels is None else row_labels
+    if len(row_labels) != n_clusters:
+        raise ValueError(f"{n_clusters} trajectories need as many labels: got {len(row_labels)}")
+    row_labels = [text if len(text) <= 45 else text[:44] + "…" for text in row_labels]
+    if image_shape is None:
+        return _plot_paths(mean, row_labels, share == 0, data)
+
+    thin = _thin(mean.shape[1], n_shown)
+    shown, idle = mean[:, thin], share[:, thin] == 0
+    images = _grey(shown, *np.quantile(shown, [0.005, 0.995]))
+    images = np.where(idle[..., None], 0.25 * images + 0.75, images)
+    # Labels stand in the gaps between the rows: their height in pixels follows from that in inches.
+    _, height, width = image_shape
+    gap = _gap(width)
+    n_columns = max(len(thin), 12)
+    pixel = 0.98 * WIDTH / (n_columns * (width + gap))
+    label_height = 0.22
+    figure = _figure(n_clusters * (height * pixel + label_height) + label_height + 0.1)
+    axes = figure.add_subplot()
+    centres = _draw_mosaic(axes, images, image_shape, row_gap=label_height / pixel)
+    axes.set_xlim(-0.5, n_columns * (width + gap) - gap - 0.5)
+    axes.set_ylim(
+        centres[-1] + height / 2 + label_height / pixel,
+        centres[0] - height / 2 - label_height / pixel,
+    )
+    for centre, text in zip(centres, row_labels, strict=True):
+        top = centre - height / 2 - 0.15 * label_height / pixel
+        axes.text(-0.5, top, text, fontsize=9, va="baseline", parse_math=False)
+    foot = centres[-1] + height / 2 + 0.2 * label_height / pixel
+    axes.text(-0.5, foot, "t = 0", fontsize=9, va="top")
+    last = (len(thin) - 1) * (width + gap) + width - 0.5
+    axes.text(last, foot, "t = 1", fontsize=9, va="top", ha="right")
+    return figure
+
+
+def plot_components(
+    mean: np.ndarray,
+    covariance: np.ndarray,
+    cluster: np.ndarray,
+    data: np.ndarray,
+    n_std: float = 2.0,
+) -> Figure:
+    """Draw the components in the plane over the data (Figure 1).
+
+    Colour is the cluster; the shade darkens with pseudotime, the order of the components.
+
+    Args:
+        mean: (K, 2).
+        covariance: (K, 2, 2).
+        cluster: Cluster of each component, (K,); within one, components follow pseudotime.
+        data: Points, (N, 2).
+        n_std: Radius of the ellipses in standard deviations.
+
+    Raises:
+        ValueError: If shapes disagree or are not of the plane.
+    """
+    mean, covariance, cluster = np.asarray(mean), np.asarray(covariance), np.asarray(cluster)
+    data = np.asarray(data)
+    k = len(mean)
+    shapes = (mean.shape, covariance.shape, cluster.shape, data.shape[1:])
+    if shapes != ((k, 2), (k, 2, 2), (k,), (2,)):
+        raise ValueError(
+            "components are drawn in the plane: expected mean (K, 2), covariance (K, 2, 2), "
+            f"cluster (K,) and data (N, 2), got {', '.join(map(str, shapes[:3]))} and {data.shape}"
+        )
+    variance, axes_of = np.linalg.eigh(covariance)  # (K, 2), (K, 2, 2), ascending
+    size = 2 * n_std * np.sqrt(variance)
+    angle = np.degrees(np.arctan2(axes_of[:, 1, 0], axes_of[:, 0, 0]))
+    colours = np.empty((k, 3))
+    for c in np.unique(cluster):
+        members = np.flatnonzero(cluster == c)
+        for t, i in zip(_pseudotimes(len(members)), members, strict=True):
+            colours[i] = _shade(_colour(c), t)
+    figure = _figure(WIDTH)
+    axes = figure.add_subplot()
+    _scatter(axes, data, None, size=4, colour="#c4c4c4")
+    for alpha, width in ((0.12, 0.0), (1.0, 0.9)):  # faces below all outlines
+        axes.add_collection(
+            EllipseCollection(
+                *size.T,
+                angle,
+                units="xy",
+                offsets=mean,
+                offset_transform=axes.transData,
+                facecolors=colours if width == 0 else "none",
+                edgecolors=colours if width else "none",
+                linewidths=width,
+                alpha=alpha,
+            )
+        )
+    reach = n_std * np.sqrt(variance[:, 1:])
+    _limit(axes, np.concatenate([data, mean - reach, mean + reach]), robust=False)
+    axes.set_xlabel("feature 1", fontsize=10)
+    axes.set_ylabel("feature 2", fontsize=10)
+    _key(figure, [(f"cluster {c}", _colour(c)) for c in np.unique(cluster)])
+    return figure
+
+
+def plot_history(history: pd.DataFrame, n_spaces: int) -> Figure:
+    """Draw training and validation loss through the curriculum.
+
+    Bands are the spaces; losses of different spaces are in units of those spaces and do not
+    compare. The best validation loss is looked for where weights are chosen, while fine-tuning.
+    Spikes far above the rest are cut off.
+
+    Args:
+        history: A row for each epoch with columns ``step``, ``space`` (V while fine-tuning),
+            ``train`` and ``validation``, the last two in nats per dimension; NaN is left out.
+        n_spaces: V.
+
+    Raises:
+        ValueError: If a column is missing or there are no rows.
+    """
+    missing = {"step", "space", "train", "validation"} - set(history.columns)
+    if missing or history.empty:
+        raise ValueError(
+            f"history needs rows and the columns step, space, train and validation: got "
+            f"{len(history)} rows, {', '.join(sorted(missing)) or 'none'} missing"
+        )
+    step = history["step"].to_numpy(float)
+    space = history["space"].to_numpy(int)
+    begin = np.concatenate([[0.0], step[:-1]])
+    tuning = space >= n_spaces
+    figure = _figure(0.62 * WIDTH)
+    axes = figure.add_subplot()
+    for v in np.unique(space[~tuning])[::2]:
+        inside = space == v
+        axes.axvspan(begin[inside].min(), step[inside].max(), color="#ececec", lw=0, zorder=0)
+    axes.plot(step, history["train"], color=PALETTE[0], lw=1.6, label="train")
+    axes.plot(step, history["validation"], color=PALETTE[3], lw=1.6, ls="--", label="validation")
+    over = axes.get_xaxis_transform()
+    if (~tuning).any():
+        middle = (begin[~tuning].min() + step[~tuning].max()) / 2
+        text = f"{n_spaces} spaces: latent → input"
+        axes.text(middle, 1.02, text, transform=over, ha="center", fontsize=9)
+    if tuning.any():
+        start = begin[tuning].min()
+        axes.axvline(start, color="#555555", lw=1, ls=":")
+        middle = (start + step[tuning].max()) / 2
+        axes.text(middle, 1.02, "fine-tuning", transform=over, ha="center", fontsize=9)
+        chosen = history["validation"].where(tuning)
+        if chosen.notna().any():
+            i = int(np.nanargmin(chosen.to_numpy(float)))
+            axes.plot(
+                step[i],
+                chosen.iloc[i],
+                ls="",
+                marker="*",
+                ms=13,
+                mfc=PALETTE[1],
+                mec="black",
+                mew=0.7,
+                clip_on=False,
+                label=f"best {chosen.iloc[i]:.3f} at step {step[i]:.0f}",
+            )
+    loss = history[["train", "validation"]].to_numpy(float)
+    loss = loss[np.isfinite(loss)]
+    if loss.size:
+        low, high = loss.min(), np.quantile(loss, 0.98)
+        margin = 0.08 * (high - low) + 1e-3
+        axes.set_ylim(low - margin, min(loss.max(), high + 0.2 * (high - low)) + margin)
+    axes.set_xlim(0, step.max())
+    axes.set_xlabel("step", fontsize=10)
+    axes.set_ylabel("nats per dimension", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    return figure
+
+
+def plot_confusion(
+    table: np.ndarray, class_names: Sequence[str], match: np.ndarray | None = None
+) -> Figure:
+    """Draw how each class spreads over the clusters.
+
+    Clusters stand in the order of the classes they are matched with, those left over last; a frame
+    marks each match. Shade is the share of the class, numbers are points.
+
+    Args:
+        table: Points by class and cluster, (n_classes, C).
+        class_names: n_classes strings.
+        match: Class of each cluster, (C,), -1 for none, as ``metrics.match_clusters`` returns it.
+
+    Raises:
+        ValueError: If shapes disagree.
+    """
+    table = np.asarray(table)
+    match = np.full(table.shape[1:], -1) if match is None else np.asarray(match)
+    if table.ndim != 2 or table.shape != (len(class_names), len(match)):
+        raise ValueError(
+            f"table must be (n_classes, C): got {table.shape} for {len(class_names)} classes and "
+            f"{len(match)} matched clusters"
+        )
+    n_classes, n_clusters = table.shape
+    order = np.argsort(np.where(match < 0, n_classes, match), kind="stable")
+    share = table / np.maximum(table.sum(1, keepdims=True), 1)
+    figure = _figure(np.clip(0.76 * WIDTH * n_classes / n_clusters, 1.5, 2 * WIDTH) + 0.55)
+    axes = figure.add_subplot()
+    image = axes.imshow(share[:, order], cmap="Blues", vmin=0, vmax=1, interpolation="none")
+    for column, c in enumerate(order):
+        if match[c] >= 0:
+            corner = (column - 0.5, match[c] - 0.5)
+            axes.add_patch(
+                Rectangle(corner, 1, 1, fill=False, ec=PALETTE[3], lw=1.8, clip_on=False)
+            )
+        for row in range(n_classes if n_clusters <= 16 else 0):
+            if table[row, c]:
+                colour = "white" if share[row, c] > 0.55 else "black"
+                text = str(table[row, c])
+                size = 9 if n_clusters <= 10 and len(text) < 5 else 7
+                axes.text(column, row, text, color=colour, fontsize=size, ha="center", va="center")
+    size = 9 if n_clusters <= 16 else 6
+    axes.set_xticks(range(n_clusters), [str(c) for c in order], fontsize=size)
+    axes.set_yticks(range(n_classes), [_plain(name) for name in class_names], fontsize=9)
+    axes.set_xlabel("cluster", fontsize=10)
+    axes.set_ylabel("class", fontsize=10)
+    bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.02)
+    bar.set_ticks([0, 0.5, 1], labels=["0 %", "50 %", "100 %"], fontsize=9)
+    bar.set_label("share of the class", fontsize=10)
+    return figure
+
+
+def plot_discretization(
+    n_pseudotimes: Sequence[int], density: Sequence[float], unit: str
+) -> Figure:
+    """Draw density against the number of pseudotimes at which trajectories are extracted.
+
+    Args:
+        n_pseudotimes: Values of G.
+        density: Negative log-density of test data at each, lower is better.
+        unit: Of ``density``.
+
+    Raises:
+        ValueError: If the two differ in length, or are empty.
+    """
+    if len(n_pseudotimes) != len(density) or len(density) == 0:
+        raise ValueError(
+            f"need one density for each G: got {len(n_pseudotimes)} values of G and {len(density)}"
+        )
+    order = np.argsort(n_pseudotimes)
+    g, y = np.asarray(n_pseudotimes)[order], np.asarray(density, float)[order]
+    figure = _figure(0.55 * WIDTH)
+    axes = figure.add_subplot()
+    axes.plot(g, y, color=PALETTE[0], marker="o", lw=1.6)
+    for x, value in zip(g, y, strict=True):
+        axes.annotate(
+            f"{value:.3f}", (x, value), (0, 8), textcoords="offset points", ha="center", fontsize=9
+        )
+    axes.set_xscale("log")
+    axes.set_xticks(g, [str(value) for value in g], fontsize=9)
+    axes.xaxis.set_minor_locator(NullLocator())
+    # At least 0.02 from top to bottom: differences in the last digit are not to look like effects.
+    finite = y[np.isfinite(y)]
+    if finite.size:
+        middle = (finite.min() + finite.max()) / 2
+        reach = max(0.8 * np.ptp(finite), 0.01)
+        axes.set_ylim(middle - reach, middle + reach)
+    axes.margins(x=0.1)
+    axes.set_xlabel("pseudotimes of a trajectory, G", fontsize=10)
+    axes.set_ylabel(unit, fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+@dataclass(frozen=True)
+class _Plane:
+    """Two axes to look along: the features themselves, or two principal components."""
+
+    origin: np.ndarray
+    axes: np.ndarray
+    names: tuple[str, str]
+
+    @classmethod
+    def of(cls, x: np.ndarray) -> _Plane:
+        n_features = x.shape[1]
+        if n_features < 2:
+            raise ValueError(f"scatter plots need at least 2 features: got {n_features}")
+        if n_features == 2:
+            return cls(np.zeros(2), np.eye(2), ("feature 1", "feature 2"))
+        origin = x.mean(0)
+        variance, vectors = np.linalg.eigh(np.cov(x - origin, rowvar=False))
+        axes = vectors[:, [-1, -2]]
+        axes = axes * np.sign(axes[np.abs(axes).argmax(0), [0, 1]])  # eigh leaves signs open
+        part = variance[[-1, -2]] / max(variance.sum(), 1e-300)
+        names = [f"PC {i + 1} ({100 * p:.0f} %)" for i, p in enumerate(part)]
+        return cls(origin, axes, tuple(names))
+
+    @property
+    def n_features(self) -> int:
+        return len(self.origin)
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        return (x - self.origin) @ self.axes  # (..., 2)
+
+
+def _plot_paths(
+    mean: np.ndarray, row_labels: list[str], idle: np.ndarray, data: np.ndarray | None
+) -> Figure:
+    plane = _Plane.of(mean.reshape(-1, mean.shape[2]) if data is None else np.asarray(data))
+    paths = plane(mean)  # (C, G, 2)
+    seen = [paths.reshape(-1, 2)]
+    figure = _figure(WIDTH)
+    axes = figure.add_subplot()
+    if data is not None:
+        seen.append(plane(np.asarray(data)))
+        _scatter(axes, seen[1], None, size=4, colour="#c4c4c4")
+    for c, path in enumerate(paths):
+        colours = [_shade(_colour(c), t) for t in _pseudotimes(len(path))]
+        axes.plot(*path.T, color=_colour(c), lw=1.2, zorder=2)
+        axes.scatter(
+            *path.T,
+            s=26,
+            c=["white" if dim else to_hex(rgb) for dim, rgb in zip(idle[c], colours, strict=True)],
+            edgecolors=colours,
+            linewidths=1.0,
+            zorder=3,
+        )
+        axes.scatter(*path[-1], s=52, marker="s", color=[colours[-1]], zorder=4)
+    _limit(axes, np.concatenate(seen), robust=False)
+    _name_axes(axes, plane)
+    _key(figure, [(text, _colour(c)) for c, text in enumerate(row_labels)])
+    return figure
+
+
+def _figure(height: float) -> Figure:
+    return Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained", facecolor="white")
+
+
+def _colour(group: int) -> str:
+    return GREY if group < 0 else PALETTE[int(group) % len(PALETTE)]
+
+
+def _marker(group: int) -> str:
+    return "x" if group < 0 else MARKERS[int(group) // len(PALETTE) % len(MARKERS)]
+
+
+def _shade(colour: str, t: float) -> np.ndarray:
+    """Lighten a colour at pseudotime 0, darken it at 1."""
+    rgb = np.array(to_rgb(colour))
+    return rgb + (1 - rgb) * 0.7 * (1 - 2 * t) if t < 0.5 else rgb * (1 - 0.5 * (2 * t - 1))
+
+
+def _pseudotimes(n: int) -> np.ndarray:
+    return np.linspace(0, 1, n) if n > 1 else np.full(n, 0.5)
+
+
+def _thin(n: int, n_most: int) -> np.ndarray:
+    """Choose evenly among n things, both ends included."""
+    return np.linspace(0, n - 1, min(n, n_most)).round().astype(int)
+
+
+def _plain(text: object) -> str:
+    """Keep a name from being read as mathematics."""
+    return str(text).replace("$", r"\$")
+
+
+def _name_position(v: float) -> str:
+    end = {0.0: " (input)", 1.0: " (latent)"}.get(round(float(v), 6), "")
+    return f"v = {float(v):.3g}{end}"
+
+
+def _check_group(name: str, group: np.ndarray | None, n: int) -> None:
+    if group is not None and np.shape(group) != (n,):
+        raise ValueError(f"{name} must be ({n},), one for each point: got {np.shape(group)}")
+
+
+def _scatter(
+    axes: Axes, x: np.ndarray, group: np.ndarray | None, size: float, colour: str = PALETTE[0]
+) -> None:
+    keep = _thin(len(x), N_POINTS)
+    x = x[keep]
+    size = size * np.clip(np.sqrt(1000 / max(len(x), 1)), 1, 3)  # few points may be larger
+    if group is None:
+        axes.scatter(*x.T, s=size, color=colour, linewidths=0, rasterized=True)
+        return
+    group = np.asarray(group)[keep]
+    for g in np.unique(group):
+        width = 0.6 if g < 0 else 0  # a cross is all outline
+        axes.scatter(
+            *x[group == g].T,
+            s=3 * size if g < 0 else size,
+            color=_colour(g),
+            marker=_marker(g),
+            linewidths=width,
+            rasterized=True,
+        )
+
+
+def _limit(axes: Axes, x: np.ndarray, robust: bool = True) -> None:
+    """Set equal scales that show all points, or all but the outermost 0.2 % along each axis."""
+    low, high = np.quantile(x, [0.001, 0.999] if robust else [0, 1], axis=0)
+    middle, reach = (low + high) / 2, 0.54 * max((high - low).max(), 1e-9)
+    axes.set_xlim(middle[0] - reach, middle[0] + reach)
+    axes.set_ylim(middle[1] - reach, middle[1] + reach)
+    axes.set_aspect("equal")
+
+
+def _name_axes(axes: Axes, plane: _Plane) -> None:
+    axes.set_xlabel(plane.names[0], fontsize=10)
+    axes.set_ylabel(plane.names[1], fontsize=10)
+    axes.tick_params(labelsize=9)
+
+
+def _key(figure: Figure, groups: list[tuple[str, str]]) -> None:
+    """Explain colours, (text, colour), if they are few, and the shades of pseudotime."""
+    line = {"ls": "", "marker": "o", "ms": 7}
+    blank = Line2D([], [], ls="", label=" ")
+    shown = groups if len(groups) <= N_LEGEND else []
+    entries = [Line2D([], [], color=c, label=_plain(text), **line) for text, c in shown]
+    times = [
+        Line2D([], [], color=_shade("#808080", t), label=f"t = {t:g}", **line)
+        for t in (0.0, 0.5, 1.0)
+    ]
+    column = 0.55 + 0.075 * max((len(text) for text, _ in shown), default=0)  # inches, about
+    most = int(np.clip((WIDTH - 0.9) // column, 1, 3))  # columns of clusters
+    n_rows = max(len(times), -(-len(entries) // most))
+    entries += [blank] * (-len(entries) % n_rows) + times  # pseudotimes get a column of their own
+    n_columns = -(-len(entries) // n_rows)
+    entries += [blank] * (n_columns * n_rows - len(entries))
+    figure.set_figheight(0.95 * WIDTH + 0.19 * n_rows)
+    figure.legend(
+        handles=entries, loc="outside lower center", ncols=n_columns, frameon=False, fontsize=9
+    )
+
+
+def _examples(label: np.ndarray | None, n: int, n_images: int) -> np.ndarray:
+    """Choose points of as many classes as possible, in the order of the classes, (n_images,)."""
+    if label is None:
+        return np.arange(min(n, n_images))
+    label = np.asarray(label)
+    turn = np.zeros(n, int)  # how many of its class come before a point
+    for g in np.unique(label):
+        turn[label == g] = np.arange((label == g).sum())
+    chosen = np.lexsort((np.arange(n), label, turn))[:n_images]
+    return chosen[np.lexsort((chosen, label[chosen]))]
+
+
+def _grid(x: np.ndarray, group: np.ndarray | None, n_columns: int, n_rows: int) -> np.ndarray:
+    """Lay points out by group, or in their order, NaN where there are none, (rows, columns, M)."""
+    if group is None:
+        parts = [x[i * n_columns : (i + 1) * n_columns] for i in range(n_rows)]
+    else:
+        group = np.asarray(group)
+        parts = [x[group == g][:n_columns] for g in np.unique(group)[:20]]
+    grid = np.full((len(parts), n_columns, x.shape[1]), np.nan)
+    for row, part in zip(grid, parts, strict=True):
+        row[: len(part)] = part
+    return grid
+
+
+def _grey(x: np.ndarray, low: np.ndarray | float, high: np.ndarray | float) -> np.ndarray:
+    return np.clip((x - low) / np.maximum(high - low, 1e-12), 0, 1)
+
+
+def _gap(width: int) -> int:
+    return max(1, width // 12)
+
+
+def _aspect(image_shape: tuple[int, int, int]) -> float:
+    return image_shape[1] / image_shape[2]
+
+
+def _draw_mosaic(
+    axes: Axes, images: np.ndarray, image_shape: tuple[int, int, int], row_gap: float = 0
+) -> np.ndarray:
+    """Draw a grid of images, (rows, columns, M) in [0, 1], NaN for none, one pixel a unit.
+
+    Returns:
+        Vertical centre of each row, (rows,).
+    """
+    channels, height, width = image_shape
+    if images.shape[2] != channels * height * width or channels not in (1, 3):
+        raise ValueError(
+            f"image_shape must be (1 or 3, height, width) for {images.shape[2]} features: got "
+            f"{tuple(image_shape)}"
+        )
+    gap = _gap(width)
+    row_gap = max(row_gap, gap)
+    n_rows, n_columns = images.shape[:2]
+    images = images.reshape(n_rows, n_columns, channels, height, width)
+    images = np.nan_to_num(np.broadcast_to(images, (n_rows, n_columns, 3, height, width)), nan=1.0)
+    for i, row in enumerate(images):
+        strip = np.ones((height, n_columns * (width + gap) - gap, 3))
+        for j, image in enumerate(row):
+            left = j * (width + gap)
+            strip[:, left : left + width] = image.transpose(1, 2, 0)
+        top = i * (height + row_gap) - 0.5
+        extent = (-0.5, strip.shape[1] - 0.5, top + height, top)
+        axes.imshow(strip, extent=extent, interpolation="none")
+    axes.set_xlim(-0.5, strip.shape[1] - 0.5)
+    axes.set_ylim(top + height, -0.5)
+    axes.spines[:].set_visible(False)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.tick_params(length=0)
+    return np.arange(n_rows) * (height + row_gap) + height / 2 - 0.5

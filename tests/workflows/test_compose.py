@@ -1,0 +1,70 @@
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from workflows.compose import compose_preset, flatten
+
+PRESETS = sorted(path.stem for path in (ROOT / "conf" / "preset").glob("*.yaml"))
+
+
+def test_nested_overrides_become_hydra_syntax():
+    nested = {
+        "teacher": {"field": {"width": 9}},
+        "seed": 3,
+        "spaces": "noise",
+        "a": [1, "b c"],
+        "n": None,
+    }
+    assert list(flatten(nested)) == [
+        "teacher.field.width=9", "seed=3", "spaces=noise", "a=[1,'b c']", "n=null",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_composes_and_keeps_its_name(preset):
+    needs = {"csv": ["data.options.path=x.csv"], "npy": ["data.options.path=x.npy"]}
+    config = compose_preset(preset, needs.get(preset, []))
+    assert config["name"] == preset
+    assert yaml.safe_load(yaml.safe_dump(config)) == config
+
+
+def test_an_override_changes_its_value_alone():
+    plain, changed = (
+        compose_preset("digits", []),
+        compose_preset("digits", ["teacher.batch_size=7"]),
+    )
+    assert changed["teacher"].pop("batch_size") == 7
+    plain["teacher"].pop("batch_size")
+    assert plain == changed
+
+
+def test_a_group_override_swaps_the_group():
+    assert compose_preset("digits", ["spaces=noise"])["spaces"]["kind"] == "noise"
+
+
+@pytest.mark.parametrize(
+    ("preset", "override", "named"),
+    [
+        ("digit", "seed=0", "unknown preset 'digit'"),
+        ("digits", "teacher.epocs=9", "epocs"),
+        ("digits", "spaces=nose", "nose"),
+        ("digits", "cpmm.field.width", "cpmm.field.width"),
+        ("csv", "seed=0", "path"),
+    ],
+)
+def test_a_typo_is_named(preset, override, named):
+    with pytest.raises(ValueError, match="cannot be composed|unknown preset") as error:
+        compose_preset(preset, [override])
+    assert named in str(error.value)
+
+
+def test_the_command_ends_with_one_line(tmp_path):
+    command = [sys.executable, ROOT / "workflows" / "compose.py", "digit", tmp_path / "c.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("config: error: unknown preset 'digit': choose one of ")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "c.yaml").exists()

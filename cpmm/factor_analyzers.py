@@ -106,8 +106,8 @@ def capacitance_cholesky(fa: FactorAnalyzers) -> tuple[Tensor, Tensor]:
         raise FloatingPointError(
             f"{bad} of {fa.n_components} capacitance matrices I + A^T D^-1 A are not "
             f"positive definite: smallest log-variance {fa.log_diagonal.min().item():.3g}, largest "
-            f"loading {fa.loading.abs().max().item():.3g}; raise the floor of log d or lower the "
-            "learning rate"
+            f"loading {fa.loading.abs().max().item():.3g}; the run has diverged: lower "
+            "cpmm.learning_rate or cpmm.gradient_clip, or raise cpmm.log_diagonal_floor"
         )
     return cholesky, scaled
 

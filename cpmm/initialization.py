@@ -6,14 +6,15 @@ import warnings
 
 import numpy as np
 import torch
-from sklearn.cluster import KMeans, SpectralClustering
+from sklearn.cluster import AgglomerativeClustering, KMeans
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from torch import Tensor
 
 from cpmm.factor_analyzers import FactorAnalyzers, component_log_prob
 from cpmm.trajectory import StateLayout
 
-PARTITIONS = ("kmeans", "analyzers", "spectral")
+PARTITIONS = ("kmeans", "analyzers", "linkage")
 INITIALIZATIONS = ("gaussian", "random", *PARTITIONS)
 
 
@@ -96,7 +97,7 @@ def partition(
     layout: StateLayout,
     generator: torch.Generator,
     restarts: int = 10,
-    n_neighbors: int = 10,
+    outlier_share: float = 0.0,
 ) -> Tensor:
     """Group points without labels, as a start for the trajectories.
 
@@ -109,7 +110,7 @@ def partition(
         layout: For the number of factors and the floor of log d; "analyzers" only.
         generator: Source of every draw.
         restarts: Starts of k-means.
-        n_neighbors: Neighbours in the graph; "spectral" only.
+        outlier_share: Share of points that may stand between the groups; "linkage" only.
 
     Returns:
         (N,), integers in [0, C).
@@ -122,17 +123,8 @@ def partition(
         return kmeans(x, n_groups, generator, restarts)
     if kind == "analyzers":
         return local_analyzer_groups(x, n_groups, layout, restarts, generator)
-    if kind == "spectral":
-        model = SpectralClustering(
-            n_groups,
-            affinity="nearest_neighbors",
-            n_neighbors=min(n_neighbors, len(x)),
-            random_state=int(torch.randint(2**31, (1,), generator=generator)),
-        )
-        with warnings.catch_warnings():
-            # A graph in several pieces is what well separated groups look like.
-            warnings.filterwarnings("ignore", "Graph is not fully connected", UserWarning)
-            return torch.from_numpy(model.fit_predict(x.double().numpy()).astype(np.int64))
+    if kind == "linkage":
+        return linkage_groups(x, n_groups, outlier_share)
     raise ValueError(f"partition {kind!r} is unknown: choose one of {', '.join(PARTITIONS)}")
 
 
@@ -155,6 +147,33 @@ def kmeans(x: Tensor, n_clusters: int, generator: torch.Generator, n_init: int =
             "the number of clusters"
         )
     return label
+
+
+def linkage_groups(x: Tensor, n_groups: int, outlier_share: float, n_neighbors: int = 10) -> Tensor:
+    """Group points by single linkage, leaving out the sparsest until the groups stand.
+
+    Args:
+        x: Points, (N, M).
+        n_groups: C.
+        outlier_share: Share of the points left out, those farthest from their ``n_neighbors``-th
+            neighbour; each then joins the group of its nearest point.
+        n_neighbors: Neighbours that density is measured by.
+
+    Returns:
+        (N,), integers in [0, C).
+
+    Raises:
+        ValueError: If the share is not in [0, 1).
+    """
+    if not 0 <= outlier_share < 1:
+        raise ValueError(f"outlier_share is {outlier_share}: expected 0 <= outlier_share < 1")
+    points = x.double().numpy()
+    n_neighbors = min(n_neighbors, len(points))
+    distance = NearestNeighbors(n_neighbors=n_neighbors).fit(points).kneighbors(points)[0][:, -1]
+    dense = distance <= np.quantile(distance, 1 - outlier_share)
+    label = AgglomerativeClustering(n_groups, linkage="single").fit_predict(points[dense])
+    nearest = KNeighborsClassifier(1).fit(points[dense], label)
+    return torch.from_numpy(nearest.predict(points).astype(np.int64))
 
 
 def local_analyzer_groups(

@@ -135,13 +135,20 @@ def test_partitions_find_separated_groups_and_repeat(blobs, kind):
     assert first.unique().tolist() == [0, 1, 2]
 
 
-def test_spectral_groups_follow_curves(generator):
+def test_linked_groups_follow_curves_past_outliers(generator):
     angle = torch.rand(400, generator=generator) * 2 * math.pi
     radius = torch.tensor([1.0, 3.0]).repeat(200)
     x = radius[:, None] * torch.stack([angle.cos(), angle.sin()], 1)
-    group = partition("spectral", x, 2, StateLayout(2, 1), generator)
-    agree = float((group == (radius > 2)).float().mean())
+    outliers = torch.tensor([[2.0, 0.0], [0.0, 2.0], [9.0, 9.0]])
+    points = torch.cat([x, outliers])
+    group = partition(
+        "linkage", points, 2, StateLayout(2, 1), generator, outlier_share=3 / len(points)
+    )
+    agree = float((group[:400] == (radius > 2)).float().mean())
     assert max(agree, 1 - agree) == 1
+    assert set(group.tolist()) == {0, 1}
+    with pytest.raises(ValueError, match="outlier_share is 1"):
+        partition("linkage", points, 2, StateLayout(2, 1), generator, outlier_share=1)
 
 
 def test_fewer_distinct_points_than_clusters_raise(generator):

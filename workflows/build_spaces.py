@@ -86,7 +86,9 @@ def _carry(teacher: Flow, state: Tensor, start: float, end: float, batch_size: i
     with torch.no_grad():
         return torch.cat(
             [
-                teacher.transform(part.to(device), part.new_tensor([end]).to(device), start, end)[0].cpu()
+                teacher.transform(part.to(device), part.new_tensor([end]).to(device), start, end)[
+                    0
+                ].cpu()
                 for part in state.split(batch_size)
             ]
         )

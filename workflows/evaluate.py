@@ -62,7 +62,10 @@ def main(folder: Path, config: Config) -> str:
                 "n_components": 1,
                 "n_parameters": data.n_features * (data.n_features + 3) // 2,
             },
-            "kmeans": {"name": f"k-means, {mixture.n_clusters} clusters", **_kmeans(score, mixture, seed)},
+            "kmeans": {
+                "name": f"k-means, {mixture.n_clusters} clusters",
+                **_kmeans(score, mixture, seed),
+            },
         }
         if needs_teacher(config):
             models["teacher"] = {
@@ -156,7 +159,9 @@ def _train_direct(
     label = kmeans(x, n_components, generator)
     starts = [
         DirectMixture(
-            local_factor_analyzers(x, label, n_components, config["cpmm"]["n_factors"], floor, shrinkage),
+            local_factor_analyzers(
+                x, label, n_components, config["cpmm"]["n_factors"], floor, shrinkage
+            ),
             floor,
         )
         for shrinkage in options["shrinkages"]
@@ -202,7 +207,9 @@ def _kmeans(score: _Scorer, mixture: Mixture, seed: int) -> dict[str, float]:
     return score.clusters(model.predict(score.z.numpy()).astype(int), mixture.n_clusters)
 
 
-def _score_teacher(folder: Path, config: Config, data: DataSplits, score: _Scorer) -> dict[str, float]:
+def _score_teacher(
+    folder: Path, config: Config, data: DataSplits, score: _Scorer
+) -> dict[str, float]:
     """Density of the teacher by a solve at the stated tolerance."""
     import torch
 
@@ -232,7 +239,9 @@ def _discretize(folder: Path, config: Config, data: DataSplits, score: _Scorer) 
 
     trajectories, _ = load_trajectories(folder, config, data)
     return {
-        str(n): score.density(trajectories.mixture(pseudotime_grid(n)).to(torch.float64).log_prob)["density"]
+        str(n): score.density(trajectories.mixture(pseudotime_grid(n)).to(torch.float64).log_prob)[
+            "density"
+        ]
         for n in config["evaluation"]["discretizations"]
     }
 
@@ -261,23 +270,35 @@ def _rules(config: Config, data: DataSplits) -> dict[str, str]:
         f"for {options['direct']['epochs']} epochs; best epoch by validation.",
     }
     if data.label is not None:
-        rules["accuracy"] = "Share of test points whose cluster's class, matched one to one (Hungarian), is theirs."
+        rules["accuracy"] = (
+            "Share of test points whose cluster's class, matched one to one (Hungarian), is theirs."
+        )
         rules["nmi"] = "Normalized mutual information, arithmetic mean."
         rules["ari"] = "Adjusted Rand index."
         rules["purity"] = "Share of test points in the commonest class of their cluster."
     if needs_teacher(config):
         solver = options["teacher_solver"]
-        trace = "exact" if data.n_features <= config["teacher"]["exact_trace_up_to"] else "Hutchinson, fixed seed"
-        rules["teacher"] = f"{solver['method']}, tolerances {solver['rtol']:g}/{solver['atol']:g}; trace: {trace}."
+        trace = (
+            "exact"
+            if data.n_features <= config["teacher"]["exact_trace_up_to"]
+            else "Hutchinson, fixed seed"
+        )
+        rules["teacher"] = (
+            f"{solver['method']}, tolerances {solver['rtol']:g}/{solver['atol']:g}; trace: {trace}."
+        )
     return rules
 
 
-def _write_tables(out: Path, score: _Scorer, mixture: Mixture, discretization: dict[str, float]) -> None:
+def _write_tables(
+    out: Path, score: _Scorer, mixture: Mixture, discretization: dict[str, float]
+) -> None:
     import pandas as pd
 
     from cpmm.metrics import confusion
 
-    table = pd.DataFrame({"n_pseudotimes": list(map(int, discretization)), "density": list(discretization.values())})
+    table = pd.DataFrame(
+        {"n_pseudotimes": list(map(int, discretization)), "density": list(discretization.values())}
+    )
     table.to_csv(out / "discretization.csv", index=False)
     cluster = mixture.predict(score.z).numpy()
     points = pd.DataFrame({"cluster": cluster})
@@ -384,7 +405,11 @@ def _draws(data: DataSplits, n_draws: int, seed: int) -> Tensor:
 def _sizes(mixture: Mixture) -> str:
     sizes = set(mixture.cluster_sizes)
     fa = mixture.components
-    count = f"{mixture.n_clusters} x {sizes.pop()}" if len(sizes) == 1 else f"{fa.n_components} components"
+    count = (
+        f"{mixture.n_clusters} x {sizes.pop()}"
+        if len(sizes) == 1
+        else f"{fa.n_components} components"
+    )
     return f"{count}, R = {fa.n_factors}"
 
 

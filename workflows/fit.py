@@ -101,7 +101,9 @@ def fit(
     """
     precision = config["precision"]
     if precision not in PRECISIONS:
-        raise ValueError(f"trainer.precision is {precision!r}: choose one of {', '.join(PRECISIONS)}")
+        raise ValueError(
+            f"trainer.precision is {precision!r}: choose one of {', '.join(PRECISIONS)}"
+        )
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     checkpoint = scratch / "last.ckpt"
     started = time.monotonic()

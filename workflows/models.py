@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -84,7 +84,7 @@ def make_groups(config: Mapping[str, Any], data: DataSplits, seed: int) -> Tenso
         config["n_clusters"],
         make_layout(config, data),
         seeded_generator(seed, 13),
-        **pick(options, "restarts", "n_neighbors"),
+        **pick(options, "restarts", "outlier_share"),
     )
 
 

@@ -387,7 +387,10 @@ def _find_idx(
     for path in places:
         if path.is_file():
             return _decode_idx(path.read_bytes(), str(path), n_dims, md5)
-    looked = ", ".join(map(str, places)) or "nowhere, as data.options.folder and data.options.cache are null"
+    looked = (
+        ", ".join(map(str, places))
+        or "nowhere, as data.options.folder and data.options.cache are null"
+    )
     if not mirror:
         raise FileNotFoundError(
             f"{name} is missing, looked for: {looked}; set data.options.folder to the folder that holds "

@@ -31,15 +31,18 @@ def run_stage(main: Callable[[Path, Config], str], description: str) -> None:
     Exits with 1 and one message when the input is at fault; a bug shows its traceback.
     """
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("config", type=Path, help="composed configuration, data/<preset>/config.yaml")
+    parser.add_argument(
+        "config", type=Path, help="composed configuration, data/<preset>/config.yaml"
+    )
     path = parser.parse_args().config
     name = Path(sys.argv[0]).stem
     try:
         config = load_config(path)
-        if config["trainer"]["threads"]:
+        threads = config.get("trainer", {}).get("threads")
+        if threads:
             import torch  # after the arguments are parsed, so that --help is quick
 
-            torch.set_num_threads(config["trainer"]["threads"])
+            torch.set_num_threads(threads)
         print(f"{name}: {main(path.parent, config)}", flush=True)
     except EXPECTED_ERRORS as error:
         print(f"{name}: error: {describe(error)}", file=sys.stderr, flush=True)
@@ -63,7 +66,9 @@ def load_config(path: Path) -> Config:
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{path} is no configuration: expected a mapping, got {type(config).__name__}")
+        raise ValueError(
+            f"{path} is no configuration: expected a mapping, got {type(config).__name__}"
+        )
     return config
 
 

@@ -209,7 +209,9 @@ def open_spaces(folder: Path) -> Spaces:
         )
     positions = torch.tensor(attributes["positions"], dtype=torch.float64)
     if array.ndim != 3 or array.shape[0] != len(positions):
-        raise ValueError(f"{folder} has shape {array.shape}, its positions are {len(positions)}: {REMEDY}")
+        raise ValueError(
+            f"{folder} has shape {array.shape}, its positions are {len(positions)}: {REMEDY}"
+        )
     return Spaces(folder, array, attributes["n_train"], positions, attributes["fingerprint"])
 
 

@@ -37,7 +37,9 @@ def summarize(folder: Path) -> str:
         other = models.get("kmeans", {}).get("accuracy")
         beside = "" if other is None else f" (k-means {100 * other:.1f} %)"
         lines.append(f"  clustering       {100 * cpmm['accuracy']:.1f} % accuracy{beside}")
-    lines.append(f"  mixture          {cpmm['n_components']} components, {cpmm['n_parameters']} numbers")
+    lines.append(
+        f"  mixture          {cpmm['n_components']} components, {cpmm['n_parameters']} numbers"
+    )
     return "\n".join(lines)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from workflows.stage import Config, fingerprint, pick, publish, run_stage, scratch_folder
+from workflows.stage import Config, fingerprint, publish, run_stage, scratch_folder
 
 
 def main(folder: Path, config: Config) -> str:
@@ -12,14 +12,16 @@ def main(folder: Path, config: Config) -> str:
     import pandas as pd
 
     from workflows.fit import fit
-    from workflows.models import density_units, make_mixture_training
+    from workflows.models import make_mixture_training
     from workflows.store import load_prepared, open_spaces, save_model
 
     data, data_mark = load_prepared(folder / "prepared")
     options, seed = config["cpmm"], config["seed"]
     spaces = open_spaces(folder / "spaces") if options["curriculum"] else None
     spaces_mark = spaces.fingerprint if spaces else None
-    mark = fingerprint("cpmm", options, seed, config["trainer"]["precision"], data_mark, spaces_mark)
+    mark = fingerprint(
+        "cpmm", options, seed, config["trainer"]["precision"], data_mark, spaces_mark
+    )
     scratch = scratch_folder(folder, "train_cpmm", mark)
     module, rows = make_mixture_training(options, config["mixture"], data, spaces, seed)
     seconds = fit("train_cpmm", module, rows, config["trainer"], scratch, options["gradient_clip"])
@@ -28,7 +30,6 @@ def main(folder: Path, config: Config) -> str:
     save_model(out, "cpmm", module.model, header)
     pd.DataFrame(module.history).to_csv(out / "history.csv", index=False)
     publish(scratch, "cpmm", folder / "cpmm")
-    _, factor, _ = density_units(data)
     return (
         f"best validation {module.best['value']:.4f} nats/dim of the model's space after epoch "
         f"{module.best['epoch'] + 1} -> {folder / 'cpmm'}"

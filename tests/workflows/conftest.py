@@ -1,12 +1,13 @@
 """A pipeline small enough to run whole in seconds."""
 
-import subprocess
+import importlib
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
+import workflows.stage
 from workflows.compose import compose_preset
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,13 +64,18 @@ def stage_command(stage, folder):
 
 
 @pytest.fixture
-def run_stage():
-    """Run a stage as DVC does; return its exit status and what it printed."""
+def run_stage(capsys, monkeypatch):
+    """Run a stage as its command does, in this process; return its exit status and what it printed."""
 
     def run(stage, folder):
-        done = subprocess.run(
-            stage_command(stage, folder), capture_output=True, text=True, timeout=300, check=False
-        )
-        return done.returncode, done.stdout, done.stderr
+        module = importlib.import_module(f"workflows.{stage}")
+        monkeypatch.setattr(sys, "argv", [f"{stage}.py", str(folder / "config.yaml")])
+        capsys.readouterr()
+        try:
+            workflows.stage.run_stage(module.main, module.__doc__)
+            status = 0
+        except SystemExit as end:
+            status = end.code
+        return status, *capsys.readouterr()
 
     return run

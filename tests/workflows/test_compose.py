@@ -56,7 +56,7 @@ def test_a_group_override_swaps_the_group():
     ],
 )
 def test_a_typo_is_named(preset, override, named):
-    with pytest.raises(ValueError, match="cannot be composed|unknown preset") as error:
+    with pytest.raises(ValueError, match=r"cannot be composed|unknown preset") as error:
         compose_preset(preset, [override])
     assert named in str(error.value)
 

@@ -260,23 +260,11 @@ def test_missing_evaluation_names_file_and_stage(folder, name):
     assert not (folder / "report.html").exists()
 
 
-def test_missing_config_names_compose(folder):
-    (folder / "config.yaml").unlink()
-    with pytest.raises(FileNotFoundError, match=r"config.yaml is missing: run the compose stage"):
-        report.main(folder / "config.yaml")
-
-
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"models": {"kmeans": {}}}'])
 def test_damaged_metrics(folder, content):
     (folder / "metrics.json").write_text(content)
     with pytest.raises(ValueError, match=r"metrics.json"):
         report.write_report(folder, {})
-
-
-def test_damaged_config(folder):
-    (folder / "config.yaml").write_text("a: [")
-    with pytest.raises(ValueError, match=r"config.yaml is no YAML"):
-        report.main(folder / "config.yaml")
 
 
 def test_command(folder):

@@ -1,0 +1,75 @@
+"""Repeat a preset's pipeline over seeds: mean and standard deviation of its test scores.
+
+    python benchmarks/seeds.py digits --seeds 5 --jobs 2
+
+Every seed draws the weights, the noise and the order of the data anew; the split stays. Finished
+seeds are kept in .scratch/seeds and not run again while the configuration stays the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pandas as pd
+import yaml
+
+from workflows.compose import ROOT, compose_preset
+
+STAGES = (
+    "prepare_data",
+    "train_teacher",
+    "build_spaces",
+    "train_cpmm",
+    "extract_mixture",
+    "evaluate",
+)
+
+
+def run_seed(preset: str, seed: int, overrides: list[str]) -> pd.DataFrame:
+    """Run one seed and return its scores, a row a model."""
+    folder = ROOT / ".scratch" / "seeds" / preset / str(seed)
+    text = yaml.safe_dump(compose_preset(preset, [*overrides, f"seed={seed}"]), sort_keys=False)
+    path = folder / "config.yaml"
+    if not path.is_file() or path.read_text() != text:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "metrics.json").unlink(missing_ok=True)
+        path.write_text(text)
+    if not (folder / "metrics.json").is_file():
+        for stage in STAGES:
+            command = [sys.executable, ROOT / "workflows" / f"{stage}.py", path]
+            done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+            if done.returncode:
+                raise SystemExit(f"seed {seed}: {stage} failed: {done.stderr.strip()}")
+            print(f"seed {seed} | {done.stdout.splitlines()[-1]}", flush=True)
+    models = json.loads((folder / "metrics.json").read_text())["models"]
+    rows = pd.DataFrame.from_dict(models, orient="index").drop(columns="name")
+    return rows.assign(seed=seed).rename_axis("model").reset_index()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("preset")
+    parser.add_argument("overrides", nargs="*", help="in Hydra's syntax, such as cpmm.n_factors=4")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=2, help="seeds run side by side")
+    parser.add_argument("--csv", type=Path, help="where to write the scores of every seed")
+    arguments = parser.parse_args()
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        parts = pool.map(
+            lambda seed: run_seed(arguments.preset, seed, arguments.overrides),
+            range(arguments.seeds),
+        )
+        scores = pd.concat(parts, ignore_index=True)
+    if arguments.csv:
+        scores.to_csv(arguments.csv, index=False, float_format="%.5f")
+    table = scores.groupby("model", sort=False)[["density", "accuracy", "nmi", "ari"]]
+    print(pd.concat({"mean": table.mean(), "sd": table.std()}, axis=1).swaplevel(axis=1).round(4))
+
+
+if __name__ == "__main__":
+    main()

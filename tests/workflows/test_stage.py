@@ -1,0 +1,54 @@
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, STAGES
+
+from workflows import stage
+
+
+@pytest.mark.parametrize("name", [*STAGES, "compose", "summary"])
+def test_help_is_quick_and_needs_nothing(name):
+    done = subprocess.run(
+        [sys.executable, ROOT / "workflows" / f"{name}.py", "--help"],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+    )
+    assert "usage:" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [(None, "is missing"), ("a: [", "is not YAML"), ("[]", "expected a mapping, got list")],
+)
+def test_a_bad_configuration_is_named(tmp_path, content, named):
+    path = tmp_path / "config.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=named) as error:
+        stage.load_config(path)
+    assert str(path) in str(error.value)
+
+
+def test_scratch_of_other_work_is_dropped(tmp_path):
+    first = stage.scratch_folder(tmp_path, "train_cpmm", "a")
+    other = stage.scratch_folder(tmp_path, "train_teacher", "a")
+    assert stage.scratch_folder(tmp_path, "train_cpmm", "a") == first
+    second = stage.scratch_folder(tmp_path, "train_cpmm", "b")
+    assert second != first
+    assert not first.exists()
+    assert second.exists()
+    assert other.exists()
+
+
+def test_a_cut_checkpoint_is_none(tmp_path):
+    import torch
+
+    path = tmp_path / "last.ckpt"
+    assert not stage.is_checkpoint(path)
+    torch.save({"x": torch.zeros(1000)}, path)
+    assert stage.is_checkpoint(path)
+    path.write_bytes(path.read_bytes()[:-100])
+    assert not stage.is_checkpoint(path)

@@ -43,17 +43,17 @@ def main(folder: Path, config: Config) -> str:
         gaussian = fit_full_gaussian(_draws(data, options["gaussian_draws"], seed))
         models = {
             "cpmm": {
-                "name": f"CPMM, {_sizes(mixture)}",
+                "name": f"CPMM: {_sizes(mixture)}",
                 **score.mixture(mixture),
             },
             "direct_mixture": {
-                "name": f"direct mixture of factor analyzers, {_sizes(direct)}",
+                "name": f"direct mixture of factor analyzers: {_sizes(direct)}",
                 **score.density(direct.log_prob),
                 "n_components": direct.components.n_components,
                 "n_parameters": direct.components.n_parameters,
             },
             "matched_mixture": {
-                "name": f"direct mixture, one component a cluster, {_sizes(matched)}",
+                "name": f"direct mixture, a component a cluster: {_sizes(matched)}",
                 **score.mixture(matched),
             },
             "full_gaussian": {
@@ -403,14 +403,10 @@ def _draws(data: DataSplits, n_draws: int, seed: int) -> Tensor:
 
 
 def _sizes(mixture: Mixture) -> str:
-    sizes = set(mixture.cluster_sizes)
-    fa = mixture.components
-    count = (
-        f"{mixture.n_clusters} x {sizes.pop()}"
-        if len(sizes) == 1
-        else f"{fa.n_components} components"
-    )
-    return f"{count}, R = {fa.n_factors}"
+    sizes, fa = set(mixture.cluster_sizes), mixture.components
+    regular = len(sizes) == 1 and sizes != {1}
+    count = f"{mixture.n_clusters} x {sizes.pop()}" if regular else f"{fa.n_components}"
+    return f"{count} components, R = {fa.n_factors}"
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 import warnings
@@ -104,12 +105,16 @@ def fit(
         raise ValueError(
             f"trainer.precision is {precision!r}: choose one of {', '.join(PRECISIONS)}"
         )
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    # Convolutions only: the expanded square of the log-density needs all its digits.
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.set_float32_matmul_precision("highest")
     checkpoint = scratch / "last.ckpt"
     started = time.monotonic()
+    # What Lightning says of hardware, of its other products and of its own use of torch.
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     with warnings.catch_warnings():
-        # Lightning's advice about workers and logging intervals does not fit rows held in memory.
-        warnings.filterwarnings("ignore", category=UserWarning, module="pytorch_lightning")
+        for category in (UserWarning, FutureWarning, DeprecationWarning):
+            warnings.filterwarnings("ignore", category=category, module="pytorch_lightning")
         trainer = pl.Trainer(
             max_epochs=module.n_epochs,
             precision="32-true" if precision == "tf32" else precision,

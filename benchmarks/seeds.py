@@ -30,10 +30,11 @@ STAGES = (
 )
 
 
-def run_seed(preset: str, seed: int, overrides: list[str]) -> pd.DataFrame:
-    """Run one seed and return its scores, a row a model."""
-    folder = ROOT / ".scratch" / "seeds" / preset / str(seed)
-    text = yaml.safe_dump(compose_preset(preset, [*overrides, f"seed={seed}"]), sort_keys=False)
+def run_seed(config: dict) -> pd.DataFrame:
+    """Run the pipeline of one seed and return its scores, a row a model."""
+    seed = config["seed"]
+    folder = ROOT / ".scratch" / "seeds" / config["name"] / str(seed)
+    text = yaml.safe_dump(config, sort_keys=False)
     path = folder / "config.yaml"
     if not path.is_file() or path.read_text() != text:
         folder.mkdir(parents=True, exist_ok=True)
@@ -59,12 +60,12 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="seeds run side by side")
     parser.add_argument("--csv", type=Path, help="where to write the scores of every seed")
     arguments = parser.parse_args()
+    configs = [
+        compose_preset(arguments.preset, [*arguments.overrides, f"seed={seed}"])
+        for seed in range(arguments.seeds)
+    ]
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        parts = pool.map(
-            lambda seed: run_seed(arguments.preset, seed, arguments.overrides),
-            range(arguments.seeds),
-        )
-        scores = pd.concat(parts, ignore_index=True)
+        scores = pd.concat(pool.map(run_seed, configs), ignore_index=True)
     if arguments.csv:
         scores.to_csv(arguments.csv, index=False, float_format="%.5f")
     table = scores.groupby("model", sort=False)[["density", "accuracy", "nmi", "ari"]]

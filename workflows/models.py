@@ -179,13 +179,14 @@ def make_mixture_training(
     group = make_groups(config, data, seed)
     if group is not None:  # the spaces hold the training points draw by draw
         group = group.repeat(len(start) // len(group))
-    elif config["told_spaces"]:
+    trajectories = make_trajectories(config, data, seed, start, group)
+    if config["told_spaces"] and group is None:
         raise ValueError(
             f"cpmm.told_spaces is {config['told_spaces']}, but cpmm.initialization.kind "
             f"{config['initialization']['kind']!r} makes no groups: choose one of {', '.join(PARTITIONS)}"
         )
     module = MixtureTraining(
-        make_trajectories(config, data, seed, start, group),
+        trajectories,
         curriculum,
         n_extracted=mixture["n_pseudotimes"],
         **pick(

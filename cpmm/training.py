@@ -144,8 +144,10 @@ class Recorded(pl.LightningModule):
         if self.best["weights"] is not None:
             self.model.load_state_dict(self.best["weights"])
 
-    def best_summary(self) -> dict[str, float | int]:
-        """Where the best weights come from, for the header of an artifact."""
+    def best_summary(self) -> dict[str, float | int | None]:
+        """Where the best weights come from, for the header of an artifact; None: the last ones."""
+        if self.best["weights"] is None:
+            return {"validation": None, "epoch": None}
         return {"validation": self.best["value"], "epoch": self.best["epoch"]}
 
     def describe_epoch(self) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -84,14 +85,9 @@ def _carry(teacher: Flow, state: Tensor, start: float, end: float, batch_size: i
 
     device = next(teacher.parameters()).device
     with torch.no_grad():
-        return torch.cat(
-            [
-                teacher.transform(part.to(device), part.new_tensor([end]).to(device), start, end)[
-                    0
-                ].cpu()
-                for part in state.split(batch_size)
-            ]
-        )
+        parts = state.to(device).split(batch_size)
+        at = state.new_tensor([end], device=device)
+        return torch.cat([teacher.transform(part, at, start, end)[0].cpu() for part in parts])
 
 
 def _statistics(v: float, state: Tensor) -> dict[str, float]:
@@ -112,14 +108,12 @@ def _progress(indices: range, n_spaces: int, store: Path, n_bytes: int) -> Itera
     size = n_spaces * n_bytes / 2**20
     print(f"build_spaces | {n_spaces} spaces, {size:.0f} MiB -> {store}", flush=True)
     yield from track(
-        indices, "build_spaces", total=n_spaces, completed=indices.start, disable=not _terminal()
+        indices,
+        "build_spaces",
+        total=n_spaces,
+        completed=indices.start,
+        disable=not sys.stdout.isatty(),
     )
-
-
-def _terminal() -> bool:
-    import sys
-
-    return sys.stdout.isatty()
 
 
 def _device(accelerator: str) -> str:

@@ -80,7 +80,7 @@ def fit(
     gradient_clip: float,
     unit: str = "nats/dim",
     callbacks: tuple[Callback, ...] = (),
-) -> float:
+) -> None:
     """Train ``module``, from its last checkpoint in ``scratch`` if there is one.
 
     Args:
@@ -92,9 +92,6 @@ def fit(
         gradient_clip: Largest norm of a gradient.
         unit: Unit of the losses, for the progress line.
         callbacks: Further callbacks of Lightning.
-
-    Returns:
-        Seconds this call took; a resumed run counts its last part only.
 
     Raises:
         FloatingPointError: If the run diverges.
@@ -109,7 +106,6 @@ def fit(
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     torch.set_float32_matmul_precision("highest")
     checkpoint = scratch / "last.ckpt"
-    started = time.monotonic()
     # What Lightning says of hardware, of its other products and of its own use of torch.
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     with warnings.catch_warnings():
@@ -141,4 +137,3 @@ def fit(
         resume = str(checkpoint) if is_checkpoint(checkpoint) else None
         trainer.fit(module, data, ckpt_path=resume, weights_only=True)
     module.restore_best()
-    return time.monotonic() - started

@@ -24,9 +24,9 @@ def main(folder: Path, config: Config) -> str:
     )
     scratch = scratch_folder(folder, "train_cpmm", mark)
     module, rows = make_mixture_training(options, config["mixture"], data, spaces, seed)
-    seconds = fit("train_cpmm", module, rows, config["trainer"], scratch, options["gradient_clip"])
+    fit("train_cpmm", module, rows, config["trainer"], scratch, options["gradient_clip"])
     out = scratch / "cpmm"
-    header = {"fingerprint": mark, "seconds": seconds, "best": module.best_summary()}
+    header = {"fingerprint": mark, "best": module.best_summary()}
     save_model(out, "cpmm", module.model, header)
     pd.DataFrame(module.history).to_csv(out / "history.csv", index=False)
     publish(scratch, "cpmm", folder / "cpmm")

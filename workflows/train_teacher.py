@@ -39,11 +39,9 @@ def main(folder: Path, config: Config) -> str:
         options["batch_size"],
         seed,
     )
-    seconds = fit(
-        "train_teacher", module, rows, config["trainer"], scratch, options["gradient_clip"]
-    )
+    fit("train_teacher", module, rows, config["trainer"], scratch, options["gradient_clip"])
     out = scratch / "teacher"
-    header = {"fingerprint": mark, "seconds": seconds, "best": module.best_summary()}
+    header = {"fingerprint": mark, "best": module.best_summary()}
     save_model(out, "teacher", module.model, header)
     pd.DataFrame(module.history).to_csv(out / "history.csv", index=False)
     publish(scratch, "teacher", folder / "teacher")

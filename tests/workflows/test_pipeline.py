@@ -23,13 +23,11 @@ from workflows.store import load_prepared, open_spaces
 
 
 def digest(folder):
-    """Hash every artifact below a folder, by name; times and histories apart."""
+    """Hash every file below a folder, by name; the configuration and unfinished work apart."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
-        if (path.is_file() and path.suffix in (".safetensors", ".csv", ".svg"))
-        or "/c/" in str(path)
-        if path.is_file()
+        if path.is_file() and path.name != "config.yaml" and ".scratch" not in path.parts
     }
 
 

@@ -35,13 +35,19 @@ def compose_preset(preset: str, overrides: list[str]) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    known = sorted(path.stem for path in (ROOT / "conf" / "preset").glob("*.yaml"))
-    if preset not in known:
-        raise ValueError(f"unknown preset {preset!r}: choose one of {', '.join(known)}")
+    if preset not in known_presets():
+        raise ValueError(f"unknown preset {preset!r}: choose one of {', '.join(known_presets())}")
     try:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            plain = compose("config", overrides=[f"preset={preset}"])
             config = compose("config", overrides=[f"preset={preset}", *overrides])
-            resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        for missing in sorted(OmegaConf.missing_keys(config)):
+            raise ValueError(
+                f"preset {preset!r} needs a value for {missing}: set overrides.{preset}.{missing} in "
+                "params.yaml"
+            )
+        resolved = OmegaConf.to_container(config, resolve=True)
+        require_same_types(OmegaConf.to_container(plain), resolved)
     except (HydraException, OmegaConfBaseException) as error:
         cause = str(error.__cause__ or error).splitlines()
         detail = " ".join(line.strip() for line in [str(error).splitlines()[0], *cause[:2]])
@@ -50,6 +56,42 @@ def compose_preset(preset: str, overrides: list[str]) -> dict[str, Any]:
             "(the options are those of conf/)"
         ) from error
     return resolved
+
+
+def known_presets() -> list[str]:
+    """Names of the files in ``conf/preset/``."""
+    return sorted(path.stem for path in (ROOT / "conf" / "preset").glob("*.yaml"))
+
+
+def overrides_of(preset: str, overrides: Mapping[str, Any]) -> list[str]:
+    """Take from the overrides in params.yaml those that concern a preset, in Hydra's syntax.
+
+    Entries named after a preset hold for that preset alone, the others for every one.
+    """
+    common = {name: value for name, value in overrides.items() if name not in known_presets()}
+    return [*flatten(common), *flatten(overrides.get(preset) or {})]
+
+
+def require_same_types(
+    plain: Mapping[str, Any], changed: Mapping[str, Any], prefix: str = ""
+) -> None:
+    """Check that no override put text where a number or a switch belongs, or the reverse.
+
+    Raises:
+        ValueError: If one did; names the option.
+    """
+    for name, before in plain.items():
+        after = changed.get(name)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            require_same_types(before, after, f"{prefix}{name}.")
+        elif before not in (None, "???") and after is not None:
+            expected = (int, float) if type(before) in (int, float) else type(before)
+            if not isinstance(after, expected) or isinstance(after, bool) != isinstance(
+                before, bool
+            ):
+                raise ValueError(
+                    f"{prefix}{name} is {after!r}: expected a value like {before!r}, the one in conf/"
+                )
 
 
 def main() -> None:
@@ -65,7 +107,7 @@ def main() -> None:
         overrides = params.get("overrides") or {}
         if not isinstance(overrides, Mapping):
             raise ValueError(f"overrides in params.yaml must be a mapping: got {overrides!r}")
-        config = compose_preset(arguments.preset, list(flatten(overrides)))
+        config = compose_preset(arguments.preset, overrides_of(arguments.preset, overrides))
         arguments.target.parent.mkdir(parents=True, exist_ok=True)
         arguments.target.write_text(yaml.safe_dump(config, sort_keys=False))
     except (ValueError, OSError, yaml.YAMLError) as error:

@@ -197,6 +197,8 @@ def describe_density(models: dict, unit: str) -> dict[str, Any]:
     """Say how the density of CPMM compares; lower is better."""
     own = models["cpmm"]
     others = {"direct_mixture": "direct mixture", "full_gaussian": "single Gaussian"}
+    if "matched_mixture" in models:
+        others["matched_mixture"] = "direct mixture of one component a cluster"
     return {
         "title": "Density",
         "value": _show(own, "density", _density),

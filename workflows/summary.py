@@ -24,10 +24,9 @@ def summarize(folder: Path) -> str:
     metrics = json.loads(path.read_text())
     models = metrics["models"]
     cpmm = models["cpmm"]
+    peers = {"direct_mixture": "direct mixture", "full_gaussian": "full Gaussian"}
     densities = ", ".join(
-        f"{row['name']} {row['density']:.3f}"
-        for key, row in models.items()
-        if key != "cpmm" and "density" in row
+        f"{name} {models[key]['density']:.3f}" for key, name in peers.items() if key in models
     )
     lines = [
         f"{metrics['preset']}: {folder / 'report.html'}",
@@ -38,7 +37,7 @@ def summarize(folder: Path) -> str:
         beside = "" if other is None else f" (k-means {100 * other:.1f} %)"
         lines.append(f"  clustering       {100 * cpmm['accuracy']:.1f} % accuracy{beside}")
     lines.append(
-        f"  mixture          {cpmm['n_components']} components, {cpmm['n_parameters']} numbers"
+        f"  mixture          {cpmm['n_components']} components, {cpmm['n_parameters']} parameters"
     )
     return "\n".join(lines)
 

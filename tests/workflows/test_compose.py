@@ -5,7 +5,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from workflows.compose import compose_preset, flatten
+from workflows.compose import compose_preset, flatten, overrides_of
 
 PRESETS = sorted(path.stem for path in (ROOT / "conf" / "preset").glob("*.yaml"))
 
@@ -52,7 +52,6 @@ def test_a_group_override_swaps_the_group():
         ("digits", "teacher.epocs=9", "epocs"),
         ("digits", "spaces=nose", "nose"),
         ("digits", "cpmm.field.width", "cpmm.field.width"),
-        ("csv", "seed=0", "path"),
     ],
 )
 def test_a_typo_is_named(preset, override, named):
@@ -68,3 +67,30 @@ def test_the_command_ends_with_one_line(tmp_path):
     assert done.stderr.startswith("config: error: unknown preset 'digit': choose one of ")
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "c.yaml").exists()
+
+
+def test_overrides_named_after_a_preset_are_its_own():
+    overrides = {"seed": 3, "csv": {"data": {"options": {"path": "x.csv"}}}}
+    assert overrides_of("digits", overrides) == ["seed=3"]
+    assert overrides_of("csv", overrides) == ["seed=3", "data.options.path='x.csv'"]
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("cpmm.n_factors=three", "cpmm.n_factors is 'three': expected a value like 6"),
+        ("cpmm.curriculum=3", "cpmm.curriculum is 3: expected a value like True"),
+        ("seed=true", "seed is True: expected a value like 0"),
+        ("spaces.dtype=16", "spaces.dtype is 16: expected a value like 'float32'"),
+        ("cpmm.field=wide", "cpmm.field"),
+    ],
+)
+def test_a_value_of_another_type_is_named(override, named):
+    with pytest.raises(ValueError, match=r"expected a value like|cannot be composed") as error:
+        compose_preset("digits", [override])
+    assert named in str(error.value)
+
+
+def test_a_missing_value_says_where_to_set_it():
+    with pytest.raises(ValueError, match=r"overrides\.csv\.data\.options\.path"):
+        compose_preset("csv", [])

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from conftest import ROOT, TINY
+from conftest import ROOT, STAGES, TINY
 
 LONG = {
     "train_teacher": "last.ckpt",
@@ -21,6 +21,18 @@ LONGER = [
     "teacher.flow_matching_epochs=60", "spaces.n_spaces=21", "spaces.n_draws=8",
     "teacher.solver.n_steps=40", "cpmm.epochs_per_space=2",
 ]  # fmt: skip
+
+
+def test_every_stage_is_a_file_and_names_code_that_exists():
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    assert list(stages) == ["config", *STAGES]
+    for name, stage in stages.items():
+        script = "compose" if name == "config" else name
+        assert stage["cmd"].startswith(f"python workflows/{script}.py ")
+        assert f"workflows/{script}.py" in stage["deps"]
+        code = [path for path in stage["deps"] if not path.startswith("data/")]
+        assert all((ROOT / path).exists() for path in code)
+        assert code == sorted(code)
 
 
 def dvc(folder, *arguments):

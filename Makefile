@@ -8,7 +8,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro report test lint slow bench clean
+.PHONY: help setup repro sweep report test lint slow bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -24,8 +24,11 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 repro: setup ## run the pipeline on the presets of params.yaml and print where the report is
-	dvc repro
+	dvc repro report
 	@python workflows/summary.py
+
+sweep: setup ## Table 2 of the paper on digits, five rows and more over three seeds (quarter of an hour)
+	dvc repro sweep
 
 report: setup ## print where the reports are and their main figures
 	@python workflows/summary.py

@@ -72,12 +72,13 @@ class DataSplits:
 
 
 def split_indices(
-    n: int, n_validation: int, n_test: int, official_test: int, seed: int
+    n: int, n_train: int | None, n_validation: int, n_test: int, official_test: int, seed: int
 ) -> dict[str, Tensor]:
     """Split points at random, by a seed of its own.
 
     Args:
         n: Number of points.
+        n_train: Size of the training split, for a cheaper run; None takes all that the others leave.
         n_validation: Size of the validation split.
         n_test: Size of the test split; ignored if the source has its own.
         official_test: The last so many points are the source's own test split.
@@ -91,17 +92,22 @@ def split_indices(
     """
     n_rest = n - official_test
     n_test = 0 if official_test else n_test
-    n_train = n_rest - n_validation - n_test
-    if min(n_validation, n_test + official_test) < 1 or n_train < 2:
+    n_left = n_rest - n_validation - n_test
+    if min(n_validation, n_test + official_test) < 1 or n_left < 2:
         raise ValueError(
-            f"the split leaves {n_train} of {n} points to train on, {n_validation} to validate, "
+            f"the split leaves {n_left} of {n} points to train on, {n_validation} to validate, "
             f"{n_test + official_test} to test: lower data.n_validation or data.n_test; each needs "
             "some"
         )
+    if n_train is not None and not (isinstance(n_train, int) and 2 <= n_train <= n_left):
+        raise ValueError(
+            f"data.n_train is {n_train!r}: expected 2 to {n_left}, what validation and test leave, or null"
+        )
     order = torch.randperm(n_rest, generator=seeded_generator(seed))
+    held_out = order[n_left:]
     official = torch.arange(n_rest, n)
     return {
-        "train": order[:n_train],
-        "validation": order[n_train : n_train + n_validation],
-        "test": official if official_test else order[n_train + n_validation :],
+        "train": order[: n_left if n_train is None else n_train],
+        "validation": held_out[:n_validation],
+        "test": official if official_test else held_out[n_validation:],
     }

@@ -8,6 +8,7 @@ groups the shape of the marker changes too. Clouds of points are rasterized, eve
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -683,3 +684,51 @@ def _draw_mosaic(
     axes.set_yticks([])
     axes.tick_params(length=0)
     return np.arange(n_rows) * (height + row_gap) + height / 2 - 0.5
+
+
+def plot_sweep(
+    labels: Sequence[str],
+    row: np.ndarray,
+    panels: dict[str, np.ndarray],
+    n_failed: Sequence[int],
+) -> Figure:
+    """Draw the trials of a sweep as strokes, each row's mean and standard deviation as an interval.
+
+    Args:
+        labels: Of the rows, from the top.
+        row: Index of each trial's row, (N,).
+        panels: A score of each trial by its title, (N,), NaN for a trial without one.
+        n_failed: Trials of each row that failed; said beside the row.
+
+    Raises:
+        ValueError: If lengths disagree.
+    """
+    row = np.asarray(row)
+    for title, values in panels.items():
+        if len(values) != len(row):
+            raise ValueError(f"{title}: expected {len(row)} values, got {len(values)}")
+    if len(n_failed) != len(labels):
+        raise ValueError(f"expected {len(labels)} counts of failures, got {len(n_failed)}")
+    figure = _figure(0.9 + 0.24 * len(labels))
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for panel, (ax, (title, values)) in enumerate(zip(axes, panels.items(), strict=True)):
+        for index in range(len(labels)):
+            own = values[(row == index) & np.isfinite(values)]
+            if len(own):
+                spread = own.std(ddof=1) if len(own) > 1 else 0.0
+                ax.errorbar(
+                    own.mean(), index, xerr=spread, fmt="o", color=PALETTE[panel], capsize=3,
+                    markersize=5, zorder=3,
+                )  # fmt: skip
+                ax.plot(own, np.full(len(own), index), "|", color=GREY, markersize=9, zorder=2)
+        ax.set_xlabel(textwrap.fill(title, 22 if len(panels) > 1 else 40), fontsize=8)
+        ax.tick_params(labelsize=7)
+        ax.grid(axis="y", color="#e6e6e6", linewidth=0.6)
+        ax.set_axisbelow(True)
+    names = [
+        f"{label}\n({failed} of {int((row == index).sum())} failed)" if failed else label
+        for index, (label, failed) in enumerate(zip(labels, n_failed, strict=True))
+    ]
+    axes[0].set_yticks(range(len(labels)), names, fontsize=7)
+    axes[0].set_ylim(len(labels) - 0.4, -0.6)
+    return figure

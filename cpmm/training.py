@@ -7,7 +7,7 @@ a run resumed at an epoch's end goes on exactly as if it had never stopped.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -54,15 +54,22 @@ class EpochData(pl.LightningDataModule):
         rows = self.rows(epoch, generator)
         data = TensorDataset(*(rows if isinstance(rows, tuple) else (rows,)))
         order = RandomSampler(data, generator=generator)
-        return DataLoader(
-            data, sampler=BatchSampler(order, self.batch_size, False), batch_size=None
-        )
+        batches = BatchSampler(order, self.batch_size, False)
+        return DataLoader(data, sampler=self._share(batches), batch_size=None)
 
     def val_dataloader(self) -> DataLoader:
         """Validation rows, in order."""
         data = TensorDataset(self.validation_rows(self.trainer.current_epoch))
-        order = BatchSampler(range(len(data)), 4 * self.batch_size, False)
-        return DataLoader(data, sampler=order, batch_size=None)
+        batches = BatchSampler(range(len(data)), 4 * self.batch_size, False)
+        return DataLoader(data, sampler=self._share(batches), batch_size=None)
+
+    def _share(self, batches: BatchSampler) -> Iterable[list[int]]:
+        """Leave of each batch the part of this process, if several train the model together."""
+        rank, size = self.trainer.global_rank, self.trainer.world_size
+        if size == 1:
+            return batches
+        # A batch smaller than the number of processes would leave one of them without points.
+        return [batch[rank::size] for batch in batches if len(batch) >= size]
 
 
 class Recorded(pl.LightningModule):
@@ -95,6 +102,7 @@ class Recorded(pl.LightningModule):
         self.seed = seed
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Any] = {"value": math.inf, "epoch": -1, "weights": None}
+        self.listeners: list[Callable[[Recorded], None]] = []
         self._sums: dict[str, Tensor] = {}
 
     def configure_optimizers(self) -> dict:
@@ -117,19 +125,30 @@ class Recorded(pl.LightningModule):
         return [{"params": [p for p in self.parameters() if p.requires_grad]}]
 
     def on_train_epoch_start(self) -> None:
-        """Seed the epoch's draws."""
-        self._generator = seeded_generator(self.seed, 1, self.current_epoch, device=self.device)
+        """Seed the epoch's draws, those of each process by its rank."""
+        stream = (1, self.current_epoch, *([self.global_rank] if self.global_rank else []))
+        self._generator = seeded_generator(self.seed, *stream, device=self.device)
         self._sums = {}
 
     def on_train_epoch_end(self) -> None:
-        """Record the epoch, and keep the weights if they are the best yet."""
+        """Record the epoch, keep the weights if they are the best yet, and tell the listeners."""
         row = {"epoch": self.current_epoch, "step": self.global_step, **self.describe_epoch()}
-        row |= {name: float(total[0] / total[1]) for name, total in self._sums.items()}
+        for name, total in self._sums.items():
+            if self.trainer.world_size > 1:
+                torch.distributed.all_reduce(total)
+            row[name] = float(total[0] / total[1])
         self.history.append(row)
         value = row.get("validation", math.inf)
+        if math.isnan(value):
+            with self.located():
+                raise FloatingPointError(
+                    "the validation loss is NaN: lower the learning rate or the gradient clip"
+                )
         if self.is_candidate() and value < self.best["value"]:
             weights = {k: v.detach().cpu().clone() for k, v in self.model.state_dict().items()}
             self.best = {"value": value, "epoch": self.current_epoch, "weights": weights}
+        for listener in self.listeners:
+            listener(self)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the history and the best weights with Lightning's own state."""

@@ -26,7 +26,7 @@ def splits(generator) -> DataSplits:
 
 @pytest.mark.parametrize("official_test", [0, 25])
 def test_splits_share_no_point_and_leave_none_out(official_test):
-    split = split_indices(100, 15, 10, official_test, seed=0)
+    split = split_indices(100, None, 15, 10, official_test, seed=0)
     n_test = official_test or 10
     assert {name: len(index) for name, index in split.items()} == {
         "train": 100 - 15 - n_test,
@@ -36,16 +36,43 @@ def test_splits_share_no_point_and_leave_none_out(official_test):
     assert torch.cat(list(split.values())).sort().values.tolist() == list(range(100))
     if official_test:
         assert split["test"].tolist() == list(range(75, 100))
-    again = split_indices(100, 15, 10, official_test, seed=0)
+    again = split_indices(100, None, 15, 10, official_test, seed=0)
     assert all(torch.equal(split[name], again[name]) for name in split)
-    other = split_indices(100, 15, 10, official_test, seed=1)
+    other = split_indices(100, None, 15, 10, official_test, seed=1)
     assert not torch.equal(split["train"], other["train"])
 
 
 @pytest.mark.parametrize("counts", [(10, 9, 1), (10, 0, 2), (10, 2, 0), (10, 20, 1)])
 def test_splits_that_leave_nothing_raise(counts):
+    n, n_validation, n_test = counts
     with pytest.raises(ValueError, match="the split leaves"):
-        split_indices(*counts, official_test=0, seed=0)
+        split_indices(n, None, n_validation, n_test, official_test=0, seed=0)
+
+
+@pytest.mark.parametrize("official_test", [0, 25])
+@pytest.mark.parametrize("n_train", [2, 30, 60])
+def test_fewer_training_points_leave_the_other_splits_alone(official_test, n_train):
+    whole = split_indices(100, None, 15, 10, official_test, seed=0)
+    split = split_indices(100, n_train, 15, 10, official_test, seed=0)
+    assert torch.equal(split["train"], whole["train"][:n_train])
+    for name in ("validation", "test"):
+        assert torch.equal(split[name], whole[name])
+    n_all = len(whole["train"])
+    every = split_indices(100, n_all, 15, 10, official_test, seed=0)
+    assert torch.equal(every["train"], whole["train"])
+
+
+@pytest.mark.parametrize("n_train", [-1, 0, 1, 76, 100])
+def test_a_number_of_training_points_that_there_is_not_raises(n_train):
+    with pytest.raises(
+        ValueError, match=rf"data\.n_train is {n_train}: expected 2 to 75, .* or null"
+    ):
+        split_indices(100, n_train, 15, 10, official_test=0, seed=0)
+
+
+def test_a_number_of_training_points_that_is_no_whole_one_raises():
+    with pytest.raises(ValueError, match=r"data\.n_train is 30\.0"):
+        split_indices(100, 30.0, 15, 10, official_test=0, seed=0)
 
 
 def test_points_have_one_noise_draw_of_their_split(splits):

@@ -1,5 +1,6 @@
 import io
 import re
+from itertools import pairwise
 
 import matplotlib
 import numpy as np
@@ -253,9 +254,64 @@ def test_discretization_is_sorted_and_small_differences_stay_small():
     assert_nothing_is_cut_off(figure)
 
 
+LABELS = ["no teacher n_factors=2 constant separate", "curriculum <b> $x$", "third"]
+
+
+def sweep_figure(**panels):
+    return figures.plot_sweep(LABELS, np.repeat([0, 1, 2], 3), panels, [0, 2, 3])
+
+
+def test_a_sweep_shows_mean_deviation_and_every_trial():
+    nan = np.nan
+    density = np.array([2.1, 2.5, 2.3, 1.0, nan, nan, nan, nan, nan])
+    figure = sweep_figure(density=density, accuracy=10 * density)
+    left, right = figure.axes
+    for axes, factor in ((left, 1), (right, 10)):
+        first, second = axes.containers  # a row without a trial that finished has none
+        (bar,) = first.lines[2]
+        np.testing.assert_allclose(first.lines[0].get_xydata(), [[2.3 * factor, 0]])
+        np.testing.assert_allclose(bar.get_segments()[0][:, 0], factor * np.array([2.1, 2.5]))
+        np.testing.assert_allclose(second.lines[0].get_xydata(), [[factor, 1]])
+        assert np.ptp(second.lines[2][0].get_segments()[0][:, 0]) == 0
+        ticks = [line for line in axes.lines if to_hex(line.get_color()) == figures.GREY.lower()]
+        points = np.concatenate([line.get_xdata() for line in ticks])
+        np.testing.assert_allclose(points, factor * density[:4])
+    shown = [tick.get_text() for tick in left.get_yticklabels()]
+    assert [text.split("\n")[0] for text in shown] == LABELS
+    assert [text.split("\n")[1:] for text in shown] == [
+        [],
+        ["(2 of 3 failed)"],
+        ["(3 of 3 failed)"],
+    ]
+    bottom, top = left.get_ylim()
+    assert bottom > top  # the first row is the highest
+    assert (left.get_xlabel(), right.get_xlabel()) == ("density", "accuracy")
+
+
+@pytest.mark.parametrize("n_panels", [1, 2])
+@pytest.mark.parametrize("n_rows", [1, 9, 30])
+def test_sweeps_of_any_size_render(rng, n_panels, n_rows):
+    labels = [f"no teacher n_factors={i} constant shared" for i in range(n_rows)]
+    row = np.repeat(np.arange(n_rows), 3)
+    titles = ["test density, bits per dimension", "clustering accuracy, %"][:n_panels]
+    panels = {title: rng.normal(size=3 * n_rows) for title in titles}
+    panels[titles[0]][:3] = np.nan
+    figure = figures.plot_sweep(labels, row, panels, [3, *[0] * (n_rows - 1)])
+    assert_nothing_is_cut_off(figure)
+    boxes = [axes.xaxis.label.get_window_extent() for axes in figure.axes]
+    assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
+    assert render(figure).startswith(b"<?xml")
+    assert any("3 of 3 failed" in text for text in texts(figure))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda: sweep_figure(density=np.zeros(8)), "density: expected 9 values, got 8"),
+        (
+            lambda: figures.plot_sweep(["a", "b"], np.zeros(1, int), {"d": np.zeros(1)}, [0]),
+            "expected 2 counts of failures, got 1",
+        ),
         (lambda: figures.plot_spaces(np.zeros((2, 3, 2)), [1.0]), r"\(V', N, M\)"),
         (lambda: figures.plot_spaces(np.zeros((1, 3, 2)), [1.0], np.zeros(2)), "label must be"),
         (lambda: figures.plot_spaces(np.zeros((1, 3, 1)), [1.0]), "at least 2 features"),

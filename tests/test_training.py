@@ -3,6 +3,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import get_type_hints
 
 import numpy as np
 import pytest
@@ -11,8 +13,10 @@ import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
 
+import workflows.fit
 from cpmm.fields import MLPField
 from cpmm.odes import Solver
+from cpmm.seeds import seeded_generator
 from cpmm.spaces import Curriculum
 from cpmm.teacher import Flow
 from cpmm.training import EpochData, MixtureTraining, Recorded, TeacherTraining, path_cost
@@ -184,6 +188,128 @@ def test_each_epoch_sees_each_row_once_in_an_order_of_its_own():
         assert batch[:, 0].sort().values.tolist() == list(range(50))
         orders.append(tuple(batch[:, 0].tolist()))
     assert len(set(orders)) == n
+
+
+def data_of_rank(rank: int, size: int, epoch: int = 0, n_rows: int = 50) -> EpochData:
+    """Rows as one of several processes sees them."""
+
+    def rows(epoch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        x = torch.randn(n_rows, M, generator=generator)
+        return x, torch.arange(n_rows)
+
+    data = EpochData(rows, lambda epoch: torch.arange(90.0)[:, None], batch_size=16, seed=3)
+    data.trainer = SimpleNamespace(current_epoch=epoch, global_rank=rank, world_size=size)
+    return data
+
+
+@pytest.mark.parametrize("epoch", [0, 4])
+def test_a_process_alone_takes_every_batch_whole(epoch):
+    generator = seeded_generator(3, 0, epoch)
+    x = torch.randn(50, M, generator=generator)
+    order = torch.randperm(50, generator=generator)
+    data = data_of_rank(0, 1, epoch)
+    for (got, index), part in zip(data.train_dataloader(), order.split(16), strict=True):
+        assert torch.equal(index, part)
+        assert torch.equal(got, x[part])
+    got = [batch[0].flatten() for batch in data.val_dataloader()]
+    assert [len(batch) for batch in got] == [64, 26]
+    assert torch.equal(torch.cat(got), torch.arange(90.0))
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_processes_share_each_batch_without_overlap(size):
+    alone = data_of_rank(0, 1)
+    ranks = [data_of_rank(rank, size) for rank in range(size)]
+    for loader in ("train_dataloader", "val_dataloader"):
+        whole = [batch[-1] for batch in getattr(alone, loader)()]
+        whole = [batch for batch in whole if len(batch) >= size]  # 50 rows end in a batch of two
+        parts = [[batch[-1] for batch in getattr(data, loader)()] for data in ranks]
+        assert [len(part) for part in parts] == [len(whole)] * size  # or some would wait for ever
+        for batch, *shares in zip(whole, *parts, strict=True):
+            assert max(map(len, shares)) - min(map(len, shares)) <= 1
+            together = torch.cat(shares).flatten()
+            assert torch.equal(together.sort().values, batch.flatten().sort().values)
+
+
+def test_a_loader_has_as_many_batches_as_it_says():
+    for rank, size in ((0, 1), (0, 2), (2, 3)):
+        loader = data_of_rank(rank, size).train_dataloader()
+        assert len(loader) == len(list(loader))
+
+
+@pytest.mark.parametrize("make", [mixture_training, teacher_training])
+def test_processes_draw_noise_of_their_own(make):
+    def draws(rank: int, epoch: int) -> Tensor:
+        module = make(seed=5)
+        module._trainer = SimpleNamespace(current_epoch=epoch, global_rank=rank, world_size=3)
+        module.on_train_epoch_start()
+        return torch.rand(4, generator=module._generator)
+
+    drawn = {(rank, epoch): draws(rank, epoch) for rank in range(3) for epoch in range(2)}
+    assert len({tuple(values.tolist()) for values in drawn.values()}) == 6
+    for epoch in range(2):  # a process alone, and the first of several
+        expected = torch.rand(4, generator=seeded_generator(5, 1, epoch))
+        assert torch.equal(drawn[0, epoch], expected)
+
+
+def test_annotations_are_of_things_that_exist():
+    for function in (EpochData._share, Recorded.on_train_epoch_end, EpochData.val_dataloader):
+        get_type_hints(function)
+
+
+@pytest.mark.parametrize("make", [mixture_training, teacher_training])
+def test_listeners_hear_each_epoch_once_with_its_history(make):
+    module, heard = make(), []
+
+    def listen(to: Recorded) -> None:
+        assert to is module
+        heard.append((to.current_epoch, [dict(row) for row in to.history], to.best["value"]))
+
+    module.listeners = [listen, listen]
+    fit(module)
+    assert [epoch for epoch, _, _ in heard] == [e for e in range(module.n_epochs) for _ in "ab"]
+    for epoch, history, best in heard:
+        assert history == module.history[: epoch + 1]
+        assert {"train", "validation", "epoch", "step"} <= history[-1].keys()
+        candidates = [row["validation"] for row in history if row["epoch"] >= 2]
+        assert best == min(candidates, default=math.inf)
+
+
+def test_listeners_of_a_resumed_run_hear_the_rest(tmp_path):
+    every = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    fit(mixture_training(), callbacks=(every,))
+    module, heard = mixture_training(), []
+    module.listeners = [lambda m: heard.append((m.current_epoch, len(m.history)))]
+    fit(module, resume=tmp_path / "epoch=2.ckpt")
+    assert heard == [(3, 4), (4, 5)]
+
+
+OPTIONS = {
+    "accelerator": "cpu", "devices": 1, "precision": "32-true", "deterministic": True,
+    "checkpoint_every_n_epochs": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_run_of_one_epoch_prints_its_only_line(quiet, tmp_path, capsys):
+    module = mixture_training(curriculum=Curriculum(0, 1, 1))
+    heard = []
+    data = EpochData(random_rows, validation_rows, batch_size=16, seed=0)
+    workflows.fit.fit(
+        "trial", module, data, OPTIONS, tmp_path, 1.0, "bits", [heard.append], quiet=quiet
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert heard == [module]
+    assert (tmp_path / "last.ckpt").is_file()
+    if quiet:
+        assert lines == []
+    else:
+        row = module.history[0]
+        (line,) = lines
+        assert line.startswith(
+            f"trial | step 4/4 | fine-tuning | train {row['train']:.4f} val {row['validation']:.4f} bits"
+        )
+        assert line.endswith("| eta 0.0m")
 
 
 def test_validation_scores_the_rows_of_its_epoch_in_order():
@@ -432,6 +558,24 @@ def test_validation_says_where_too(make, where):
     epoch = 1 if make is mixture_training else 3
     with pytest.raises(FloatingPointError, match=where):
         fit(make(), callbacks=(BreakValidation(epoch),))
+
+
+@pytest.mark.parametrize(
+    ("make", "epoch", "where"),
+    [
+        (mixture_training, 1, "space 2/2, step 8"), (mixture_training, 3, "fine-tuning, step 16"),
+        (teacher_training, 0, "epoch 1/4, step 4"), (teacher_training, 1, "epoch 2/4, step 8"),
+    ],
+)  # fmt: skip
+def test_a_validation_loss_that_is_nan_says_where(make, epoch, where):
+    def validation(now: int) -> Tensor:
+        return validation_rows(now) * (float("nan") if now == epoch else 1.0)
+
+    module, heard = make(), []
+    module.listeners = [lambda m: heard.append(m.current_epoch)]
+    with pytest.raises(FloatingPointError, match=rf"NaN: lower the learning rate .*\({where}\)"):
+        fit(module, validation=validation)
+    assert heard == list(range(epoch))
 
 
 @pytest.mark.parametrize("epoch", [1, 3])

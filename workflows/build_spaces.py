@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from workflows.stage import Config, fingerprint, publish, run_stage, scratch_folder
+from workflows.marks import mark_spaces, needs_teacher
+from workflows.stage import Config, publish, run_stage, scratch_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,14 +36,14 @@ def main(folder: Path, config: Config) -> str:
 
     data, data_mark = load_prepared(folder / "prepared")
     options, seed = config["spaces"], config["seed"]
-    kind = choose("spaces.kind", options["kind"], {kind: kind for kind in SPACES})
+    choose("spaces.kind", options["kind"], {kind: kind for kind in SPACES})
     teacher, teacher_mark = None, None
-    if kind == "teacher" and config["cpmm"]["curriculum"]:
+    if needs_teacher(config):
         teacher = make_teacher(config["teacher"], data, seed)
         load_model(folder / "teacher", "teacher", teacher)
         teacher = teacher.to(_device(config["trainer"]["accelerator"]))
         teacher_mark = artifact_fingerprint(folder / "teacher", "teacher")
-    mark = fingerprint("spaces", options, seed, data_mark, teacher_mark)
+    mark = mark_spaces(config, data_mark, teacher_mark)
     scratch = scratch_folder(folder, "build_spaces", mark)
     positions = space_positions(options["n_spaces"])
     generator = seeded_generator(seed, 20)

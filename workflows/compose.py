@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,15 @@ def flatten(overrides: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{name}={_quote(value)}"
 
 
-def compose_preset(preset: str, overrides: list[str]) -> dict[str, Any]:
+def compose_preset(
+    preset: str, overrides: Sequence[str], primary: str = "config"
+) -> dict[str, Any]:
     """Compose ``conf/config.yaml`` with a preset and overrides, everything resolved.
 
     Args:
         preset: A file of ``conf/preset/``, without its ending.
         overrides: In Hydra's syntax.
+        primary: The file of ``conf/`` to start from: config, or sweep.
 
     Raises:
         ValueError: If the preset or an option is unknown, or an override cannot be read.
@@ -38,24 +43,31 @@ def compose_preset(preset: str, overrides: list[str]) -> dict[str, Any]:
     if preset not in known_presets():
         raise ValueError(f"unknown preset {preset!r}: choose one of {', '.join(known_presets())}")
     try:
+        plain = _compose_plain(primary, preset)
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            plain = compose("config", overrides=[f"preset={preset}"])
-            config = compose("config", overrides=[f"preset={preset}", *overrides])
+            config = compose(primary, overrides=[f"preset={preset}", *overrides])
         for missing in sorted(OmegaConf.missing_keys(config)):
             raise ValueError(
                 f"preset {preset!r} needs a value for {missing}: set overrides.{preset}.{missing} in "
                 "params.yaml"
             )
         resolved = OmegaConf.to_container(config, resolve=True)
-        require_same_types(OmegaConf.to_container(plain), resolved)
+        require_same_types(plain, resolved)
     except (HydraException, OmegaConfBaseException) as error:
         cause = str(error.__cause__ or error).splitlines()
         detail = " ".join(line.strip() for line in [str(error).splitlines()[0], *cause[:2]])
         raise ValueError(
-            f"preset {preset!r} cannot be composed with overrides {overrides}: {detail} "
+            f"preset {preset!r} cannot be composed with overrides {list(overrides)}: {detail} "
             "(the options are those of conf/)"
         ) from error
     return resolved
+
+
+def split_preset(overrides: Sequence[str]) -> tuple[str, list[str]]:
+    """Take ``preset=...`` out of a command line's overrides; digits if it is not there."""
+    chosen = [item.split("=", 1)[1] for item in overrides if item.startswith("preset=")]
+    rest = [item for item in overrides if not item.startswith("preset=")]
+    return (chosen[-1] if chosen else "digits"), rest
 
 
 def known_presets() -> list[str]:
@@ -116,14 +128,25 @@ def main() -> None:
     print(f"config: wrote {arguments.target}")
 
 
+@lru_cache
+def _compose_plain(primary: str, preset: str) -> dict[str, Any]:
+    """Compose a preset without overrides, to compare types with."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        plain = compose(primary, overrides=[f"preset={preset}"])
+    return OmegaConf.to_container(plain, resolve=True)
+
+
 def _quote(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-        return value if value.isidentifier() else f"'{escaped}'"
+        if value.isidentifier() and value.lower() not in ("null", "true", "false", "nan", "inf"):
+            return value
+        # Hydra takes backslashes as they are, but for those before a quote.
+        return "'" + re.sub(r"(\\*)'", r"\1\1\\'", value + "'")[:-2] + "'"
     if isinstance(value, list):
         return f"[{','.join(map(_quote, value))}]"
     if isinstance(value, Mapping):

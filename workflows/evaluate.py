@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from workflows.stage import Config, fingerprint, publish, run_stage, scratch_folder
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
     from cpmm.data import DataSplits
     from cpmm.mixture import Mixture
+    from workflows.score import Scorer
 
 
 def main(folder: Path, config: Config) -> str:
@@ -21,7 +21,9 @@ def main(folder: Path, config: Config) -> str:
 
     from cpmm.baselines.gaussian import fit_full_gaussian
     from cpmm.mixture import Mixture
-    from workflows.models import density_units, needs_teacher
+    from workflows.marks import needs_teacher
+    from workflows.models import density_units
+    from workflows.score import Scorer
     from workflows.store import artifact_fingerprint, load_prepared, write_json
 
     data, data_mark = load_prepared(folder / "prepared")
@@ -35,7 +37,7 @@ def main(folder: Path, config: Config) -> str:
     scratch = scratch_folder(folder, "evaluate", mark)
     out = scratch / "evaluation"
     (out / "figures").mkdir(parents=True, exist_ok=True)
-    score = _Scorer(data)
+    score = Scorer(data, "test")
 
     direct = _train_direct(config, data, mixture, scratch)
     matched = _train_direct(config, data, mixture, scratch, matched=True)
@@ -91,44 +93,6 @@ def main(folder: Path, config: Config) -> str:
     accuracy = models["cpmm"].get("accuracy")
     tail = "" if accuracy is None else f"; clustering accuracy {100 * accuracy:.1f} %"
     return f"test {unit}: {', '.join(parts)}{tail} -> {folder / 'evaluation'}"
-
-
-class _Scorer:
-    """Scores of any model on the test split, by the rules of :func:`_rules`."""
-
-    def __init__(self, data: DataSplits) -> None:
-        from workflows.models import density_units
-
-        self.data = data
-        self.z, self.log_det = data.points("test")
-        self.label = None if data.label is None else data.label["test"].numpy()
-        _, self.factor, self.offset = density_units(data)
-
-    def density(self, log_prob: Any) -> dict[str, float]:
-        """Mean density of the test points in units of the data, and its standard error."""
-        from cpmm.metrics import nats_per_dimension
-
-        nats = nats_per_dimension(log_prob(self.z), self.log_det, self.data.n_features)
-        value = self.factor * nats + self.offset
-        return {
-            "density": float(value.mean()),
-            "density_standard_error": float(value.std() / len(value) ** 0.5),
-        }
-
-    def clusters(self, cluster: np.ndarray, n_clusters: int) -> dict[str, float]:
-        """Clustering scores, nothing without labels."""
-        from cpmm.metrics import clustering_scores
-
-        return {} if self.label is None else clustering_scores(self.label, cluster, n_clusters)
-
-    def mixture(self, mixture: Mixture) -> dict[str, float]:
-        """Both."""
-        return {
-            **self.density(mixture.log_prob),
-            **self.clusters(mixture.predict(self.z).numpy(), mixture.n_clusters),
-            "n_components": mixture.components.n_components,
-            "n_parameters": mixture.components.n_parameters,
-        }
 
 
 def _train_direct(
@@ -196,7 +160,7 @@ def _train_direct(
         return module.model.cpu().mixture().to(torch.float64)
 
 
-def _kmeans(score: _Scorer, mixture: Mixture, seed: int) -> dict[str, float]:
+def _kmeans(score: Scorer, mixture: Mixture, seed: int) -> dict[str, float]:
     """Score k-means on the same split, in the mixture's space."""
     from sklearn.cluster import KMeans
 
@@ -208,7 +172,7 @@ def _kmeans(score: _Scorer, mixture: Mixture, seed: int) -> dict[str, float]:
 
 
 def _score_teacher(
-    folder: Path, config: Config, data: DataSplits, score: _Scorer
+    folder: Path, config: Config, data: DataSplits, score: Scorer
 ) -> dict[str, float]:
     """Density of the teacher by a solve at the stated tolerance."""
     import torch
@@ -230,7 +194,7 @@ def _score_teacher(
     }
 
 
-def _discretize(folder: Path, config: Config, data: DataSplits, score: _Scorer) -> dict[str, float]:
+def _discretize(folder: Path, config: Config, data: DataSplits, score: Scorer) -> dict[str, float]:
     """Density of the same trained trajectories at other numbers of pseudotimes."""
     import torch
 
@@ -248,7 +212,7 @@ def _discretize(folder: Path, config: Config, data: DataSplits, score: _Scorer) 
 
 def _rules(config: Config, data: DataSplits) -> dict[str, str]:
     """One sentence for each figure: the rule that made it."""
-    from workflows.models import needs_teacher
+    from workflows.marks import needs_teacher
 
     pre, options = data.preprocessing, config["evaluation"]
     common = (
@@ -290,7 +254,7 @@ def _rules(config: Config, data: DataSplits) -> dict[str, str]:
 
 
 def _write_tables(
-    out: Path, score: _Scorer, mixture: Mixture, discretization: dict[str, float]
+    out: Path, score: Scorer, mixture: Mixture, discretization: dict[str, float]
 ) -> None:
     import pandas as pd
 

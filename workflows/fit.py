@@ -6,6 +6,7 @@ import logging
 import sys
 import time
 import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ class ProgressLine(Callback):
                 flush=True,
             )
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, module: Recorded) -> None:
+    def __call__(self, module: Recorded) -> None:
         """Print the epoch that has just ended."""
         now = time.monotonic()
         last = module.current_epoch + 1 == module.n_epochs
@@ -79,7 +80,9 @@ def fit(
     scratch: Path,
     gradient_clip: float,
     unit: str = "nats/dim",
-    callbacks: tuple[Callback, ...] = (),
+    listeners: Sequence[Callable[[Recorded], None]] = (),
+    quiet: bool = False,
+    together: Mapping[str, Any] | None = None,
 ) -> None:
     """Train ``module``, from its last checkpoint in ``scratch`` if there is one.
 
@@ -91,7 +94,9 @@ def fit(
         scratch: Where the checkpoint lies.
         gradient_clip: Largest norm of a gradient.
         unit: Unit of the losses, for the progress line.
-        callbacks: Further callbacks of Lightning.
+        listeners: Called with the module after each epoch.
+        quiet: Print no progress line.
+        together: Options of Lightning's trainer for several processes that train one model.
 
     Raises:
         FloatingPointError: If the run diverges.
@@ -106,6 +111,8 @@ def fit(
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     torch.set_float32_matmul_precision("highest")
     checkpoint = scratch / "last.ckpt"
+    progress = [] if quiet else [ProgressLine(name, unit)]
+    module.listeners = [*progress, *listeners]
     # What Lightning says of hardware, of its other products and of its own use of torch.
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     with warnings.catch_warnings():
@@ -114,7 +121,8 @@ def fit(
         trainer = pl.Trainer(
             max_epochs=module.n_epochs,
             precision="32-true" if precision == "tf32" else precision,
-            **pick(config, "accelerator", "devices", "deterministic"),
+            **pick(config, "accelerator", "devices", "deterministic") | dict(together or {}),
+            use_distributed_sampler=False,  # EpochData leaves each process its part
             gradient_clip_val=gradient_clip,
             check_val_every_n_epoch=1,
             reload_dataloaders_every_n_epochs=1,
@@ -123,7 +131,7 @@ def fit(
             enable_progress_bar=False,
             enable_model_summary=False,
             callbacks=[
-                ProgressLine(name, unit),
+                *progress,
                 ModelCheckpoint(
                     dirpath=scratch,
                     filename="last",
@@ -131,7 +139,6 @@ def fit(
                     enable_version_counter=False,
                     save_on_train_epoch_end=True,
                 ),
-                *callbacks,
             ],
         )
         resume = str(checkpoint) if is_checkpoint(checkpoint) else None

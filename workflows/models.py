@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from cpmm.data import DataSplits
 from cpmm.fields import ConvField, MLPField, SeparateFields
 from cpmm.initialization import PARTITIONS, initial_states, partition
+from cpmm.mixture import Mixture
 from cpmm.odes import Solver
 from cpmm.seeds import seeded_generator
 from cpmm.spaces import Curriculum
 from cpmm.teacher import Flow
 from cpmm.training import EpochData, MixtureTraining
-from cpmm.trajectory import StateLayout, Trajectories
+from cpmm.trajectory import StateLayout, Trajectories, pseudotime_grid
 from workflows.stage import pick
 from workflows.store import Spaces, load_model
 
@@ -50,11 +51,6 @@ def make_field(config: Mapping[str, Any], data: DataSplits, maps: int) -> nn.Mod
     return choose("field.kind", config["kind"], {"mlp": mlp, "conv": conv})()
 
 
-def needs_teacher(config: Mapping[str, Any]) -> bool:
-    """Whether the whole configuration trains through the spaces of a teacher."""
-    return config["cpmm"]["curriculum"] and config["spaces"]["kind"] == "teacher"
-
-
 def make_teacher(config: Mapping[str, Any], data: DataSplits, seed: int) -> Flow:
     """Build an untrained teacher; the seed draws its weights."""
     with _seeded(seed, 10):
@@ -73,7 +69,7 @@ def make_layout(config: Mapping[str, Any], data: DataSplits) -> StateLayout:
     )
 
 
-def make_groups(config: Mapping[str, Any], data: DataSplits, seed: int) -> Tensor | None:
+def make_groups(config: Mapping[str, Any], data: DataSplits) -> Tensor | None:
     """Group the training points for the initialization, (N,); None if it needs no groups."""
     options = config["initialization"]
     if options["kind"] not in PARTITIONS:
@@ -83,7 +79,7 @@ def make_groups(config: Mapping[str, Any], data: DataSplits, seed: int) -> Tenso
         data.points("train")[0].float(),
         config["n_clusters"],
         make_layout(config, data),
-        seeded_generator(seed, 13),
+        seeded_generator(config["seed"], 13),
         **pick(options, "restarts", "outlier_share"),
     )
 
@@ -91,7 +87,6 @@ def make_groups(config: Mapping[str, Any], data: DataSplits, seed: int) -> Tenso
 def make_trajectories(
     config: Mapping[str, Any],
     data: DataSplits,
-    seed: int,
     start: Tensor | None = None,
     group: Tensor | None = None,
 ) -> Trajectories:
@@ -100,7 +95,6 @@ def make_trajectories(
     Args:
         config: The section ``cpmm``.
         data: The splits.
-        seed: Of the field's weights and the initial states.
         start: Training points in the space where training starts, (N, M); None leaves the initial
             states zero, for weights that are loaded next.
         group: Their groups, (N,), if the initialization needs them.
@@ -117,7 +111,7 @@ def make_trajectories(
             n_clusters=config["n_clusters"],
             x=start,
             group=group,
-            generator=seeded_generator(seed, 11),
+            generator=seeded_generator(config["seed"], 11),
             **pick(config["initialization"], "kind", "mean_scale", "loading_scale", "free_scale"),
         )
 
@@ -127,7 +121,7 @@ def make_trajectories(
     def separate() -> nn.Module:
         return SeparateFields([shared() for _ in range(config["n_clusters"])])
 
-    with _seeded(seed, 12):
+    with _seeded(config["seed"], 12):
         field = choose("cpmm.ode", config["ode"], {"shared": shared, "separate": separate})()
     return Trajectories(
         layout, field, initial, Solver(**config["solver"]), config["learned_cluster_weight"]
@@ -138,9 +132,28 @@ def load_trajectories(
     folder: Path, config: Mapping[str, Any], data: DataSplits
 ) -> tuple[Trajectories, str]:
     """Read the trained trajectories of ``data/<preset>`` and their fingerprint."""
-    trajectories = make_trajectories(config["cpmm"], data, config["seed"])
+    trajectories = make_trajectories(config["cpmm"], data)
     header = load_model(folder / "cpmm", "cpmm", trajectories)
     return trajectories, header["fingerprint"]
+
+
+def extract(trajectories: Trajectories, options: Mapping[str, Any], data: DataSplits) -> Mixture:
+    """Sample trained trajectories at the pseudotimes of the section ``mixture``, with no ODE left."""
+    with torch.no_grad():
+        mixture = trajectories.mixture(pseudotime_grid(options["n_pseudotimes"]))
+        if options["drop_idle"]:
+            mixture = mixture.without_idle_components(data.points("train")[0].float())
+    return mixture
+
+
+def mixture_header(config: Mapping[str, Any], data: DataSplits, mark: str) -> dict[str, Any]:
+    """Header of an extracted mixture: what its points mean."""
+    return {
+        "fingerprint": mark,
+        "preset": config["name"],
+        "preprocessing": data.preprocessing.to_dict(),
+        "image_shape": data.image_shape,
+    }
 
 
 def make_curriculum(config: Mapping[str, Any], n_spaces: int) -> Curriculum:
@@ -162,7 +175,6 @@ def make_mixture_training(
     mixture: Mapping[str, Any],
     data: DataSplits,
     spaces: Spaces | None,
-    seed: int,
 ) -> tuple[MixtureTraining, EpochData]:
     """Build the training of the trajectories and its rows: the stage's, and every sweep trial's.
 
@@ -171,15 +183,14 @@ def make_mixture_training(
         mixture: The section ``mixture``, for the pseudotimes that validation uses.
         data: The splits.
         spaces: The curriculum; None trains on the input space alone.
-        seed: Of everything random.
     """
     curriculum = make_curriculum(config, len(spaces) if spaces else 0)
     fine_tuning = data.points("validation")[0].float()
     start = spaces.train(0) if spaces else data.points("train")[0].float()
-    group = make_groups(config, data, seed)
+    group = make_groups(config, data)
     if group is not None:  # the spaces hold the training points draw by draw
         group = group.repeat(len(start) // len(group))
-    trajectories = make_trajectories(config, data, seed, start, group)
+    trajectories = make_trajectories(config, data, start, group)
     if config["told_spaces"] and group is None:
         raise ValueError(
             f"cpmm.told_spaces is {config['told_spaces']}, but cpmm.initialization.kind "
@@ -192,9 +203,8 @@ def make_mixture_training(
         **pick(
             config, "told_spaces", "n_pseudotimes", "pseudotimes", "noise", "entropy_weight", "learning_rate",
             "path_weight", "initial_rate_factor",
-            "n_warmup_epochs",
+            "n_warmup_epochs", "seed",
         ),
-        seed=seed,
     )  # fmt: skip
 
     @lru_cache(maxsize=1)
@@ -211,7 +221,7 @@ def make_mixture_training(
         index = curriculum.space(epoch)
         return fine_tuning if index is None else spaces.validation(index)
 
-    return module, EpochData(rows, validation_rows, config["batch_size"], seed)
+    return module, EpochData(rows, validation_rows, config["batch_size"], config["seed"])
 
 
 def choose(name: str, value: str, variants: Mapping[str, T]) -> T:

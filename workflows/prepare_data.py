@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from workflows.stage import Config, fingerprint, pick, publish, run_stage, scratch_folder
+from workflows.marks import mark_prepared
+from workflows.stage import Config, pick, publish, run_stage, scratch_folder
 
 
 def main(folder: Path, config: Config) -> str:
@@ -21,7 +22,7 @@ def main(folder: Path, config: Config) -> str:
     source = read_source({"source": options["source"], **options["options"]})
     raw = torch.from_numpy(source.x)
     index = split_indices(
-        len(raw), **pick(options, "n_validation", "n_test"), official_test=source.official_test,
+        len(raw), **pick(options, "n_train", "n_validation", "n_test"), official_test=source.official_test,
         seed=options["split_seed"],
     )  # fmt: skip
     data = DataSplits(
@@ -41,7 +42,7 @@ def main(folder: Path, config: Config) -> str:
         image_shape=source.image_shape,
         class_names=source.class_names,
     )
-    mark = fingerprint("prepared", options)
+    mark = mark_prepared(config)
     scratch = scratch_folder(folder, "prepare_data", mark)
     save_prepared(scratch / "prepared", data, mark)
     publish(scratch, "prepared", folder / "prepared")

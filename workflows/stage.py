@@ -85,10 +85,11 @@ def fingerprint(*parts: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def code_fingerprint() -> str:
-    """Hash the source of the method: work half done by other code is not resumed."""
+def code_fingerprint(*files: Path) -> str:
+    """Hash the source of the method, and further files: work half done by other code is not resumed."""
     digest = hashlib.sha256()
-    for path in sorted(PACKAGE.rglob("*.py")):
+    method = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "figures.py")
+    for path in [*method, *files]:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from workflows.stage import Config, fingerprint, publish, run_stage, scratch_folder
+from workflows.marks import mark_cpmm
+from workflows.stage import Config, publish, run_stage, scratch_folder
 
 
 def main(folder: Path, config: Config) -> str:
@@ -16,14 +17,11 @@ def main(folder: Path, config: Config) -> str:
     from workflows.store import load_prepared, open_spaces, save_model
 
     data, data_mark = load_prepared(folder / "prepared")
-    options, seed = config["cpmm"], config["seed"]
+    options = config["cpmm"]
     spaces = open_spaces(folder / "spaces") if options["curriculum"] else None
-    spaces_mark = spaces.fingerprint if spaces else None
-    mark = fingerprint(
-        "cpmm", options, seed, config["trainer"]["precision"], data_mark, spaces_mark
-    )
+    mark = mark_cpmm(config, data_mark, spaces.fingerprint if spaces else None)
     scratch = scratch_folder(folder, "train_cpmm", mark)
-    module, rows = make_mixture_training(options, config["mixture"], data, spaces, seed)
+    module, rows = make_mixture_training(options, config["mixture"], data, spaces)
     fit("train_cpmm", module, rows, config["trainer"], scratch, options["gradient_clip"])
     out = scratch / "cpmm"
     header = {"fingerprint": mark, "best": module.best_summary()}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from workflows.stage import Config, fingerprint, pick, publish, run_stage, scratch_folder
+from workflows.marks import mark_teacher, needs_teacher
+from workflows.stage import Config, pick, publish, run_stage, scratch_folder
 
 
 def main(folder: Path, config: Config) -> str:
@@ -14,7 +15,7 @@ def main(folder: Path, config: Config) -> str:
     from cpmm.artifact import save_artifact
     from cpmm.training import EpochData, TeacherTraining
     from workflows.fit import fit
-    from workflows.models import make_teacher, needs_teacher
+    from workflows.models import make_teacher
     from workflows.store import load_prepared, save_model
 
     if not needs_teacher(config):
@@ -22,7 +23,7 @@ def main(folder: Path, config: Config) -> str:
         return "not needed: the curriculum of this configuration has no teacher"
     data, data_mark = load_prepared(folder / "prepared")
     options, seed = config["teacher"], config["seed"]
-    mark = fingerprint("teacher", options, seed, config["trainer"]["precision"], data_mark)
+    mark = mark_teacher(config, data_mark)
     scratch = scratch_folder(folder, "train_teacher", mark)
     validation = data.points("validation")[0].float()
     module = TeacherTraining(

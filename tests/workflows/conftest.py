@@ -1,6 +1,9 @@
 """A pipeline small enough to run whole in seconds."""
 
 import importlib
+import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -61,6 +64,35 @@ def make_folder(tmp_path):
 
 def stage_command(stage, folder):
     return [sys.executable, str(ROOT / "workflows" / f"{stage}.py"), str(folder / "config.yaml")]
+
+
+def copy_project(folder, overrides):
+    """Copy the project, without what it has made, with overrides of its own in params.yaml."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    for file in listed.stdout.splitlines():
+        if file != "dvc.lock" and not file.startswith("data/") and (ROOT / file).is_file():
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / file, folder / file)
+    subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
+    nested = {}
+    for item in overrides:
+        *groups, last = item.split("=")[0].split(".")
+        place = nested
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[last] = yaml.safe_load(item.split("=", 1)[1])
+    params = {"presets": ["digits"], "sweeps": ["table2"], "overrides": nested}
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    return folder
+
+
+def project_environment(folder):
+    """Environment in which a copy of the project runs its own code, with this Python."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return os.environ | {"PATH": path, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture

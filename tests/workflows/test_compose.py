@@ -5,7 +5,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from workflows.compose import compose_preset, flatten, overrides_of
+from workflows.compose import compose_preset, flatten, overrides_of, split_preset
 
 PRESETS = sorted(path.stem for path in (ROOT / "conf" / "preset").glob("*.yaml"))
 
@@ -94,3 +94,76 @@ def test_a_value_of_another_type_is_named(override, named):
 def test_a_missing_value_says_where_to_set_it():
     with pytest.raises(ValueError, match=r"overrides\.csv\.data\.options\.path"):
         compose_preset("csv", [])
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], ("digits", [])),
+        (["cpmm.seed=1", "preset=rings", "seed=2"], ("rings", ["cpmm.seed=1", "seed=2"])),
+        (["preset=rings", "preset=spiral"], ("spiral", [])),
+        (["data.options.path='preset=x'"], ("digits", ["data.options.path='preset=x'"])),
+        (["preset=a=b"], ("a=b", [])),
+    ],
+)
+def test_the_preset_is_taken_out_of_a_command_line(words, expected):
+    before = list(words)
+    assert split_preset(words) == expected
+    assert words == before
+
+
+def test_the_seed_of_training_is_that_of_all_unless_it_is_set():
+    for overrides, seeds in (
+        ([], (0, 0)),
+        (["seed=4"], (4, 4)),
+        (["cpmm.seed=3"], (0, 3)),
+        (["seed=4", "cpmm.seed=3"], (4, 3)),
+        (["cpmm.seed=3", "seed=4"], (4, 3)),
+    ):
+        config = compose_preset("digits", overrides)
+        assert (config["seed"], config["cpmm"]["seed"]) == seeds
+    with pytest.raises(ValueError, match=r"cpmm\.seed is 'one': expected a value like 0"):
+        compose_preset("digits", ["cpmm.seed=one"])
+
+
+def test_a_sweep_is_composed_with_the_configuration_of_its_trials():
+    config = compose_preset("digits", ["sweep=random", "cpmm.noise=0.3", "ray.gpus=0.5"], "sweep")
+    sweep, ray = config.pop("sweep"), config.pop("ray")
+    assert config == compose_preset("digits", ["cpmm.noise=0.3"])
+    assert (sweep["name"], sweep["seeds"], sweep["search"]["kind"]) == ("random", 1, "random")
+    assert ray["gpus"] == 0.5
+    assert compose_preset("digits", [], "sweep")["sweep"]["name"] == "table2"
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("sweep=nose", "nose"),
+        ("sweep=default", "sweep.name"),
+        ("sweep.seeds=three", "sweep.seeds is 'three': expected a value like 3"),
+        ("sweep.sedes=3", "sedes"),
+        ("ray.cpus=many", "ray.cpus is 'many': expected a value like 1"),
+        ("ray.reuse_actors=1", "ray.reuse_actors is 1: expected a value like True"),
+        ("ray.cpu=2", "ray.cpu"),
+    ],
+)
+def test_a_typo_in_the_sweeps_options_is_named(override, named):
+    with pytest.raises(
+        ValueError, match=r"expected a value like|cannot be composed|needs"
+    ) as error:
+        compose_preset("digits", [override], "sweep")
+    assert named in str(error.value)
+
+
+def test_trials_know_nothing_of_the_sweep():
+    for override in ("sweep=table2", "ray.cpus=2"):
+        with pytest.raises(ValueError, match="cannot be composed"):
+            compose_preset("digits", [override])
+
+
+@pytest.mark.parametrize(
+    "text", ["a b", "it's", 'a "b", c=[1]', "a\\b", "a\\'b", "1e3", "null", "true"]
+)
+def test_text_comes_through_hydra_as_it_is(text):
+    (override,) = flatten({"data.options.path": text})
+    assert compose_preset("csv", [override])["data"]["options"]["path"] == text

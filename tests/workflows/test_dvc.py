@@ -1,7 +1,6 @@
 """The pipeline under DVC, in a copy of the project of its own."""
 
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -10,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from conftest import ROOT, STAGES, TINY
+from conftest import ROOT, STAGES, TINY, copy_project
 
 LONG = {
     "train_teacher": "last.ckpt",
@@ -25,7 +24,7 @@ LONGER = [
 
 def test_every_stage_is_a_file_and_names_code_that_exists():
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-    assert list(stages) == ["config", *STAGES]
+    assert list(stages) == ["config", *STAGES, "sweep"]
     for name, stage in stages.items():
         script = "compose" if name == "config" else name
         assert stage["cmd"].startswith(f"python workflows/{script}.py ")
@@ -49,7 +48,7 @@ def dvc(folder, *arguments):
 
 
 def repro(folder):
-    process = dvc(folder, "repro")
+    process = dvc(folder, "repro", "report")
     printed, _ = process.communicate(timeout=500)
     return process.returncode, printed
 
@@ -57,34 +56,12 @@ def repro(folder):
 @pytest.fixture
 def project(tmp_path):
     """Make a copy of the project with tiny overrides in params.yaml."""
-
-    def make(name):
-        folder = tmp_path / name
-        listed = subprocess.run(
-            ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
-        )
-        for file in listed.stdout.splitlines():
-            if file != "dvc.lock" and not file.startswith("data/"):
-                (folder / file).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(ROOT / file, folder / file)
-        subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
-        overrides = {}
-        for item in [*TINY, *LONGER]:
-            *groups, last = item.split("=")[0].split(".")
-            place = overrides
-            for group in groups:
-                place = place.setdefault(group, {})
-            place[last] = yaml.safe_load(item.split("=", 1)[1])
-        params = {"presets": ["digits"], "overrides": overrides}
-        (folder / "params.yaml").write_text(yaml.safe_dump(params))
-        return folder
-
-    return make
+    return lambda name: copy_project(tmp_path / name, [*TINY, *LONGER])
 
 
 def kill_stage(folder, stage, mark):
     """Start `dvc repro`, and kill the stage once it has left its first mark."""
-    process = dvc(folder, "repro")
+    process = dvc(folder, "repro", "report")
     while process.poll() is None:
         if list(folder.glob(f"data/digits/.scratch/{stage}-*/{mark}")):
             for child in psutil.Process(process.pid).children(recursive=True):

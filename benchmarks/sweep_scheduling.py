@@ -1,0 +1,93 @@
+"""What scheduling costs: no-op trials through the sweep's own driver, on a cluster of simulated nodes.
+
+    python benchmarks/sweep_scheduling.py --trials 1000 --nodes 8
+
+Every trial asks the archive for its record, reports once and leaves a record, as real ones do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+from workflows.compose import compose_preset
+from workflows.sweeps import cluster
+from workflows.sweeps.plan import make_trial
+
+
+def no_op(config: dict, assignment: object) -> None:
+    """Do all that a trial does but train."""
+    from ray import tune
+
+    from workflows.sweeps.worker import call, final_report
+
+    mark = config["mark"]
+    call(assignment.archive.record, mark)
+    record = {"status": "finished", "validation": 0.0}
+    call(assignment.archive.save_record, mark, record)
+    tune.report(final_report(mark, record))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--trials", type=int, default=1000)
+    parser.add_argument("--nodes", type=int, default=8)
+    parser.add_argument("--cpus", type=int, default=1, help="of each simulated node")
+    arguments = parser.parse_args()
+    overrides = ["ray.dashboard=false", "ray.resources_seconds=60"]
+    config = compose_preset("digits", overrides, "sweep")
+    cluster.prepare_environment(config["ray"])
+    from ray.cluster_utils import Cluster
+
+    from workflows.sweeps.archive import Archive
+    from workflows.sweeps.driver import run_trials
+    from workflows.sweeps.progress import Progress
+
+    template = compose_preset("digits", [])
+    # As many trials as asked for, told apart by their seeds.
+    trials = [make_trial("digits", (), seed, [], template, "") for seed in range(arguments.trials)]
+    names = {trial.mark: trial.name for trial in trials}
+    simulated = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 10**8}
+    )
+    for _ in range(arguments.nodes):
+        simulated.add_node(num_cpus=arguments.cpus, object_store_memory=10**8)
+    options = config["ray"] | {"address": simulated.address}
+    driver = psutil.Process()
+    before = driver.memory_info().rss
+    try:
+        with tempfile.TemporaryDirectory() as folder, cluster.connected(options, 0, 1) as line:
+            print(line, flush=True)
+            archive = Archive(str(Path(folder) / "archive"))
+            progress = Progress("no-op", names, len(trials), 0, "bits")
+            progress._say = lambda line: None
+            started = time.monotonic()
+            sweep = config["sweep"] | {"name": "no-op"}
+            run_trials(trials, sweep, options, {}, archive, Path(folder) / "logs", progress, no_op)
+            seconds = time.monotonic() - started
+            n_done = sum(archive.record(trial.mark) is not None for trial in trials)
+    finally:
+        simulated.shutdown()
+    result = {
+        "trials": arguments.trials,
+        "nodes": arguments.nodes,
+        "cores": os.cpu_count(),
+        "seconds": round(seconds, 1),
+        "trials_per_second": round(arguments.trials / seconds, 2),
+        "driver_mib_before": before >> 20,
+        "driver_mib_after": driver.memory_info().rss >> 20,
+        "recorded": n_done,
+    }
+    print(json.dumps(result))
+    if n_done != arguments.trials:
+        raise SystemExit(f"{arguments.trials - n_done} trials left no record")
+
+
+if __name__ == "__main__":
+    main()

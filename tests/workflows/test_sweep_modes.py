@@ -1,0 +1,157 @@
+"""Ways to run a sweep: searches that adapt, several workers for a trial, fresh processes, bad disks."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+import yaml
+from conftest import TINY, copy_project, project_environment
+
+SWEEP = {
+    "defaults": ["default"],
+    "name": "modes",
+    "seeds": 2,
+    "overrides": {"cpmm.told_spaces": 0, "cpmm.curriculum": False, "cpmm.fine_tune_epochs": 40},
+    "parts": {"a": {"grid": {"cpmm.initialization.kind": ["random", "kmeans"]}}},
+}
+SEARCH = {
+    "kind": "optuna",
+    "n_samples": 6,
+    "space": {"cpmm.learning_rate": {"loguniform": [1e-4, 1e-1]}},
+}
+
+
+@pytest.fixture
+def project(tmp_path):
+    def make(name="project", **changes):
+        folder = copy_project(tmp_path / name, TINY)
+        path = folder / "conf" / "sweep" / "modes.yaml"
+        path.write_text(yaml.safe_dump({**SWEEP, **changes}, sort_keys=False))
+        return folder
+
+    return make
+
+
+def start(folder, *options):
+    return subprocess.Popen(
+        [sys.executable, str(folder / "workflows" / "sweep.py"), "sweep=modes", "ray.dashboard=false",
+         "ray.checkpoint_seconds=0.5", "ray.report_seconds=0.5", *options],
+        cwd=folder, env=project_environment(folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+
+
+def run(folder, *options, timeout=400):
+    process = start(folder, *options)
+    out, err = process.communicate(timeout=timeout)
+    return process.returncode, out, err
+
+
+def trials(folder):
+    table = pd.read_csv(folder / "data" / "digits" / "sweep" / "modes" / "trials.csv")
+    return table.drop(columns="seconds")
+
+
+def wait_for(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never came to that"
+        time.sleep(0.1)
+
+
+def records(archive):
+    return list(archive.glob("trials/*/record.json"))
+
+
+@pytest.mark.slow
+def test_a_killed_search_goes_on_with_what_it_has_tried(project):
+    folder = project(
+        parts={}, seeds=1, search=SEARCH, scheduler={"kind": "asha", "grace_epochs": 5}
+    )
+    archive = folder / "data" / "digits" / ".scratch" / "sweep"
+    process = start(folder)
+    wait_for(lambda: len(records(archive)) >= 2)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    before = {path: path.read_bytes() for path in records(archive)}
+    status, out, err = run(folder)
+    assert status == 0, err
+    assert f"same configuration: resuming, 6 trials, {len(before)} done before" in out
+    assert all(path.read_bytes() == content for path, content in before.items())
+    table = trials(folder)
+    # What was running when the driver died is suggested anew or not; nothing is counted twice.
+    assert len(table) >= 6
+    assert table["learning_rate"].is_unique
+    assert set(table["status"]) <= {"finished", "stopped"}
+    assert (table["status"] == "stopped").any()
+
+
+@pytest.mark.slow
+def test_new_processes_for_each_trial_give_the_same_table(project):
+    reused, fresh = project("reused"), project("fresh")
+    assert run(reused)[0] == 0
+    assert run(fresh, "ray.reuse_actors=false")[0] == 0
+    pd.testing.assert_frame_equal(trials(reused), trials(fresh), check_exact=True)
+
+
+@pytest.mark.slow
+def test_two_workers_train_a_trial_together(project):
+    folder = project(seeds=1)
+    status, _, err = run(folder, "ray.workers=2", "ray.cpus=1")
+    assert status == 0, err
+    table = trials(folder)
+    assert table["status"].tolist() == ["finished"] * 2
+    alone = project("alone", seeds=1)
+    assert run(alone)[0] == 0
+    # Each worker draws its own noise: the same training, not the same numbers.
+    difference = (table["density"] - trials(alone)["density"]).abs()
+    assert (difference < 0.05).all()
+    assert (difference > 0).all()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_full_disk_ends_with_a_clear_error_and_the_sweep_can_go_on(project, tmp_path):
+    folder, small = project(), tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(small)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("mounting is not permitted here")
+    try:
+        status, out, err = run(folder, f"ray.storage={small}")
+        assert status == 1
+        assert "sweep: error: writing trials/" in err
+        assert "No space left on device" in err
+        assert "the same command goes on" in err
+        assert not (folder / "data" / "digits" / "sweep").exists()
+        subprocess.run(["mount", "-o", "remount,size=50m", str(small)], check=True)
+        status, out, err = run(folder, f"ray.storage={small}")
+        assert status == 0, err
+        assert "same configuration: resuming" in out
+        assert trials(folder)["status"].tolist() == ["finished"] * 4
+    finally:
+        subprocess.run(["umount", "-l", str(small)], check=True)
+
+
+@pytest.mark.slow
+def test_a_lost_storage_ends_with_a_clear_error(project, tmp_path):
+    folder, storage = project(), tmp_path / "storage"
+    process = start(folder, f"ray.storage={storage}")
+    wait_for(lambda: list(storage.glob("trials/*/last.ckpt")))
+    shutil.move(storage, tmp_path / "elsewhere")
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 1
+    assert "the archive is no longer there" in err
+    assert not storage.exists()
+    shutil.move(tmp_path / "elsewhere", storage)
+    status, out, err = run(folder, f"ray.storage={storage}")
+    assert status == 0, err
+    assert "same configuration: resuming" in out
+    metrics = json.loads((folder / "data" / "digits" / "sweep" / "modes.json").read_text())
+    assert metrics["best"]["test"]["density"] > 0

@@ -1,0 +1,245 @@
+"""One trial, without Ray: the same mixture as the pipeline's stages make."""
+
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+from conftest import TINY
+
+from cpmm.mixture import Mixture
+from workflows import build_spaces, extract_mixture, prepare_data, train_cpmm, train_teacher, trial
+from workflows.compose import compose_preset
+from workflows.models import density_units
+from workflows.score import Scorer
+from workflows.stage import pick
+from workflows.store import artifact_fingerprint
+from workflows.sweeps.inputs import locate_inputs, open_inputs
+from workflows.trial import explain, run_trial, summarize
+
+SMALL = [
+    *TINY, "data.n_train=150", "spaces.n_spaces=3", "teacher.flow_matching_epochs=1",
+    "cpmm.initialization.restarts=1", "cpmm.batch_size=64",
+]  # fmt: skip
+CHANGED = ["cpmm.seed=3", "cpmm.n_factors=2", "cpmm.entropy_weight=0.1", "mixture.drop_idle=true"]
+ALONE = [
+    "cpmm.curriculum=false", "cpmm.told_spaces=0", "cpmm.initialization.kind=kmeans",
+    "cpmm.ode=separate", "cpmm.fine_tune_epochs=4", "cpmm.seed=1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Data, teacher and spaces of the tiny pipeline."""
+    folder = tmp_path_factory.mktemp("home") / "digits"
+    for stage in (prepare_data, train_teacher, build_spaces):
+        stage.main(folder, compose_preset("digits", SMALL))
+    return folder
+
+
+@pytest.fixture
+def run(home, tmp_path):
+    """Run a trial of the tiny configuration in a scratch folder of its own."""
+
+    def run(*overrides, name="trial", **options):
+        return train(home, tmp_path / name, *overrides, **options)
+
+    return run
+
+
+def train(home, scratch, *overrides, **options):
+    """Run a trial of the tiny configuration; return its record and folder."""
+    config = compose_preset("digits", [*SMALL, *overrides])
+    scratch.mkdir(exist_ok=True)
+    inputs = open_inputs(locate_inputs(config, home))
+    options = {"quiet": True} | options
+    return run_trial(config, *inputs, "mark", scratch, **options), scratch
+
+
+@pytest.fixture(scope="module", params=[CHANGED, ALONE], ids=["curriculum", "alone"])
+def finished(request, home, tmp_path_factory):
+    """A trial: its overrides, its record, its folder."""
+    scratch = tmp_path_factory.mktemp("finished") / "trial"
+    return request.param, *train(home, scratch, *request.param)
+
+
+def test_a_trial_makes_the_mixture_of_the_stages(finished, home, tmp_path):
+    overrides, record, scratch = finished
+    config = compose_preset("digits", [*SMALL, *overrides])
+    folder = tmp_path / "pipeline"
+    for name in ("prepared", "spaces"):
+        shutil.copytree(home / name, folder / name)
+    for stage in (train_cpmm, extract_mixture):
+        stage.main(folder, config)
+    for name in ("cpmm", "mixture"):
+        ours, theirs = (f / name / f"{name}.safetensors" for f in (scratch, folder))
+        assert ours.read_bytes() == theirs.read_bytes()
+        assert artifact_fingerprint(scratch / name, name) == "mark"
+    headers = [json.loads((f / "mixture" / "mixture.json").read_text()) for f in (scratch, folder)]
+    assert {**headers[0], "fingerprint": ""} == {**headers[1], "fingerprint": ""}
+    best = json.loads((folder / "cpmm" / "cpmm.json").read_text())["best"]
+    assert record["best_epoch"] == best["epoch"]
+
+
+def test_a_record_holds_the_scores_of_the_mixture(finished, home):
+    overrides, record, scratch = finished
+    assert record["status"] == "finished"
+    config = compose_preset("digits", [*SMALL, *overrides])
+    data, _ = open_inputs(locate_inputs(config, home))
+    mixture = Mixture.load(scratch / "mixture").to(torch.float64)
+    assert record["test"] == Scorer(data, "test").mixture(mixture)
+    z, log_det = data.points("validation")
+    nats = -(mixture.log_prob(z) + log_det) / data.n_features
+    _, factor, offset = density_units(data)
+    assert record["validation"] == pytest.approx(float(factor * nats.mean() + offset), rel=1e-12)
+    assert record["steps"] == (4 if overrides == ALONE else 5) * 3  # epochs of three batches
+    assert record["seconds"] > 0
+    json.dumps(record, allow_nan=False)
+    line = summarize(record, "bits per dimension")
+    assert line.startswith(f"validation {record['validation']:.4f}, test ")
+    assert line.endswith(f"clustering accuracy {100 * record['test']['accuracy']:.1f} %")
+
+
+def test_the_test_split_has_no_say_in_training(finished, home, tmp_path):
+    overrides, record, scratch = finished
+    config = compose_preset("digits", [*SMALL, *overrides])
+    data, spaces = open_inputs(locate_inputs(config, home))
+    data.raw["test"].zero_()
+    data.label["test"].zero_()
+    other = tmp_path / "other"
+    other.mkdir()
+    again = run_trial(config, data, spaces, "mark", other, quiet=True)
+    assert again["validation"] == record["validation"]
+    assert again["test"] != record["test"]
+    names = [f / "mixture" / "mixture.safetensors" for f in (scratch, other)]
+    assert names[0].read_bytes() == names[1].read_bytes()
+
+
+def test_another_seed_is_another_result(run):
+    records = [run(*ALONE, f"cpmm.seed={seed}", name=f"{seed}")[0] for seed in (8, 9)]
+    assert records[0]["validation"] != records[1]["validation"]
+
+
+@pytest.mark.parametrize("overrides", [[], ALONE], ids=["curriculum", "alone"])
+def test_a_trial_that_diverges_says_where_and_why(overrides, run):
+    record, scratch = run(*overrides, "cpmm.learning_rate=1e6", "cpmm.gradient_clip=1e9")
+    assert record["status"] == "diverged"
+    assert record.keys() == {"status", "step", "reason"}
+    assert record["step"] >= 1
+    assert "lower cpmm.learning_rate" in record["reason"]
+    assert f"step {record['step']}" in record["reason"]
+    assert explain(record) == f"diverged at step {record['step']}: {record['reason']}"
+    assert summarize(record, "nats") == explain(record)
+    assert not (scratch / "mixture").exists()
+
+
+def test_a_mixture_without_a_finite_density_diverged(run, monkeypatch):
+    scores = Scorer.mixture
+    nan = {"density": float("nan")}
+    monkeypatch.setattr(Scorer, "mixture", lambda *arguments: scores(*arguments) | nan)
+    record, _ = run(*ALONE)
+    assert record["status"] == "diverged"
+    assert "density of the extracted mixture is not finite" in record["reason"]
+    assert record["step"] == 4 * 3
+
+
+def test_what_is_no_divergence_is_raised(run):
+    with pytest.raises(ValueError, match="batch_size"):
+        run("cpmm.batch_size=0")
+
+
+class Kill(Exception):
+    """Stands for the end of a process."""
+
+
+def test_resumed_equals_uninterrupted(finished, run):
+    overrides, whole, uninterrupted = finished
+    seen = []
+
+    def kill(module):
+        seen.append(module.current_epoch)
+        if len(seen) in (2, 4):
+            raise Kill
+
+    for _ in range(2):
+        with pytest.raises(Kill):
+            run(*overrides, name="killed", listeners=[kill])
+    resumed, scratch = run(*overrides, name="killed", listeners=[kill])
+    assert seen == sorted(seen)
+    assert seen[1] == seen[2] > 0  # the epoch that was cut is done again, not those before
+    again, _ = run(*overrides, name="killed")  # killed after the last epoch
+    for record in (resumed, again):
+        assert record | {"seconds": 0} == whole | {"seconds": 0}
+    for name in ("cpmm", "mixture"):
+        for kind in ("safetensors", "json"):
+            files = [f / name / f"{name}.{kind}" for f in (uninterrupted, scratch)]
+            assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_listeners_hear_every_epoch_and_quiet_is_quiet(run, capsys):
+    heard = []
+    record, _ = run(*ALONE, listeners=[lambda module: heard.append(dict(module.history[-1]))])
+    assert capsys.readouterr().out == ""
+    assert [row["epoch"] for row in heard] == [0, 1, 2, 3]
+    assert heard[-1]["step"] == record["steps"]
+    assert min(heard, key=lambda row: row["validation"])["epoch"] == record["best_epoch"]
+    run(*ALONE, name="loud", quiet=False)
+    assert "trial | step 12/12 | fine-tuning" in capsys.readouterr().out
+
+
+def command(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["trial.py", *arguments])
+    trial.main()
+
+
+@pytest.fixture
+def root(home, tmp_path, monkeypatch):
+    """A project whose data are those of the tiny pipeline."""
+    shutil.copytree(home, tmp_path / "data" / "digits")
+    monkeypatch.setattr("workflows.compose.ROOT", tmp_path)
+    (tmp_path / "conf").symlink_to(trial.HERE.parent / "conf")
+    return tmp_path
+
+
+def test_the_command_writes_record_and_mixture(finished, root, monkeypatch, capsys):
+    overrides, record, scratch = finished
+    command(monkeypatch, *SMALL, *overrides)
+    out = root / "data" / "digits" / "trial"
+    written = json.loads((out / "record.json").read_text())
+    assert written | {"seconds": 0} == record | {"seconds": 0}
+    files = [f / "mixture" / "mixture.safetensors" for f in (out, scratch)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    lines = capsys.readouterr().out.splitlines()
+    assert json.loads(lines[-2]) == pick(record, "validation", "test")
+    assert lines[-1].startswith("trial: validation ")
+    assert lines[-1].endswith(f" -> {out}")
+    assert not list((root / "data" / "digits" / ".scratch").glob("trial-*"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["cpmm.learning_rate=1e6", "cpmm.gradient_clip=1e9"], "diverged at step"),
+        (["cpmm.ode=both"], "trial: error: cpmm.ode is 'both'"),
+        (["preset=digit"], "trial: error: unknown preset 'digit'"),
+        (["cpmm.odd=1"], "odd"),
+    ],
+)
+def test_the_command_fails_with_one_line(overrides, said, root, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as end:
+        command(monkeypatch, *SMALL, *overrides)
+    assert end.value.code == 1
+    printed = "".join(capsys.readouterr())
+    assert said in printed
+    assert "Traceback" not in printed
+
+
+def test_a_failed_command_leaves_no_mixture_of_an_earlier_one(root, monkeypatch):
+    out = root / "data" / "digits" / "trial"
+    command(monkeypatch, *SMALL)
+    assert (out / "mixture").is_dir()
+    with pytest.raises(SystemExit):
+        command(monkeypatch, *SMALL, "cpmm.learning_rate=1e6", "cpmm.gradient_clip=1e9")
+    assert json.loads((out / "record.json").read_text())["status"] == "diverged"
+    assert not (out / "mixture").exists()

@@ -1,0 +1,51 @@
+"""Scores of a model on one split, by the rules that the report states."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from cpmm.metrics import clustering_scores, nats_per_dimension
+from workflows.models import density_units
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from cpmm.data import DataSplits
+    from cpmm.mixture import Mixture
+
+
+class Scorer:
+    """Density in the units of the data, and clustering scores where there are labels.
+
+    Args:
+        data: The splits.
+        split: Which of them is scored.
+    """
+
+    def __init__(self, data: DataSplits, split: str) -> None:
+        self.data = data
+        self.z, self.log_det = data.points(split)
+        self.label = None if data.label is None else data.label[split].numpy()
+        _, self.factor, self.offset = density_units(data)
+
+    def density(self, log_prob: Any) -> dict[str, float]:
+        """Mean density of the points in units of the data, and its standard error."""
+        nats = nats_per_dimension(log_prob(self.z), self.log_det, self.data.n_features)
+        value = self.factor * nats + self.offset
+        return {
+            "density": float(value.mean()),
+            "density_standard_error": float(value.std() / len(value) ** 0.5),
+        }
+
+    def clusters(self, cluster: np.ndarray, n_clusters: int) -> dict[str, float]:
+        """Clustering scores, nothing without labels."""
+        return {} if self.label is None else clustering_scores(self.label, cluster, n_clusters)
+
+    def mixture(self, mixture: Mixture) -> dict[str, float]:
+        """Both, of a mixture in float64."""
+        return {
+            **self.density(mixture.log_prob),
+            **self.clusters(mixture.predict(self.z).numpy(), mixture.n_clusters),
+            "n_components": mixture.components.n_components,
+            "n_parameters": mixture.components.n_parameters,
+        }

@@ -1,0 +1,221 @@
+"""Sweep over trials on Ray Tune: data/<preset>/sweep/<sweep>, a table with error bars.
+
+    python workflows/sweep.py                              Table 2 of the paper, on digits
+    python workflows/sweep.py sweep=ablation sweep.seeds=1
+    python workflows/sweep.py preset=mnist data.options.folder=/my/mnist ray.gpus=0.25
+    python workflows/sweep.py ray.address=auto             on a running cluster (docs/cluster.md)
+
+A sweep is a file of conf/sweep/; every option of conf/ can be overridden in Hydra's syntax. The same
+command goes on where it was killed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from workflows.stage import EXPECTED_ERRORS, Config, describe, fingerprint
+
+if TYPE_CHECKING:
+    from workflows.sweeps.archive import Archive
+    from workflows.sweeps.inputs import Located
+    from workflows.sweeps.plan import Trial
+
+ROOT = Path(__file__).resolve().parent.parent
+OWN = ("sweep", "ray")  # groups that are the sweep's, not its trials'
+
+
+def main() -> None:
+    """Run a sweep from the command line."""
+    names = sorted(p.stem for p in (ROOT / "conf" / "sweep").glob("*.yaml") if p.stem != "default")
+    presets = sorted(p.stem for p in (ROOT / "conf" / "preset").glob("*.yaml"))
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=f"sweeps: {', '.join(names)}. presets: {', '.join(presets)}. What Ray is asked for: "
+        "conf/ray/default.yaml.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("overrides", nargs="*", help="in Hydra's syntax, such as sweep.seeds=5")
+    parser.add_argument(
+        "--cfg", action="store_true", help="print the composed configuration, and end"
+    )
+    parser.add_argument("--plan", action="store_true", help="print the trials, and end")
+    arguments = parser.parse_args()
+    try:
+        run_sweep(arguments.overrides, arguments.cfg, arguments.plan)
+    except (*EXPECTED_ERRORS, ConnectionError, TimeoutError) as error:
+        print(f"sweep: error: {describe(error)}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("sweep: interrupted; the same command goes on", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None
+
+
+def run_sweep(overrides: list[str], only_config: bool = False, only_plan: bool = False) -> None:
+    """Plan, run and tabulate a sweep."""
+    import yaml
+
+    from workflows.compose import compose_preset, overrides_of, split_preset
+
+    preset, rest = split_preset(overrides)
+    params = yaml.safe_load((ROOT / "params.yaml").read_text()).get("overrides") or {}
+    base = [*overrides_of(preset, params), *rest]
+    config = compose_preset(preset, base, "sweep")
+    if only_config:
+        print(yaml.safe_dump(config, sort_keys=False), end="")
+        return
+
+    from workflows.sweeps import cluster, plan
+    from workflows.trial import trial_code
+
+    of_trials = [item for item in base if not _is_own(item)]
+    sweep, options = config["sweep"], config["ray"]
+    cluster.check_options(options)
+    trials = plan.plan_trials(preset, sweep, of_trials, trial_code())
+    if only_plan:
+        for trial in trials:
+            print(f"{trial.name}\n    {trial.command}")
+        return
+
+    from workflows.sweeps.archive import Archive
+    from workflows.sweeps.inputs import locate_inputs
+
+    home = ROOT / "data" / preset
+    archive = Archive(options["storage"] or str(home / ".scratch" / "sweep"))
+    located = {trial.inputs: trial for trial in trials}
+    located = {marks: locate_inputs(trial.config, home) for marks, trial in located.items()}
+    logs = home / ".scratch" / "ray" / sweep["name"]
+    _run(trials, sweep, options, located, archive, logs)
+    _publish(trials, sweep, preset, archive, home)
+
+
+def _run(
+    trials: list[Trial],
+    sweep: Config,
+    options: Config,
+    located: dict[tuple[str, str | None], Located],
+    archive: Archive,
+    logs: Path,
+) -> None:
+    """Run what the archive has no record of."""
+    from workflows.sweeps import cluster
+
+    cluster.prepare_environment(options)
+    from workflows.sweeps.driver import recorded_trials
+
+    for trial, record in recorded_trials(trials, sweep, archive):
+        if record["status"] == "lost":
+            archive.delete_record(trial.mark)
+    searched = sweep["search"]["kind"] == "optuna"
+    n_trials = sweep["search"]["n_samples"] if searched else len(trials)
+    n_done = len(recorded_trials(trials, sweep, archive))
+    print(
+        f"sweep {sweep['name']} | {_beginning(trials, sweep, archive, n_trials, n_done)}",
+        flush=True,
+    )
+    if n_done >= n_trials:
+        return
+
+    from workflows.models import density_units
+    from workflows.sweeps.driver import run_trials
+    from workflows.sweeps.inputs import open_inputs, share_all, size_of
+    from workflows.sweeps.progress import Progress
+
+    unit, _, _ = density_units(open_inputs(next(iter(located.values())))[0])
+    progress = Progress(
+        sweep["name"], {trial.mark: trial.name for trial in trials}, n_trials, n_done, unit
+    )
+    size = sum(map(size_of, located.values()))
+    with cluster.connected(options, size, options["cpus"] * options["workers"]) as line:
+        print(f"sweep {sweep['name']} | {line}", flush=True)
+        inputs = share_all(located, options)
+        run_trials(trials, sweep, options, inputs, archive, logs, progress)
+
+
+def _beginning(
+    trials: list[Trial], sweep: Config, archive: Archive, n_trials: int, n_done: int
+) -> str:
+    """Say whether the sweep goes on or starts afresh, and note what it consists of."""
+    from workflows.sweeps.archive import CHECKPOINT
+
+    name = f"sweeps/{sweep['name']}-{trials[0].config['name']}.json"
+    mark = fingerprint(sweep["search"], sweep["scheduler"], [trial.mark for trial in trials])
+    before = (archive.read_json(name) or {}).get("fingerprint")
+    archive.write_json(name, {"fingerprint": mark, "trials": [trial.mark for trial in trials]})
+    begun = sum(
+        archive.record(trial.mark) is None and archive.has(f"trials/{trial.mark}/{CHECKPOINT}")
+        for trial in trials
+    )
+    state = f"{n_trials} trials, {n_done} done before, {begun} begun"
+    if before == mark:
+        return (
+            f"same configuration: resuming, {state}" if n_done < n_trials else f"all done: {state}"
+        )
+    what = "starting" if before is None else "configuration or code changed: starting afresh"
+    known = ", those of the same options and code are taken over" if n_done or begun else ""
+    return f"{what}, {state}{known}"
+
+
+def _publish(trials: list[Trial], sweep: Config, preset: str, archive: Archive, home: Path) -> None:
+    """Write the tables, the figure and the best trial's mixture, and print them."""
+    import json
+    import shutil
+
+    from matplotlib import rc_context
+    from rich.console import Console
+
+    from workflows.models import density_units
+    from workflows.store import load_prepared, write_json
+    from workflows.sweeps import table
+    from workflows.sweeps.driver import recorded_trials
+    from workflows.sweeps.inputs import locate_inputs
+
+    data, _ = load_prepared(locate_inputs(trials[0].config, home).prepared)
+    unit, _, _ = density_units(data)
+    results = recorded_trials(trials, sweep, archive)
+    rows = table.rows_table(results)
+    claims = table.check_claims(rows, sweep["claims"])
+    best = table.best_trial(results)
+    out = home / "sweep" / sweep["name"]
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    if best is not None:
+        for name in ("cpmm", "mixture"):
+            archive.fetch(f"trials/{best[0].mark}/{name}", partial / name)
+    shown = Path("data") / preset / "sweep" / sweep["name"]
+    line = table.best_line(best, unit, shown)
+    table.trials_table(results).to_csv(partial / "trials.csv", index=False)
+    text = table.markdown(sweep["name"], preset, unit, rows, claims, line)
+    (partial / "table.md").write_text(text)
+    write_json(
+        partial / "table.json",
+        {"unit": unit, "rows": json.loads(rows.to_json(orient="records")), "claims": claims},
+    )
+    with rc_context({"svg.hashsalt": "cpmm"}):
+        table.draw(results, rows, unit).savefig(partial / "rows.svg", metadata={"Date": None})
+    rows.drop(columns=["failures"]).to_csv(out.with_name(out.name + ".csv"), index=False)
+    write_json(out.with_name(out.name + ".json"), table.metrics(sweep["name"], rows, best, unit))
+    if out.is_dir():
+        shutil.rmtree(out)
+    partial.rename(out)
+
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console.print(table.terminal_table(f"sweep {sweep['name']} of {preset}, {unit}", rows))
+    for claim in claims:
+        print(
+            f"claim: {claim['claim']}: {claim['holds']} ({claim['metric']} {claim['ours']['worse']} -> {claim['ours']['better']})"
+        )
+    failed = int(rows["n_failed"].sum())
+    print(f"sweep: {len(results)} trials, {failed} failed -> {shown}\n{line}")
+
+
+def _is_own(override: str) -> bool:
+    key = override.lstrip("+~").split("=", 1)[0]
+    return key.split(".")[0].split("@")[0] in OWN
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""Ray for a sweep: one of our own, or a running cluster; with time-outs where it could hang."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+OUTER_CPU = 0.01  # of a trial whose workers train together, taken from theirs; Tune refuses 0
+SPARE_BYTES = 256 * 2**20  # of the object store, beside the inputs
+INPUTS = ("driver", "remote")
+LOWEST = {
+    "cpus": 0.01, "gpus": 0, "workers": 1, "max_concurrent": 1, "max_failures": 0, "checkpoint_seconds": 0,
+    "report_seconds": 0, "connect_seconds": 1, "resources_seconds": 0, "stall_seconds": 1, "object_store_gb": 0.1,
+}  # fmt: skip
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    # Our records say what is done; Tune's own state is written, but never read again.
+    "TUNE_GLOBAL_CHECKPOINT_S": "600",
+    "RAY_AIR_NEW_OUTPUT": "0",  # our own table instead
+    "RAY_TRAIN_V2_ENABLED": "1",
+}
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Check the section ``ray``.
+
+    Raises:
+        ValueError: If an option is unknown or out of range.
+    """
+    if options["inputs"] not in INPUTS:
+        raise ValueError(f"ray.inputs is {options['inputs']!r}: choose {' or '.join(INPUTS)}")
+    for name, low in LOWEST.items():
+        value = options[name]
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and (not number or value < low):
+            raise ValueError(f"ray.{name} is {value!r}: expected a number of at least {low}")
+    for name in ("address", "storage"):
+        if options[name] is not None and not isinstance(options[name], str):
+            raise ValueError(f"ray.{name} is {options[name]!r}: expected text, or null")
+    if str(options["address"]).startswith("ray://"):
+        raise ValueError(
+            f"ray.address is {options['address']!r}, a Ray client's: run the sweep on a node of the cluster, "
+            "with ray.address=auto"
+        )
+
+
+def prepare_environment(options: dict[str, Any]) -> None:
+    """Set what Ray reads from the environment when it is imported: call this before.
+
+    A Ray of our own listens on the loopback interface alone. A running cluster is met with a token if
+    there is one; Ray itself looks for it only if told so.
+    """
+    own = _address(options) is None
+    token = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
+    token = token or (Path.home() / ".ray" / "auth_token").is_file()
+    chosen = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"} if own else {}
+    chosen |= {"RAY_AUTH_MODE": "token"} if token and not own else {}
+    for name, value in {**ENVIRONMENT, **chosen}.items():
+        os.environ.setdefault(name, value)
+
+
+def _address(options: dict[str, Any]) -> str | None:
+    """Address of a running cluster, None for a Ray of our own."""
+    address = options["address"] or os.environ.get("RAY_ADDRESS")
+    return None if address in (None, "", "local") else address
+
+
+@contextmanager
+def connected(options: dict[str, Any], input_bytes: int, cpus_at_least: float) -> Iterator[str]:
+    """Start Ray, or attach to a running cluster, for the time of a sweep.
+
+    Args:
+        options: The section ``ray``.
+        input_bytes: What the object store must hold.
+        cpus_at_least: A Ray of our own offers as many CPUs, even if the machine has fewer.
+
+    Yields:
+        A line that says what was started or found.
+
+    Raises:
+        ConnectionError: If no cluster answers in time.
+    """
+    prepare_environment(options)
+    import ray
+
+    address = _address(options)
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    started = time.monotonic()
+    if address is not None:
+        _require_answer(address, options["connect_seconds"])
+        try:
+            context = ray.init(address=address, runtime_env=_code(), **quiet)
+        except (ConnectionError, RuntimeError) as error:
+            raise ConnectionError(
+                f"cannot attach to the Ray cluster at {address}: {error}"
+            ) from error
+        what = f"attached to {context.address_info['gcs_address']}"
+    else:
+        store = options["object_store_gb"]
+        size = int(store * 2**30) if store else int(1.25 * input_bytes) + SPARE_BYTES
+        context = ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, int(-(-cpus_at_least // 1))),
+            object_store_memory=size,
+            include_dashboard=options["dashboard"],
+            dashboard_host="127.0.0.1",
+            **quiet,
+        )
+        what = "started Ray"
+        if context.dashboard_url:
+            what += f", dashboard http://{context.dashboard_url} (`ray get-auth-token` prints its token)"
+    try:
+        total = ray.cluster_resources()
+        nodes = sum(node["Alive"] for node in ray.nodes())
+        yield (
+            f"{what} | {nodes} node{'s' if nodes > 1 else ''}, {total.get('CPU', 0):g} CPUs, "
+            f"{total.get('GPU', 0):g} GPUs | {time.monotonic() - started:.1f} s"
+        )
+    finally:
+        ray.shutdown()
+
+
+def resources(options: dict[str, Any]) -> dict[str, float]:
+    """CPUs and GPUs of one worker: a GPU each if the cluster has any and nothing else is asked."""
+    import ray
+
+    gpus = options["gpus"]
+    if gpus is None:
+        gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
+    return {"CPU": options["cpus"], "GPU": gpus}
+
+
+def wait_for_resources(worker: dict[str, float], options: dict[str, Any]) -> None:
+    """Wait until some node of the cluster could hold a worker.
+
+    Raises:
+        TimeoutError: If none can after ``ray.resources_seconds``.
+    """
+    import ray
+
+    deadline = time.monotonic() + options["resources_seconds"]
+    needed = {name: amount for name, amount in worker.items() if amount}
+    while True:
+        offers = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if any(all(o.get(n, 0) >= a for n, a in needed.items()) for o in offers):
+            return
+        if time.monotonic() > deadline:
+            offered = [{n: o.get(n, 0) for n in ("CPU", "GPU")} for o in offers]
+            raise TimeoutError(
+                f"a trial's worker asks for {needed}, but no node offers that ({offered}): lower ray.cpus "
+                "or ray.gpus, or add a node"
+            )
+        time.sleep(1)
+
+
+def n_at_once(worker: dict[str, float], options: dict[str, Any]) -> int:
+    """Number of trials that fit into the cluster now, all their workers counted, at least one."""
+    import ray
+
+    total = ray.cluster_resources()
+    fits = min(total.get(name, 0) / amount for name, amount in worker.items() if amount)
+    return max(1, int(fits / options["workers"] + 1e-6))
+
+
+def _require_answer(address: str, seconds: float) -> None:
+    """Ask the head for its health in a process of its own: a half-dead one can hang its client."""
+    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check"]
+    command += [] if address == "auto" else ["--address", address]
+    remedy = (
+        "start one with `ray start --head`, correct ray.address or RAY_ADDRESS, or leave both out for a Ray "
+        "of the sweep's own; a cluster with tokens needs RAY_AUTH_MODE=token and the same token here"
+    )
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+    except subprocess.TimeoutExpired:
+        raise ConnectionError(
+            f"the Ray cluster at {address} did not answer within {seconds} s (ray.connect_seconds): {remedy}"
+        ) from None
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip().splitlines() or ["no reason given"]
+        raise ConnectionError(f"no Ray cluster answers at {address} ({said[-1]}): {remedy}")
+
+
+def _code() -> dict[str, Any]:
+    """Send our two packages to the workers of a cluster: they need no checkout."""
+    return {
+        "py_modules": [str(ROOT / "cpmm"), str(ROOT / "workflows")],
+        "excludes": ["__pycache__"],
+        "env_vars": {"RAY_TRAIN_V2_ENABLED": "1", "RAY_CHDIR_TO_TRIAL_DIR": "0"},
+    }

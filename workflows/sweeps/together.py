@@ -1,0 +1,89 @@
+"""One trial trained by several workers: Lightning's DDP through Ray Train, inside a trial of Tune."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.lightning import RayDDPStrategy, RayLightningEnvironment
+from ray.train.torch import TorchTrainer
+from ray.tune.integration.ray_train import TuneReportCallback
+
+from workflows.sweeps import cluster
+from workflows.sweeps.plan import Trial
+from workflows.sweeps.worker import Assignment, Reporter, call, prepare
+from workflows.trial import run_trial
+
+
+def train_together(trial: Trial, assignment: Assignment, scratch: Path) -> dict[str, Any]:
+    """Train a trial with ``ray.workers`` workers; its files come back through the archive.
+
+    Args:
+        trial: What is trained.
+        assignment: Of the sweep.
+        scratch: Where Ray Train keeps its own small state.
+
+    Returns:
+        The record of the trial.
+    """
+    worker = cluster.resources(assignment.options)
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={"trial": trial, "assignment": assignment},
+        scaling_config=ScalingConfig(
+            num_workers=assignment.options["workers"],
+            use_gpu=worker["GPU"] > 0,
+            resources_per_worker={
+                "CPU": worker["CPU"] - cluster.OUTER_CPU,
+                **({"GPU": worker["GPU"]} if worker["GPU"] else {}),
+            },
+        ),
+        run_config=RunConfig(
+            name=trial.mark,
+            storage_path=str(scratch),
+            failure_config=FailureConfig(max_failures=0),  # Tune starts the trial again
+            callbacks=[TuneReportCallback()],
+        ),
+    )
+    trainer.fit()
+    record = call(assignment.archive.read, _outcome(trial))
+    call(assignment.archive.delete, _outcome(trial))
+    return json.loads(record)
+
+
+def _work(config: dict[str, Any]) -> None:
+    """Train as one of the workers; the first of them tells, keeps and scores."""
+    trial, assignment = config["trial"], config["assignment"]
+    first = ray.train.get_context().get_world_rank() == 0
+    scratch = Path(tempfile.mkdtemp(prefix=f"cpmm-{trial.mark}-"))
+    try:
+        reporter: Reporter = prepare(trial, assignment, scratch, ray.train.report)
+        reporter.keep = first
+        together = {
+            "strategy": RayDDPStrategy(),
+            "plugins": [RayLightningEnvironment()],
+            "devices": "auto",
+        }
+        record = run_trial(
+            trial.config, *reporter.inputs, trial.mark, scratch,
+            listeners=[reporter], quiet=True, together=together,
+        )  # fmt: skip
+        if first:
+            for name in ("cpmm", "mixture"):
+                for path in sorted((scratch / name).glob("*")):
+                    target = f"trials/{trial.mark}/{path.relative_to(scratch)}"
+                    call(assignment.archive.write, target, path.read_bytes())
+            outcome = json.dumps(record | {"reports": reporter.reports}).encode()
+            call(assignment.archive.write, _outcome(trial), outcome)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _outcome(trial: Trial) -> str:
+    return f"trials/{trial.mark}/outcome.json"

@@ -38,17 +38,17 @@ def project(tmp_path):
     return make
 
 
-def start(folder, *options):
+def start(folder, *options, **environment):
     return subprocess.Popen(
         [sys.executable, str(folder / "workflows" / "sweep.py"), "sweep=modes", "ray.dashboard=false",
          "ray.checkpoint_seconds=0.5", "ray.report_seconds=0.5", *options],
-        cwd=folder, env=project_environment(folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        cwd=folder, env=project_environment(folder) | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True,
     )  # fmt: skip
 
 
-def run(folder, *options, timeout=400):
-    process = start(folder, *options)
+def run(folder, *options, timeout=400, **environment):
+    process = start(folder, *options, **environment)
     out, err = process.communicate(timeout=timeout)
     return process.returncode, out, err
 
@@ -58,7 +58,7 @@ def trials(folder):
     return table.drop(columns="seconds")
 
 
-def wait_for(condition, seconds=120):
+def wait_for(condition, seconds=400):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it never came to that"
@@ -155,3 +155,40 @@ def test_a_lost_storage_ends_with_a_clear_error(project, tmp_path):
     assert "same configuration: resuming" in out
     metrics = json.loads((folder / "data" / "digits" / "sweep" / "modes.json").read_text())
     assert metrics["best"]["test"]["density"] > 0
+
+
+@pytest.mark.slow
+def test_a_trial_that_asks_for_too_much_memory_fails_alone(project):
+    parts = {
+        "modest": {"overrides": {"cpmm.initialization.kind": "random"}},
+        # Ten million channels: torch is refused the memory.
+        "greedy": {"overrides": {"cpmm.field.kind": "conv", "cpmm.field.width": 10_000_000}},
+    }
+    folder = project(parts=parts, seeds=1)
+    status, _, err = run(folder)
+    assert status == 0, err
+    table = trials(folder)
+    assert table["status"].tolist() == ["finished", "failed"]
+    assert "allocate" in table["reason"].iloc[1]
+
+
+@pytest.mark.slow
+def test_workers_killed_for_their_memory_are_recorded_and_tried_again(project):
+    folder = project(seeds=1)
+    # Ray kills workers where the node uses more than a hundredth of its memory.
+    status, out, err = run(folder, "ray.max_failures=0", RAY_memory_usage_threshold="0.01")
+    assert status == 0, err
+    assert trials(folder)["status"].tolist() == ["lost"] * 2
+    assert trials(folder)["reason"].str.contains("memory").all()
+    assert "2 failed" in out
+    status, out, err = run(folder)
+    assert status == 0, err
+    assert "same configuration: resuming, 2 trials, 0 done before" in out
+    assert trials(folder)["status"].tolist() == ["finished"] * 2
+
+
+@pytest.mark.slow
+def test_what_no_node_offers_is_said_in_time(project):
+    status, _, err = run(project(), "ray.gpus=3", "ray.resources_seconds=1")
+    assert status == 1
+    assert "a trial's worker asks for {'CPU': 1, 'GPU': 3}, but no node offers that" in err

@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+REFUSED = "InvalidAuthToken"  # in what Ray says where a token is missing or wrong
 OUTER_CPU = 0.01  # of a trial whose workers train together, taken from theirs; Tune refuses 0
 SPARE_BYTES = 256 * 2**20  # of the object store, beside the inputs
 INPUTS = ("driver", "remote")
@@ -57,15 +59,19 @@ def check_options(options: dict[str, Any]) -> None:
 def prepare_environment(options: dict[str, Any]) -> None:
     """Set what Ray reads from the environment when it is imported: call this before.
 
-    A Ray of our own listens on the loopback interface alone. A running cluster is met with a token if
-    there is one; Ray itself looks for it only if told so.
+    A Ray of our own listens on the loopback interface alone. A running cluster is asked whether it wants
+    a token: attached to in the wrong mode, it refuses, or lets in and then loses every worker.
+
+    Raises:
+        ConnectionError: If no cluster answers in time.
     """
-    own = _address(options) is None
-    token = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
-    token = token or (Path.home() / ".ray" / "auth_token").is_file()
-    chosen = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"} if own else {}
-    chosen |= {"RAY_AUTH_MODE": "token"} if token and not own else {}
-    for name, value in {**ENVIRONMENT, **chosen}.items():
+    address = _address(options)
+    chosen = dict(ENVIRONMENT)
+    if address is None:
+        chosen["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    else:
+        chosen["RAY_AUTH_MODE"] = _find_mode(address, options["connect_seconds"])
+    for name, value in chosen.items():
         os.environ.setdefault(name, value)
 
 
@@ -77,7 +83,7 @@ def _address(options: dict[str, Any]) -> str | None:
 
 @contextmanager
 def connected(options: dict[str, Any], input_bytes: int, cpus_at_least: float) -> Iterator[str]:
-    """Start Ray, or attach to a running cluster, for the time of a sweep.
+    """Start Ray, or attach to a running cluster, for the time of a sweep; the environment is prepared.
 
     Args:
         options: The section ``ray``.
@@ -90,14 +96,12 @@ def connected(options: dict[str, Any], input_bytes: int, cpus_at_least: float) -
     Raises:
         ConnectionError: If no cluster answers in time.
     """
-    prepare_environment(options)
     import ray
 
     address = _address(options)
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     started = time.monotonic()
     if address is not None:
-        _require_answer(address, options["connect_seconds"])
         try:
             context = ray.init(address=address, runtime_env=_code(), **quiet)
         except (ConnectionError, RuntimeError) as error:
@@ -172,23 +176,52 @@ def n_at_once(worker: dict[str, float], options: dict[str, Any]) -> int:
     return max(1, int(fits / options["workers"] + 1e-6))
 
 
-def _require_answer(address: str, seconds: float) -> None:
-    """Ask the head for its health in a process of its own: a half-dead one can hang its client."""
+def _find_mode(address: str, seconds: float) -> str:
+    """Find out with which ``RAY_AUTH_MODE`` the cluster answers: disabled, or token.
+
+    It is asked by processes of their own, since a half-dead head can hang whoever asks.
+    """
+    given = os.environ.get("RAY_AUTH_MODE")
+    deadline = time.monotonic() + seconds
+    for mode in [given] if given else ["disabled", "token"]:
+        answer = _ask(address, mode, deadline)
+        if answer is None:
+            return mode
+        if REFUSED not in answer or mode == "token":
+            break
+    if time.monotonic() > deadline:
+        answer = f"no answer within {seconds} s, ray.connect_seconds"
+    raise ConnectionError(
+        f"cannot attach to a Ray cluster at {address} ({answer}): start one with `ray start --head`, correct "
+        "ray.address or RAY_ADDRESS, or leave both out for a Ray of the sweep's own; a cluster with tokens "
+        "needs its token here, in ~/.ray/auth_token or RAY_AUTH_TOKEN"
+    )
+
+
+def _ask(address: str, mode: str, deadline: float) -> str | None:
+    """Ask a cluster for its health; None if it is well, else what was said."""
     command = [sys.executable, "-m", "ray.scripts.scripts", "health-check"]
     command += [] if address == "auto" else ["--address", address]
-    remedy = (
-        "start one with `ray start --head`, correct ray.address or RAY_ADDRESS, or leave both out for a Ray "
-        "of the sweep's own; a cluster with tokens needs RAY_AUTH_MODE=token and the same token here"
-    )
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
-    except subprocess.TimeoutExpired:
-        raise ConnectionError(
-            f"the Ray cluster at {address} did not answer within {seconds} s (ray.connect_seconds): {remedy}"
-        ) from None
-    if done.returncode:
-        said = (done.stderr or done.stdout).strip().splitlines() or ["no reason given"]
-        raise ConnectionError(f"no Ray cluster answers at {address} ({said[-1]}): {remedy}")
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(
+            command,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "RAY_AUTH_MODE": mode},
+        )
+        while process.poll() is None:
+            said.seek(0)
+            # It would try again for 20 s.
+            if time.monotonic() > deadline or REFUSED in said.read():
+                process.kill()
+                process.wait()
+            time.sleep(0.1)
+        said.seek(0)
+        lines = [line for line in said.read().splitlines() if line.strip()]
+    if process.returncode == 0:
+        return None
+    refused = [line for line in lines if REFUSED in line]
+    return (refused or lines or ["no reason given"])[-1].strip()
 
 
 def _code() -> dict[str, Any]:

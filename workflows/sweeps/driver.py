@@ -47,11 +47,18 @@ def run_trials(
     Raises:
         ArchiveError: If records cannot be written; what is done is kept.
         TimeoutError: If the cluster never offers what a trial needs.
+        ValueError: If trials want a GPU and are given none.
     """
     search = _search(trials, sweep, archive)
     asha = sweep["scheduler"]["kind"] == "asha"
     worker = cluster.resources(options)
     cluster.wait_for_resources(worker, options)
+    for trial in trials:
+        if trial.config["trainer"]["accelerator"] in ("gpu", "cuda") and not worker["GPU"]:
+            raise ValueError(
+                f"trainer.accelerator is {trial.config['trainer']['accelerator']!r}, but a trial gets no GPU: "
+                "set ray.gpus, or trainer.accelerator=auto"
+            )
     together = options["workers"] > 1
     watch = Watch(archive, sweep, options["stall_seconds"], trials)
     by_mark = {trial.mark: trial for trial in trials}

@@ -120,6 +120,11 @@ def pull(inputs: Offer) -> Located:
         _make_repository(root, inputs)
         try:
             run_dvc(root, "pull", "--force")
+        except ValueError as error:
+            raise ValueError(
+                f"node {ray.util.get_node_ip_address()} cannot get the inputs: on the DVC remote they are out "
+                f"of reach, missing, or do not have their hashes: {error}"
+            ) from error
         finally:
             (root / ".dvc" / "config.local").unlink(missing_ok=True)  # it may hold credentials
         (root / "complete").touch()
@@ -177,7 +182,9 @@ def run_dvc(folder: Path, *arguments: str) -> None:
         timeout=PULL_SECONDS, check=False, env={**os.environ, "DVC_NO_ANALYTICS": "1"},
     )  # fmt: skip
     if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+        # What follows the first error names the targets, on lines of their own.
+        at = done.stderr.find("ERROR")
+        said = done.stderr[at:][:500] if at >= 0 else done.stderr[-500:]
         raise ValueError(
-            f"`dvc {' '.join(arguments)}` failed in {folder}: {' '.join(said) or done.stderr[-500:]}"
+            f"`dvc {' '.join(arguments)}` failed in {folder}: {' '.join(said.split())}"
         )

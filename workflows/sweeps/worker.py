@@ -135,8 +135,11 @@ def _train_alone(
 ) -> dict[str, Any]:
     """Train in this process."""
     reporter = prepare(trial, assignment, scratch, report)
+    config = trial.config
+    if not ray.get_gpu_ids():  # the machine may have GPUs that other trials are given
+        config = {**config, "trainer": {**config["trainer"], "accelerator": "cpu"}}
     record = run_trial(
-        trial.config, *reporter.inputs, trial.mark, scratch, listeners=[reporter], quiet=True
+        config, *reporter.inputs, trial.mark, scratch, listeners=[reporter], quiet=True
     )
     return record | {"reports": reporter.reports}
 

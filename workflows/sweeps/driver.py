@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -101,6 +102,8 @@ def run_trials(
             verbose=0,
         ),
     )
+    # What befalls a trial is told by the progress and the record, without Tune's tracebacks.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     with progress:
         tuner.fit()
     if watch.stopper.reason:
@@ -197,7 +200,9 @@ class Watch(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """Record a trial whose workers died more often than ``ray.max_failures`` allows."""
-        lines = [line.strip() for line in str(trial.get_error() or "").splitlines()]
+        path = Path(trial.error_file or "")
+        text = path.read_text() if path.is_file() else ""
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
         said = [line for line in lines if "Error" in line or "died" in line or "memory" in line]
         reason = (said or lines or ["its worker died"])[-1][:300]
         step = (trial.last_result or {}).get("step")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
+from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from workflows.stage import fingerprint
@@ -51,7 +52,11 @@ class RemoteInputs:
         """Get them on any node of the cluster."""
         node = ray.get_runtime_context().get_node_id()
         holder = ray.get(self.holders.of_node.remote(node))
-        return ray.get(holder.shared.remote(), timeout=PULL_SECONDS).load()
+        try:
+            return ray.get(holder.shared.remote(), timeout=PULL_SECONDS).load()
+        except RayActorError:
+            ray.get(self.holders.forget.remote(node))  # the next trial there tries anew
+            raise
 
 
 class Holder:
@@ -81,6 +86,10 @@ class Holders:
                 self.offered, node == self.home
             )
         return self.by_node[node]
+
+    def forget(self, node: str) -> None:
+        """Start another holder on the node next time."""
+        self.by_node.pop(node, None)
 
 
 def offer(located: Located, cache: str) -> RemoteInputs | None:

@@ -40,7 +40,7 @@ def main() -> None:
     ]  # fmt: skip
     sweep = config["sweep"] | {"name": "overhead", "seeds": arguments.trials, "parts": {}}
     options = config["ray"] | {"max_concurrent": arguments.workers, "dashboard": False}
-    trials = plan_trials("digits", sweep, overrides, trial_code())
+    trials = plan_trials("digits", sweep, [], overrides, trial_code())
     located = locate_inputs(trials[0].config, ROOT / "data" / "digits")
     began = time.time()
     with (

@@ -61,8 +61,8 @@ def run_sweep(overrides: list[str], only_config: bool = False, only_plan: bool =
 
     preset, rest = split_preset(overrides)
     params = yaml.safe_load((ROOT / "params.yaml").read_text()).get("overrides") or {}
-    base = [*overrides_of(preset, params), *rest]
-    config = compose_preset(preset, base, "sweep")
+    params = overrides_of(preset, params)
+    config = compose_preset(preset, [*params, *rest], "sweep")
     if only_config:
         print(yaml.safe_dump(config, sort_keys=False), end="")
         return
@@ -70,10 +70,10 @@ def run_sweep(overrides: list[str], only_config: bool = False, only_plan: bool =
     from workflows.sweeps import cluster, plan
     from workflows.trial import trial_code
 
-    of_trials = [item for item in base if not _is_own(item)]
+    params, rest = ([item for item in items if not _is_own(item)] for items in (params, rest))
     sweep, options = config["sweep"], config["ray"]
     cluster.check_options(options)
-    trials = plan.plan_trials(preset, sweep, of_trials, trial_code())
+    trials = plan.plan_trials(preset, sweep, params, rest, trial_code())
     if only_plan:
         for trial in trials:
             print(f"{trial.name}\n    {trial.command}")

@@ -57,7 +57,7 @@ def search(kind, **changes):
 
 @pytest.fixture(scope="module")
 def planned():
-    return plan_trials("digits", sweep(seeds=2, parts=PARTS), ["cpmm.n_clusters=7"], "code")
+    return plan_trials("digits", sweep(seeds=2, parts=PARTS), ["cpmm.n_clusters=7"], [], "code")
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_a_trial_is_what_its_overrides_compose_to(planned):
 
 
 def test_trials_of_one_part_have_no_part_and_only_inputs_differ_by_what_they_read(planned):
-    trials = plan_trials("digits", sweep(parts={"": PARTS["guided"]}, seeds=2), [], "code")
+    trials = plan_trials("digits", sweep(parts={"": PARTS["guided"]}, seeds=2), [], [], "code")
     assert [trial.row for trial in trials] == [(), ()]
     assert trials[0].name == "-, seed 0"
     inputs = Counter(trial.inputs for trial in planned)
@@ -114,34 +114,49 @@ def test_names_are_short_unless_two_would_be_the_same():
 
 def test_a_row_without_a_group_axis_shows_no_whole_section():
     parts = {"alone": {"overrides": ALONE}, "guided": {"grid": {"spaces": ["noise", "teacher"]}}}
-    trials = plan_trials("digits", sweep(parts=parts), [], "code")
+    trials = plan_trials("digits", sweep(parts=parts), [], [], "code")
     assert [trial.label for trial in trials[1:]] == ["guided noise", "guided teacher"]
     assert "{" not in trials[0].label
 
 
 def test_rows_that_differ_look_different():
     grid = {"cpmm.learning_rate": [1e-3, 1.00001e-3]}  # a table has a line for each label
-    trials = plan_trials("digits", sweep(parts={"": {"grid": grid}}), [], "code")
+    trials = plan_trials("digits", sweep(parts={"": {"grid": grid}}), [], [], "code")
     assert len({trial.label for trial in trials}) == 2
 
 
 def test_a_part_that_is_null_is_left_out():
     parts = {"alone": {"overrides": ALONE}, "guided": None}
-    trials = plan_trials("digits", sweep(parts=parts), [], "code")
+    trials = plan_trials("digits", sweep(parts=parts), [], [], "code")
     assert [trial.row for trial in trials] == [()]
     assert not trials[0].config["cpmm"]["curriculum"]
 
 
 def test_a_part_may_be_named_by_a_number():
     parts = {1: {"overrides": ALONE}, 2: {}}
-    trials = plan_trials("digits", sweep(parts=parts), [], "code")
+    trials = plan_trials("digits", sweep(parts=parts), [], [], "code")
     assert [trial.name for trial in trials] == ["part=1, seed 0", "part=2, seed 0"]
+
+
+def test_the_user_overrules_the_sweep_but_not_its_axes():
+    parts = {"p": {"overrides": {"cpmm.noise": 0.3}, "grid": {"cpmm.ode": ["shared"]}}}
+    of = sweep(overrides={"cpmm.n_factors": 2, "cpmm.batch_size": 9}, parts=parts)
+    user = ["cpmm.n_factors=5", "cpmm.noise=0.1"]
+    trial = plan_trials("digits", of, ["cpmm.n_clusters=7", "cpmm.batch_size=8"], user, "code")[0]
+    chosen = {
+        name: trial.config["cpmm"][name]
+        for name in ("n_factors", "noise", "batch_size", "n_clusters")
+    }
+    assert chosen == {"n_factors": 5, "noise": 0.1, "batch_size": 9, "n_clusters": 7}
+    assert compose_preset("digits", trial.overrides) == trial.config
+    with pytest.raises(ValueError, match=r"cpmm\.ode=separate is one of its axes"):
+        plan_trials("digits", of, [], ["cpmm.ode=separate"], "code")
 
 
 @pytest.mark.parametrize("path", ["my table; (1).csv", 'it\'s $HOME/a "b",c=d.csv'])
 def test_a_command_splits_back_into_its_overrides(path):
     given = {"data.options.path": path}
-    (trial,) = plan_trials("csv", sweep(overrides=given), ["cpmm.n_clusters=3"], "code")
+    (trial,) = plan_trials("csv", sweep(overrides=given), ["cpmm.n_clusters=3"], [], "code")
     words = shlex.split(trial.command)
     assert words[:2] == ["python", "workflows/trial.py"]
     assert split_preset(words[2:]) == ("csv", list(trial.overrides))
@@ -158,7 +173,7 @@ def test_a_command_splits_back_into_its_overrides(path):
 )  # fmt: skip
 def test_the_same_trial_twice_is_refused(parts, named):
     with pytest.raises(ValueError, match="are the same trial") as error:
-        plan_trials("digits", sweep(parts=parts), [], "code")
+        plan_trials("digits", sweep(parts=parts), [], [], "code")
     assert all(name in str(error.value) for name in ["sweep own", *named])
 
 
@@ -175,7 +190,7 @@ def test_the_same_trial_twice_is_refused(parts, named):
 )
 def test_a_row_at_fault_is_named(grid, row, named):
     with pytest.raises(ValueError, match=r"^sweep own, row ") as error:
-        plan_trials("digits", sweep(parts={"p": {"grid": grid}}), [], "code")
+        plan_trials("digits", sweep(parts={"p": {"grid": grid}}), [], [], "code")
     assert f"row {row}: " in str(error.value)
     assert named in str(error.value)
 
@@ -204,7 +219,7 @@ def test_a_row_at_fault_is_named(grid, row, named):
 )  # fmt: skip
 def test_a_sweep_at_fault_is_named(changes, named):
     with pytest.raises(ValueError, match=named):
-        plan_trials("digits", sweep(**changes), [], "code")
+        plan_trials("digits", sweep(**changes), [], [], "code")
 
 
 @pytest.mark.parametrize("kind", ["random", "optuna"])
@@ -229,13 +244,13 @@ def test_a_bad_distribution_is_named(kind, distribution):
 def test_a_search_over_what_cannot_be_is_refused_before_anything_runs(kind, option, choice):
     space = {option: {"choice": choice}}
     with pytest.raises(ValueError, match=option.rpartition(".")[2]):
-        plan_trials("digits", sweep(search=search(kind, space=space)), [], "code")
+        plan_trials("digits", sweep(search=search(kind, space=space)), [], [], "code")
 
 
 def test_a_random_search_is_decided_by_its_seed():
     def plan_seed(seed, n_samples=1):
         of = search("random", seed=seed, n_samples=n_samples)
-        return plan_trials("digits", sweep(search=of), [], "code")
+        return plan_trials("digits", sweep(search=of), [], [], "code")
 
     (first,) = plan_seed(0)
     again, second = plan_seed(0, 2)  # more samples keep the trials there are
@@ -247,7 +262,7 @@ def test_a_random_search_is_decided_by_its_seed():
 
 
 def test_draws_follow_their_distributions():
-    values = [v for _, v, _ in plan._rows(sweep(search=search("random", n_samples=2000)))]
+    values = [v for _, v, *_ in plan._rows(sweep(search=search("random", n_samples=2000)))]
     rate, factors, ode, noise = ([value[option] for value in values] for option in SPACE)
     assert 1e-4 <= min(rate) < max(rate) <= 1e-2
     # The share below the geometric middle is that of a fair coin: five deviations.
@@ -262,7 +277,7 @@ def test_draws_follow_their_distributions():
 @pytest.fixture(scope="module")
 def template():
     given = ["cpmm.learning_rate=0.5", "spaces=noise", "cpmm.n_clusters=7"]
-    (trial,) = plan_trials("digits", sweep(search=search("optuna")), given, "code")
+    (trial,) = plan_trials("digits", sweep(search=search("optuna")), given, [], "code")
     return trial
 
 
@@ -361,7 +376,7 @@ def committed(name):
     """A sweep of conf/, and its trials for digits; of a random one not all samples."""
     section = compose_preset("digits", [f"sweep={name}", "sweep.search.n_samples=2"], "sweep")
     section = section["sweep"]
-    return section, plan_trials("digits", section, [], "code")
+    return section, plan_trials("digits", section, [], [], "code")
 
 
 @pytest.mark.parametrize(
@@ -386,7 +401,7 @@ def test_the_ablation_plans_at_the_end_of_each_axis():
         for axis, values in part["grid"].items():
             last = list(values)[-1]
             part["grid"][axis] = {last: values[last]} if isinstance(values, dict) else [last]
-    trials = plan_trials("digits", section | {"seeds": 1}, [], "code")
+    trials = plan_trials("digits", section | {"seeds": 1}, [], [], "code")
     assert [[value for _, value in trial.row] for trial in trials] == [
         ["no curriculum", "4", "0.1", "separate", "-", "-"],
         ["curriculum", "4", "0.1", "separate", "teacher", "51"],

@@ -76,21 +76,25 @@ class Trial:
         return " ".join(["python workflows/trial.py", *map(shlex.quote, words)])
 
 
-def plan_trials(preset: str, sweep: Config, overrides: Sequence[str], code: str) -> list[Trial]:
+def plan_trials(
+    preset: str, sweep: Config, base: Sequence[str], overrides: Sequence[str], code: str
+) -> list[Trial]:
     """Expand a sweep into its trials, row by row and seed by seed.
 
     Args:
         preset: Name of a file of conf/preset/.
         sweep: The section ``sweep``.
-        overrides: Of the user, on every trial.
+        base: Overrides of the preset, on which the sweep's own come.
+        overrides: Of the user, on every trial; they overrule the sweep's own.
         code: Fingerprint of the code that trains.
 
     Raises:
         ValueError: If the sweep or one of its rows is at fault; names the row.
     """
     check(sweep)
-    common = [*overrides, *flatten_options(sweep["overrides"] or {})]
-    rows = list(_rows(sweep))
+    _forbid_axes(sweep, overrides)
+    common = [*base, *flatten_options(sweep["overrides"] or {})]
+    rows = [(part, axes, [*own, *overrides, *values]) for part, axes, own, values in _rows(sweep)]
     configs = []
     for part, axes, values in rows:
         words = [("part", part)] if part else []
@@ -265,11 +269,11 @@ def show(value: Any, digits: int = 4) -> str:
     return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
 
 
-def _rows(sweep: Config) -> Iterator[tuple[str, dict[str, Any], list[str]]]:
-    """Give part, axis values and overrides of each row."""
+def _rows(sweep: Config) -> Iterator[tuple[str, dict[str, Any], list[str], list[str]]]:
+    """Give part, axis values, overrides of the part and overrides of the axes for each row."""
     search = sweep["search"]
     if search["kind"] == "optuna":
-        yield "", {}, []
+        yield "", {}, [], []
     elif search["kind"] == "random":
         generator = np.random.default_rng(search["seed"])
         known: list[dict[str, Any]] = []
@@ -277,7 +281,7 @@ def _rows(sweep: Config) -> Iterator[tuple[str, dict[str, Any], list[str]]]:
             values = {name: _draw(d, generator) for name, d in search["space"].items()}
             if values not in known:  # of a small space there may be fewer than asked for
                 known.append(values)
-                yield "", values, flatten_options(values)
+                yield "", values, [], flatten_options(values)
             if len(known) == search["n_samples"]:
                 return
     else:
@@ -288,7 +292,8 @@ def _rows(sweep: Config) -> Iterator[tuple[str, dict[str, Any], list[str]]]:
                 yield (
                     part,
                     {name: label for name, label, _ in point},
-                    [*common, *itertools.chain.from_iterable(o for _, _, o in point)],
+                    common,
+                    list(itertools.chain.from_iterable(o for _, _, o in point)),
                 )
 
 
@@ -320,6 +325,17 @@ def _corners(space: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             for option, distribution in space.items()
             for values in distribution.values()
         }
+
+
+def _forbid_axes(sweep: Config, overrides: Sequence[str]) -> None:
+    swept = set(sweep["search"]["space"] or {})
+    for part in _parts(sweep).values():
+        swept |= set(part.get("grid") or {})
+    for item in overrides:
+        if item.lstrip("+").split("=")[0] in swept:
+            raise ValueError(
+                f"sweep {sweep['name']}: {item} is one of its axes: leave it out, or change the sweep"
+            )
 
 
 def _forbid_seed(overrides: Sequence[str]) -> None:

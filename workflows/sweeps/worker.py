@@ -82,7 +82,8 @@ def train(config: Mapping[str, Any], assignment: Assignment) -> None:
             for report in record.get("reports", []):
                 tune.report(report)
     except ArchiveError as error:
-        tune.report({"archive_error": str(error), "mark": trial.mark})
+        said = getattr(error, "cause", None) or error  # Ray wraps it in the actor's traceback
+        tune.report({"archive_error": str(said), "mark": trial.mark})
         return
     report = final_report(trial.mark, record)
     if "mark" not in config:  # a searcher must hear something: of a trial that failed, the worst

@@ -119,7 +119,7 @@ def _run(
         return
 
     from workflows.models import density_units
-    from workflows.sweeps.driver import run_trials
+    from workflows.sweeps.driver import run_trials, suggested_trials
     from workflows.sweeps.inputs import open_inputs, share_all, size_of
     from workflows.sweeps.progress import Progress
 
@@ -131,7 +131,15 @@ def _run(
     with cluster.connected(options, size, options["cpus"] * options["workers"]) as line:
         print(f"sweep {sweep['name']} | {line}", flush=True)
         inputs = share_all(located, options)
-        run_trials(trials, sweep, options, inputs, archive, logs, progress)
+        if searched:  # what it suggested before and was not ended, from its checkpoints
+            suggested = suggested_trials(trials[0], archive)
+            begun = [trial for trial in suggested if archive.record(trial.mark) is None]
+            as_grid = sweep | {"search": sweep["search"] | {"kind": "grid"}}
+            if begun:
+                progress.names |= {trial.mark: trial.name for trial in begun}
+                run_trials(begun, as_grid, options, inputs, archive, logs, progress)
+        if len(recorded_trials(trials, sweep, archive)) < n_trials:
+            run_trials(trials, sweep, options, inputs, archive, logs, progress)
 
 
 def _beginning(

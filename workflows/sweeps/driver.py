@@ -117,13 +117,16 @@ def recorded_trials(
 
     A trial whose worker was lost again and again has a record too, but is tried again.
     """
-    if sweep["search"]["kind"] == "optuna":
-        names = archive.read_json(_index(trials[0])) or []
-        found = [suggested_trial(trials[0], values, trial_code()) for values in names]
-    else:
-        found = list(trials)
+    searched = sweep["search"]["kind"] == "optuna"
+    found = suggested_trials(trials[0], archive) if searched else trials
     records = ((trial, archive.record(trial.mark)) for trial in found)
     return [(trial, record) for trial, record in records if record is not None]
+
+
+def suggested_trials(template: Trial, archive: Archive) -> list[Trial]:
+    """Trials that a searcher has suggested so far, in this run of the sweep or an earlier one."""
+    suggested = archive.read_json(_index(template)) or []
+    return [suggested_trial(template, values, trial_code()) for values in suggested]
 
 
 class Stop(tune.Stopper):
@@ -267,7 +270,11 @@ def _search(trials: Sequence[Trial], sweep: Config, archive: Archive) -> dict[st
     return {
         "param_space": {},
         "algorithm": _optuna(
-            sweep["search"], [by_mark[t.mark] for t, _ in known], [r[METRIC] for _, r in known]
+            sweep["search"],
+            # A sampler that started anew from the same seed would draw the same points again.
+            sweep["search"]["seed"] + len(values),
+            [by_mark[t.mark] for t, _ in known],
+            [r[METRIC] for _, r in known],
         ),
         "num_samples": sweep["search"]["n_samples"] - len(recorded_trials(trials, sweep, archive)),
         "searched": True,
@@ -303,7 +310,7 @@ def _scheduler(options: Config, trial: Trial) -> Any:
     )
 
 
-def _optuna(search: Config, points: list[dict[str, Any]], values: list[float]) -> Any:
+def _optuna(search: Config, seed: int, points: list[dict[str, Any]], values: list[float]) -> Any:
     import optuna
     from optuna import distributions as d
     from ray.tune.search.optuna import OptunaSearch
@@ -321,7 +328,7 @@ def _optuna(search: Config, points: list[dict[str, Any]], values: list[float]) -
         for kind, values in distribution.items()
     }
     known = {"points_to_evaluate": points, "evaluated_rewards": values} if points else {}
-    return OptunaSearch(space=space, metric=METRIC, mode="min", seed=search["seed"], **known)
+    return OptunaSearch(space=space, metric=METRIC, mode="min", seed=seed, **known)
 
 
 def _index(template: Trial) -> str:

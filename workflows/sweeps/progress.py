@@ -70,7 +70,7 @@ class Progress(tune.Callback):
 
     def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """Its worker died: it goes on elsewhere."""
-        self._say(f"{self._name(trial)}: its worker died, goes on from its last checkpoint")
+        self._say(f"{self._name(trial)}: its worker was lost, goes on from its last checkpoint")
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """It has ended, well or not."""
@@ -81,7 +81,7 @@ class Progress(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """It has been given up."""
-        self._end(trial, "lost", {"reason": "its worker died too often"})
+        self._end(trial, "lost", {"reason": "its worker was lost too often"})
 
     def _end(self, trial: Any, status: str, result: Mapping[str, Any]) -> None:
         row = self.running.pop(trial.trial_id, {"since": time.monotonic()})

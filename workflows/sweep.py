@@ -45,7 +45,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         run_sweep(arguments.overrides, arguments.cfg, arguments.plan)
-    except (*EXPECTED_ERRORS, ConnectionError, TimeoutError) as error:
+    except EXPECTED_ERRORS as error:
         print(f"sweep: error: {describe(error)}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
@@ -140,6 +140,9 @@ def _run(
                 run_trials(begun, as_grid, options, inputs, archive, logs, progress)
         if len(recorded_trials(trials, sweep, archive)) < n_trials:
             run_trials(trials, sweep, options, inputs, archive, logs, progress)
+    missing = n_trials - len(recorded_trials(trials, sweep, archive))
+    if missing > 0:
+        raise ChildProcessError(f"{missing} trials have no record: the same command goes on")
 
 
 def _beginning(

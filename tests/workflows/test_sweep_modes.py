@@ -192,3 +192,20 @@ def test_what_no_node_offers_is_said_in_time(project):
     status, _, err = run(project(), "ray.gpus=3", "ray.resources_seconds=1")
     assert status == 1
     assert "a trial's worker asks for {'CPU': 1, 'GPU': 3}, but no node offers that" in err
+
+
+@pytest.mark.slow
+def test_an_interrupted_sweep_says_so_publishes_nothing_and_goes_on(project):
+    folder = project()
+    archive = folder / "data" / "digits" / ".scratch" / "sweep"
+    process = start(folder)
+    wait_for(lambda: list(archive.glob("trials/*/last.ckpt")))
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 130
+    assert err.strip().splitlines()[-1] == "sweep: interrupted; the same command goes on"
+    assert not (folder / "data" / "digits" / "sweep").exists()
+    status, out, err = run(folder)
+    assert status == 0, err
+    assert "same configuration: resuming" in out
+    assert trials(folder)["status"].tolist() == ["finished"] * 4

@@ -29,6 +29,7 @@ ENVIRONMENT = {
     # Our records say what is done; Tune's own state is written, but never read again.
     "TUNE_GLOBAL_CHECKPOINT_S": "600",
     "RAY_AIR_NEW_OUTPUT": "0",  # our own table instead
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the sweep, not Tune's part of it alone
     "RAY_TRAIN_V2_ENABLED": "1",
 }
 

@@ -189,8 +189,9 @@ class Watch(tune.Callback):
         """Record a trial that its scheduler has stopped."""
         reports = self.reports.get(trial.trial_id)
         last = trial.last_result or {}
-        if "status" in last or "archive_error" in last or not reports:
-            return
+        early = self.sweep["scheduler"]["kind"] != "fifo" and self.stopper.reason is None
+        if "status" in last or not reports or not early:
+            return  # it has its own record, or the whole sweep is being ended
         at = reports[-1]
         record = {
             "status": "stopped",

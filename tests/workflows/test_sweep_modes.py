@@ -161,8 +161,8 @@ def test_a_lost_storage_ends_with_a_clear_error(project, tmp_path):
 def test_a_trial_that_asks_for_too_much_memory_fails_alone(project):
     parts = {
         "modest": {"overrides": {"cpmm.initialization.kind": "random"}},
-        # Ten million channels: torch is refused the memory.
-        "greedy": {"overrides": {"cpmm.field.kind": "conv", "cpmm.field.width": 10_000_000}},
+        # A thousand million channels: torch is refused the memory.
+        "greedy": {"overrides": {"cpmm.field.kind": "conv", "cpmm.field.width": 10**9}},
     }
     folder = project(parts=parts, seeds=1)
     status, _, err = run(folder)

@@ -14,7 +14,7 @@ from typing import Any
 
 import ray
 from ray import tune
-from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayError
 from ray.util.metrics import Gauge
 
 from workflows.sweeps.archive import CHECKPOINT, ArchiveError
@@ -22,6 +22,7 @@ from workflows.sweeps.plan import Trial, suggested_trial
 from workflows.trial import run_trial, trial_code
 
 ARCHIVE_SECONDS = 300  # for one read or write, before the archive counts as lost
+ARCHIVE_PAUSES = (1, 2, 5, 10, 20)  # seconds between tries while its actor starts anew
 METRIC = "validation"
 GAUGES = {
     "validation_density": "Validation density of the model being trained, bits or nats per dimension.",
@@ -59,12 +60,15 @@ def call(method: Any, *arguments: Any) -> Any:
     Raises:
         ArchiveError: If it says so, or does not answer.
     """
-    try:
-        return ray.get(method.remote(*arguments), timeout=ARCHIVE_SECONDS)
-    except GetTimeoutError:
-        raise ArchiveError(f"ray.storage did not answer within {ARCHIVE_SECONDS} s") from None
-    except RayActorError as error:
-        raise ArchiveError(f"the archive's actor is gone: {error}") from error
+    for pause in ARCHIVE_PAUSES:
+        try:
+            return ray.get(method.remote(*arguments), timeout=ARCHIVE_SECONDS)
+        except GetTimeoutError:
+            raise ArchiveError(f"ray.storage did not answer within {ARCHIVE_SECONDS} s") from None
+        except (RayActorError, OutOfMemoryError) as error:
+            gone = str(error).splitlines()[0]
+            time.sleep(pause)  # it starts anew, such as after Ray killed it for another's memory
+    raise ArchiveError(f"the archive's actor is gone: {gone}")
 
 
 def train(config: Mapping[str, Any], assignment: Assignment) -> None:

@@ -27,7 +27,7 @@ repro: setup ## run the pipeline on the presets of params.yaml and print where t
 	dvc repro report
 	@python workflows/summary.py
 
-sweep: setup ## Table 2 of the paper on digits, five rows and more over three seeds (quarter of an hour)
+sweep: setup ## Table 2 of the paper on digits, ten rows over three seeds (13 minutes on two cores)
 	dvc repro sweep
 
 report: setup ## print where the reports are and their main figures

@@ -29,11 +29,10 @@ OWN = ("sweep", "ray")  # groups that are the sweep's, not its trials'
 
 def main() -> None:
     """Run a sweep from the command line."""
-    names = sorted(p.stem for p in (ROOT / "conf" / "sweep").glob("*.yaml") if p.stem != "default")
     presets = sorted(p.stem for p in (ROOT / "conf" / "preset").glob("*.yaml"))
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog=f"sweeps: {', '.join(names)}. presets: {', '.join(presets)}. What Ray is asked for: "
+        epilog=f"sweeps: {', '.join(known_sweeps())}. presets: {', '.join(presets)}. What Ray is asked for: "
         "conf/ray/default.yaml.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -53,6 +52,12 @@ def main() -> None:
         raise SystemExit(130) from None
 
 
+def known_sweeps() -> list[str]:
+    """Names of the files in ``conf/sweep/``, but for the one that all start from."""
+    paths = (ROOT / "conf" / "sweep").glob("*.yaml")
+    return sorted(path.stem for path in paths if path.stem != "default")
+
+
 def run_sweep(overrides: list[str], only_config: bool = False, only_plan: bool = False) -> None:
     """Plan, run and tabulate a sweep."""
     import yaml
@@ -60,6 +65,9 @@ def run_sweep(overrides: list[str], only_config: bool = False, only_plan: bool =
     from workflows.compose import compose_preset, overrides_of, split_preset
 
     preset, rest = split_preset(overrides)
+    for item in rest:
+        if item.startswith("sweep=") and item.removeprefix("sweep=") not in known_sweeps():
+            raise ValueError(f"unknown {item}: choose one of {', '.join(known_sweeps())}")
     params = yaml.safe_load((ROOT / "params.yaml").read_text()).get("overrides") or {}
     params = overrides_of(preset, params)
     config = compose_preset(preset, [*params, *rest], "sweep")
@@ -164,9 +172,12 @@ def _beginning(
         return (
             f"same configuration: resuming, {state}" if n_done < n_trials else f"all done: {state}"
         )
-    what = "starting" if before is None else "configuration or code changed: starting afresh"
-    known = ", those of the same options and code are taken over" if n_done or begun else ""
-    return f"{what}, {state}{known}"
+    if before is None:
+        return f"starting, {state}"
+    what = "configuration or code changed"
+    if n_done or begun:
+        return f"{what}: {state} with the same options and code, the rest starts afresh"
+    return f"{what}: starting afresh, {state}"
 
 
 def _publish(trials: list[Trial], sweep: Config, preset: str, archive: Archive, home: Path) -> None:

@@ -104,14 +104,14 @@ def test_the_same_command_has_nothing_left_to_do_and_another_says_what_it_takes_
     done = command(folder, "sweep", "sweep=small", "cpmm.noise=0.02", "--plan")
     assert done.stdout.count("cpmm.noise=0.02") == 4
     done = command(folder, "sweep", "sweep=small")
-    assert "configuration or code changed: starting afresh, 4 trials, 4 done before" in done.stdout
+    assert "configuration or code changed: 4 trials, 4 done before" in done.stdout
     write_sweep(folder)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["sweep=none"], "Could not find 'sweep/none'"),
+        (["sweep=none"], "unknown sweep=none: choose one of ablation"),
         (["preset=none"], "unknown preset 'none'"),
         (["cpmm.n_factors=three"], "cpmm.n_factors is 'three'"),
         (["sweep.seeds=0"], "sweep.seeds is 0"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -124,6 +126,8 @@ def connected(options: dict[str, Any], input_bytes: int, cpus_at_least: float) -
         what = "started Ray"
         if context.dashboard_url:
             what += f", dashboard http://{context.dashboard_url} (`ray get-auth-token` prints its token)"
+    # Ray's own handler dumps stacks and aborts; set after ray.init, this one ends like Ctrl-C.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         total = ray.cluster_resources()
         nodes = sum(node["Alive"] for node in ray.nodes())
@@ -133,6 +137,7 @@ def connected(options: dict[str, Any], input_bytes: int, cpus_at_least: float) -
         )
     finally:
         ray.shutdown()
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def resources(options: dict[str, Any]) -> dict[str, float]:
@@ -182,9 +187,12 @@ def _find_mode(address: str, seconds: float) -> str:
 
     It is asked by processes of their own, since a half-dead head can hang whoever asks.
     """
+    print(f"sweep | asking the Ray cluster at {address}", flush=True)
     given = os.environ.get("RAY_AUTH_MODE")
     deadline = time.monotonic() + seconds
-    for mode in [given] if given else ["disabled", "token"]:
+    refused = _refused(address, seconds)
+    answer = refused
+    for mode in [] if refused else [given] if given else ["disabled", "token"]:
         answer = _ask(address, mode, deadline)
         if answer is None:
             return mode
@@ -197,6 +205,18 @@ def _find_mode(address: str, seconds: float) -> str:
         "ray.address or RAY_ADDRESS, or leave both out for a Ray of the sweep's own; a cluster with tokens "
         "needs its token here, in ~/.ray/auth_token or RAY_AUTH_TOKEN"
     )
+
+
+def _refused(address: str, seconds: float) -> str | None:
+    """Whether nothing listens at ``host:port``: Ray itself would try for most of a minute."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        return None
+    try:
+        socket.create_connection((host, int(port)), timeout=seconds).close()
+    except OSError as error:
+        return str(error)
+    return None
 
 
 def _ask(address: str, mode: str, deadline: float) -> str | None:

@@ -147,7 +147,9 @@ def make_trial(
     """Make the trial of a row and a seed from the row's composed configuration."""
     config = {**config, "cpmm": {**config["cpmm"], "seed": seed}}
     mark = fingerprint("trial", mark_cpmm(config, *marks_of_inputs(config)), code)
-    return Trial(preset, row, seed, (*overrides, f"cpmm.seed={seed}"), config, mark)
+    last = {item.split("=")[0]: item for item in overrides}  # what is overruled says nothing
+    kept = [item for item in overrides if last[item.split("=")[0]] is item]
+    return Trial(preset, row, seed, (*kept, f"cpmm.seed={seed}"), config, mark)
 
 
 def suggested_trial(trial: Trial, values: Mapping[str, Any], code: str) -> Trial:

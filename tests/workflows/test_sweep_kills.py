@@ -59,9 +59,9 @@ def table(folder):
 
 
 def running_trials():
-    """Processes that run a trial."""
+    """Processes of this test's own cluster that run a trial."""
     running = []
-    for process in psutil.process_iter():
+    for process in psutil.Process().children(recursive=True):
         try:
             title = " ".join(process.cmdline())
         except psutil.Error:

@@ -102,15 +102,17 @@ def test_new_processes_for_each_trial_give_the_same_table(project):
 
 @pytest.mark.slow
 def test_two_workers_train_a_trial_together(project):
-    folder = project(seeds=1)
-    status, _, err = run(folder, "ray.workers=2", "ray.cpus=1")
+    raising = {"overrides": {"cpmm.initialization.kind": "random", "cpmm.batch_size": 0}}
+    folder = project(seeds=1, parts=SWEEP["parts"] | {"raising": raising})
+    status, _, err = run(folder, "ray.workers=2", "ray.cpus=1", timeout=800)
     assert status == 0, err
     table = trials(folder)
-    assert table["status"].tolist() == ["finished"] * 2
+    assert table["status"].tolist() == ["finished", "finished", "failed"]
+    assert "ValueError: batch_size" in table["reason"].iloc[2]
     alone = project("alone", seeds=1)
     assert run(alone)[0] == 0
     # Each worker draws its own noise: the same training, not the same numbers.
-    difference = (table["density"] - trials(alone)["density"]).abs()
+    difference = (table["density"][:2] - trials(alone)["density"]).abs()
     assert (difference < 0.05).all()
     assert (difference > 0).all()
 

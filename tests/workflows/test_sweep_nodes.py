@@ -425,7 +425,7 @@ def test_a_damaged_object_makes_no_number_and_once_mended_the_sweep_goes_on(
     ("address", "environment", "message"),
     [
         (CLUSTER, {"RAY_AUTH_TOKEN": TOKEN[::-1]}, "Authentication token is missing or incorrect"),
-        (f"{HEAD}:6380", {}, "ray.connect_seconds"),
+        (f"{HEAD}:6380", {}, "Connection refused"),
     ],
     ids=["token", "address"],
 )

@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 import ray.train
+from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.lightning import RayDDPStrategy, RayLightningEnvironment
 from ray.train.torch import TorchTrainer
@@ -17,8 +18,11 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from workflows.sweeps import cluster
 from workflows.sweeps.plan import Trial
-from workflows.sweeps.worker import Assignment, Reporter, call, prepare
+from workflows.sweeps.worker import Assignment, Reporter, call, failure, prepare
 from workflows.trial import run_trial
+
+# Of the trial itself, whoever runs it; a lost peer is a RuntimeError.
+OWN_ERRORS = (ValueError, TypeError, LookupError, MemoryError, NotImplementedError)
 
 
 def train_together(trial: Trial, assignment: Assignment, scratch: Path) -> dict[str, Any]:
@@ -51,10 +55,21 @@ def train_together(trial: Trial, assignment: Assignment, scratch: Path) -> dict[
             callbacks=[TuneReportCallback()],
         ),
     )
-    trainer.fit()
-    record = call(assignment.archive.read, _outcome(trial))
+    call(assignment.archive.delete, _outcome(trial))
+    try:
+        trainer.fit()
+    except Exception as error:
+        record = call(assignment.archive.read, _outcome(trial))
+        if record is None:  # no word of the workers' own: one of them was lost
+            raise WorkersLost(str(error).splitlines()[0]) from error
+    else:
+        record = call(assignment.archive.read, _outcome(trial))
     call(assignment.archive.delete, _outcome(trial))
     return json.loads(record)
+
+
+class WorkersLost(RayError):
+    """Workers that trained together were lost: the trial is tried again."""
 
 
 def _work(config: dict[str, Any]) -> None:
@@ -74,15 +89,23 @@ def _work(config: dict[str, Any]) -> None:
             trial.config, *reporter.inputs, trial.mark, scratch,
             listeners=[reporter], quiet=True, together=together,
         )  # fmt: skip
-        if first:
+        if first and record["status"] == "finished":
             for name in ("cpmm", "mixture"):
                 for path in sorted((scratch / name).glob("*")):
                     target = f"trials/{trial.mark}/{path.relative_to(scratch)}"
                     call(assignment.archive.write, target, path.read_bytes())
-            outcome = json.dumps(record | {"reports": reporter.reports}).encode()
-            call(assignment.archive.write, _outcome(trial), outcome)
+        # Numbers may break in one worker alone, and the others then only lose their peer.
+        if first or record["status"] != "finished":
+            _leave(trial, assignment, record | {"reports": reporter.reports})
+    except OWN_ERRORS as error:
+        _leave(trial, assignment, failure(error))
+        raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _leave(trial: Trial, assignment: Assignment, record: dict[str, Any]) -> None:
+    call(assignment.archive.write, _outcome(trial), json.dumps(record).encode())
 
 
 def _outcome(trial: Trial) -> str:

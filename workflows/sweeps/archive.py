@@ -18,7 +18,6 @@ from pyarrow import fs
 ROOT_MARK = "sweep-archive.json"
 RECORD = "record.json"
 CHECKPOINT = "last.ckpt"
-REPORTS = "reports.json"
 SCHEMA = 1
 
 

@@ -197,12 +197,13 @@ def test_what_no_node_offers_is_said_in_time(project):
 
 
 @pytest.mark.slow
-def test_an_interrupted_sweep_says_so_publishes_nothing_and_goes_on(project):
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_sweep_says_so_publishes_nothing_and_goes_on(project, sent):
     folder = project()
     archive = folder / "data" / "digits" / ".scratch" / "sweep"
     process = start(folder)
     wait_for(lambda: list(archive.glob("trials/*/last.ckpt")))
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     _, err = process.communicate(timeout=100)
     assert process.returncode == 130
     assert err.strip().splitlines()[-1] == "sweep: interrupted; the same command goes on"

@@ -24,6 +24,7 @@ class DataSplits:
         augmentation: Random changes of training data.
         noise_seed: Of the one dequantization draw that validation and test are evaluated with.
         image_shape: (channels, height, width), None for tables.
+        feature_names: M of them.
         class_names: By class index.
     """
 
@@ -33,6 +34,7 @@ class DataSplits:
     augmentation: Augmentation
     noise_seed: int
     image_shape: tuple[int, int, int] | None
+    feature_names: tuple[str, ...]
     class_names: tuple[str, ...]
 
     @property

@@ -130,14 +130,24 @@ class Mixture:
         save_artifact(folder, "mixture", vars(fa), sizes | dict(header or {}))
 
     @classmethod
-    def load(cls, folder: str | os.PathLike, device: torch.device | str = "cpu") -> Mixture:
+    def load(
+        cls,
+        folder: str | os.PathLike,
+        device: torch.device | str = "cpu",
+        fingerprint: str | None = None,
+    ) -> Mixture:
         """Read what :meth:`save` wrote, without any ODE; nothing is unpickled.
+
+        Args:
+            folder: Where it is.
+            device: Where it goes.
+            fingerprint: That of the configuration it must be of; None takes any.
 
         Raises:
             FileNotFoundError: If a file is missing.
-            ValueError: If a file is damaged, of another schema, or not a mixture.
+            ValueError: If a file is damaged, of another schema or configuration, or not a mixture.
         """
-        tensors, header = load_artifact(folder, "mixture", device)
+        tensors, header = load_artifact(folder, "mixture", device, fingerprint)
         names = {field.name for field in fields(FactorAnalyzers)}
         if set(tensors) != names:
             raise ValueError(f"{folder} holds tensors {sorted(tensors)}: expected {sorted(names)}")

@@ -20,6 +20,7 @@ def splits(generator) -> DataSplits:
         augmentation=Augmentation(flip=True, image_shape=(1, 2, 3)),
         noise_seed=5,
         image_shape=(1, 2, 3),
+        feature_names=tuple("abcdef"),
         class_names=(),
     )
 

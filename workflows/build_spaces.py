@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from workflows.marks import mark_spaces, needs_teacher
+from workflows.marks import mark_prepared, mark_spaces, mark_teacher, needs_teacher
 from workflows.stage import Config, publish, run_stage, scratch_folder
 
 if TYPE_CHECKING:
@@ -24,26 +24,25 @@ def main(folder: Path, config: Config) -> str:
     from cpmm.spaces import space_positions
     from workflows.models import SPACES, choose, make_teacher
     from workflows.store import (
-        artifact_fingerprint,
         clear_partial,
         create_spaces,
         load_model,
         load_prepared,
         load_progress,
         save_progress,
+        seal_spaces,
         write_space,
     )
 
-    data, data_mark = load_prepared(folder / "prepared")
+    data = load_prepared(folder / "prepared", mark_prepared(config))
     options, seed = config["spaces"], config["seed"]
     choose("spaces.kind", options["kind"], {kind: kind for kind in SPACES})
-    teacher, teacher_mark = None, None
+    teacher = None
     if needs_teacher(config):
         teacher = make_teacher(config["teacher"], data, seed)
-        load_model(folder / "teacher", "teacher", teacher)
+        load_model(folder / "teacher", "teacher", teacher, mark_teacher(config))
         teacher = teacher.to(_device(config["trainer"]["accelerator"]))
-        teacher_mark = artifact_fingerprint(folder / "teacher", "teacher")
-    mark = mark_spaces(config, data_mark, teacher_mark)
+    mark = mark_spaces(config)
     scratch = scratch_folder(folder, "build_spaces", mark)
     positions = space_positions(options["n_spaces"])
     generator = seeded_generator(seed, 20)
@@ -57,7 +56,7 @@ def main(folder: Path, config: Config) -> str:
     if not done:
         create_spaces(
             store, positions, len(train), len(rows) - len(train), data.n_features,
-            options["dtype"], options["chunk_rows"], mark,
+            options["dtype"], options["chunk_rows"],
         )  # fmt: skip
     # The flow starts at the input, v = 0, so the last space is written first.
     ascending = positions.flip(0)
@@ -73,6 +72,7 @@ def main(folder: Path, config: Config) -> str:
     import pandas as pd
 
     pd.DataFrame(statistics[::-1]).to_csv(store / "statistics.csv", index=False)
+    seal_spaces(store, mark)
     publish(scratch, "spaces", folder / "spaces")
     latent = statistics[-1]
     return (

@@ -5,35 +5,43 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from workflows.stage import Config, fingerprint, publish, run_stage, scratch_folder
+from workflows.stage import Config, publish, run_stage, scratch_folder
 
 if TYPE_CHECKING:
+    import pandas as pd
     from torch import Tensor
 
     from cpmm.data import DataSplits
     from cpmm.mixture import Mixture
     from workflows.score import Scorer
+    from workflows.store import Spaces
 
 
 def main(folder: Path, config: Config) -> str:
     """Write ``evaluation`` for a preset."""
     import torch
 
+    from cpmm.artifact import file_digest, seal_folder
     from cpmm.baselines.gaussian import fit_full_gaussian
     from cpmm.mixture import Mixture
-    from workflows.marks import needs_teacher
+    from workflows.marks import (
+        mark_evaluation,
+        mark_mixture,
+        mark_prepared,
+        mark_spaces,
+        needs_teacher,
+    )
     from workflows.models import density_units
     from workflows.score import Scorer
-    from workflows.store import artifact_fingerprint, load_prepared, write_json
+    from workflows.store import load_prepared, open_spaces, write_json
 
-    data, data_mark = load_prepared(folder / "prepared")
-    mixture = Mixture.load(folder / "mixture").to(torch.float64)
+    data = load_prepared(folder / "prepared", mark_prepared(config))
+    mixture = Mixture.load(folder / "mixture", fingerprint=mark_mixture(config))
+    mixture = mixture.to(torch.float64)
+    spaces = open_spaces(folder / "spaces", mark_spaces(config))
+    history = _read_history(folder, config)
     options, seed = config["evaluation"], config["seed"]
-    mark = fingerprint(
-        "evaluation", options, config["cpmm"]["n_factors"], config["cpmm"]["log_diagonal_floor"],
-        seed, data_mark, artifact_fingerprint(folder / "mixture", "mixture"),
-        artifact_fingerprint(folder / "cpmm", "cpmm"),
-    )  # fmt: skip
+    mark = mark_evaluation(config)
     scratch = scratch_folder(folder, "evaluate", mark)
     out = scratch / "evaluation"
     (out / "figures").mkdir(parents=True, exist_ok=True)
@@ -86,8 +94,10 @@ def main(folder: Path, config: Config) -> str:
     }
     write_json(out / "rules.json", _rules(config, data))
     _write_tables(out, score, mixture, discretization)
-    _draw_figures(folder, out, config, data, mixture, metrics)
+    _draw_figures(out, config, data, mixture, metrics, spaces, history)
     write_json(folder / "metrics.json", metrics)
+    header = {"fingerprint": mark, "metrics": file_digest(folder / "metrics.json")}
+    seal_folder(out, "evaluation", header, {})
     publish(scratch, "evaluation", folder / "evaluation")
     parts = [f"{name} {row['density']:.3f}" for name, row in models.items() if "density" in row]
     accuracy = models["cpmm"].get("accuracy")
@@ -179,11 +189,12 @@ def _score_teacher(
 
     from cpmm.odes import Solver
     from cpmm.seeds import seeded_generator
+    from workflows.marks import mark_teacher
     from workflows.models import make_teacher
     from workflows.store import load_model
 
     teacher = make_teacher(config["teacher"], data, config["seed"])
-    load_model(folder / "teacher", "teacher", teacher)
+    load_model(folder / "teacher", "teacher", teacher, mark_teacher(config))
     teacher.solver = Solver(**config["evaluation"]["teacher_solver"])
     generator = seeded_generator(config["seed"], 31)
     parts = score.z.float().split(config["evaluation"]["batch_size"])
@@ -201,7 +212,7 @@ def _discretize(folder: Path, config: Config, data: DataSplits, score: Scorer) -
     from cpmm.trajectory import pseudotime_grid
     from workflows.models import load_trajectories
 
-    trajectories, _ = load_trajectories(folder, config, data)
+    trajectories = load_trajectories(folder, config, data)
     return {
         str(n): score.density(trajectories.mixture(pseudotime_grid(n)).to(torch.float64).log_prob)[
             "density"
@@ -278,24 +289,39 @@ def _write_tables(
     points.to_csv(out / "clusters.csv", index=False)
 
 
+def _read_history(folder: Path, config: Config) -> pd.DataFrame:
+    """Read how the CPMM was trained, checked against its seal."""
+    import pandas as pd
+
+    from cpmm.artifact import load_header, verify_files
+    from workflows.marks import mark_cpmm
+
+    header = load_header(folder / "cpmm", "cpmm", mark_cpmm(config))
+    verify_files(folder / "cpmm", header, {"history.csv"})
+    return pd.read_csv(folder / "cpmm" / "history.csv")
+
+
 def _draw_figures(
-    folder: Path, out: Path, config: Config, data: DataSplits, mixture: Mixture, metrics: Config
+    out: Path,
+    config: Config,
+    data: DataSplits,
+    mixture: Mixture,
+    metrics: Config,
+    spaces: Spaces,
+    history: pd.DataFrame,
 ) -> None:
     """Draw what the report shows into ``out/figures``, the same bytes for the same inputs."""
     import numpy as np
-    import pandas as pd
     import torch
     from matplotlib import rc_context
 
     from cpmm import figures
     from cpmm.metrics import confusion, match_clusters
     from cpmm.seeds import seeded_generator
-    from workflows.store import open_spaces
 
     z, _ = data.points("test")
     label = None if data.label is None else data.label["test"].numpy()
     cluster = mixture.predict(z)
-    spaces = open_spaces(folder / "spaces")
     shown = np.unique(np.linspace(0, len(spaces) - 1, 7).round().astype(int))
     n_shown = 10 if data.image_shape else 1000
     drawn = {
@@ -306,7 +332,7 @@ def _draw_figures(
             data.image_shape,
         ),
         "history": figures.plot_history(
-            pd.read_csv(folder / "cpmm" / "history.csv"),
+            history,
             len(spaces) if config["cpmm"]["curriculum"] else 0,
         ),
         "discretization": figures.plot_discretization(

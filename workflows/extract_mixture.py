@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from workflows.stage import Config, fingerprint, publish, run_stage, scratch_folder
+from workflows.marks import mark_mixture, mark_prepared
+from workflows.stage import Config, publish, run_stage, scratch_folder
 
 
 def main(folder: Path, config: Config) -> str:
@@ -12,10 +13,9 @@ def main(folder: Path, config: Config) -> str:
     from workflows.models import extract, load_trajectories, mixture_header
     from workflows.store import load_prepared
 
-    data, _ = load_prepared(folder / "prepared")
-    trajectories, cpmm_mark = load_trajectories(folder, config, data)
-    options = config["mixture"]
-    mark = fingerprint("mixture", options, cpmm_mark)
+    data = load_prepared(folder / "prepared", mark_prepared(config))
+    trajectories = load_trajectories(folder, config, data)
+    options, mark = config["mixture"], mark_mixture(config)
     scratch = scratch_folder(folder, "extract_mixture", mark)
     mixture = extract(trajectories, options, data)
     mixture.save(scratch / "mixture", mixture_header(config, data, mark))

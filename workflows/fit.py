@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import sys
 import time
 import warnings
@@ -141,6 +142,21 @@ def fit(
                 ),
             ],
         )
-        resume = str(checkpoint) if is_checkpoint(checkpoint) else None
+        resume = str(checkpoint) if _is_usable(checkpoint, name) else None
         trainer.fit(module, data, ckpt_path=resume, weights_only=True)
     module.restore_best()
+
+
+def _is_usable(checkpoint: Path, name: str) -> bool:
+    """Whether a run can go on from a checkpoint; says why not, if there is one."""
+    if not checkpoint.exists():
+        return False
+    try:
+        if not is_checkpoint(checkpoint):
+            raise ValueError("its bytes are not those that were written")
+        torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except (ValueError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        print(f"{name} | {checkpoint} is no checkpoint ({reason}): starting afresh", flush=True)
+        return False
+    return True

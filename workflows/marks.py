@@ -10,22 +10,43 @@ def mark_prepared(config: Config) -> str:
     return fingerprint("prepared", config["data"])
 
 
-def mark_teacher(config: Config, prepared: str) -> str:
-    """Fingerprint of ``teacher``, trained on the data with the fingerprint ``prepared``."""
+def mark_teacher(config: Config) -> str | None:
+    """Fingerprint of ``teacher``; None where the configuration needs none."""
+    if not needs_teacher(config):
+        return None
     return fingerprint(
-        "teacher", config["teacher"], config["seed"], config["trainer"]["precision"], prepared
+        "teacher", config["teacher"], config["seed"], config["trainer"]["precision"],
+        mark_prepared(config),
+    )  # fmt: skip
+
+
+def mark_spaces(config: Config) -> str:
+    """Fingerprint of ``spaces``."""
+    return fingerprint(
+        "spaces", config["spaces"], config["seed"], mark_prepared(config), mark_teacher(config)
     )
 
 
-def mark_spaces(config: Config, prepared: str, teacher: str | None) -> str:
-    """Fingerprint of ``spaces``; ``teacher`` is None where the spaces need none."""
-    return fingerprint("spaces", config["spaces"], config["seed"], prepared, teacher)
-
-
-def mark_cpmm(config: Config, prepared: str, spaces: str | None) -> str:
-    """Fingerprint of ``cpmm``; ``spaces`` is None without a curriculum."""
+def mark_cpmm(config: Config) -> str:
+    """Fingerprint of ``cpmm``."""
+    spaces = mark_spaces(config) if config["cpmm"]["curriculum"] else None
     precision = config["trainer"]["precision"]
-    return fingerprint("cpmm", config["cpmm"], config["mixture"], precision, prepared, spaces)
+    return fingerprint(
+        "cpmm", config["cpmm"], config["mixture"], precision, mark_prepared(config), spaces
+    )
+
+
+def mark_mixture(config: Config) -> str:
+    """Fingerprint of ``mixture``."""
+    return fingerprint("mixture", config["mixture"], mark_cpmm(config))
+
+
+def mark_evaluation(config: Config) -> str:
+    """Fingerprint of ``evaluation``."""
+    return fingerprint(
+        "evaluation", config["evaluation"], config["cpmm"]["n_factors"],
+        config["cpmm"]["log_diagonal_floor"], config["seed"], mark_mixture(config),
+    )  # fmt: skip
 
 
 def needs_teacher(config: Config) -> bool:
@@ -35,8 +56,5 @@ def needs_teacher(config: Config) -> bool:
 
 def marks_of_inputs(config: Config) -> tuple[str, str | None]:
     """Fingerprints of the data and the spaces that training needs, None where it needs no spaces."""
-    prepared = mark_prepared(config)
-    if not config["cpmm"]["curriculum"]:
-        return prepared, None
-    teacher = mark_teacher(config, prepared) if needs_teacher(config) else None
-    return prepared, mark_spaces(config, prepared, teacher)
+    spaces = mark_spaces(config) if config["cpmm"]["curriculum"] else None
+    return mark_prepared(config), spaces

@@ -22,6 +22,7 @@ from cpmm.spaces import Curriculum
 from cpmm.teacher import Flow
 from cpmm.training import EpochData, MixtureTraining
 from cpmm.trajectory import StateLayout, Trajectories, pseudotime_grid
+from workflows.marks import mark_cpmm
 from workflows.stage import pick
 from workflows.store import Spaces, load_model
 
@@ -128,13 +129,11 @@ def make_trajectories(
     )
 
 
-def load_trajectories(
-    folder: Path, config: Mapping[str, Any], data: DataSplits
-) -> tuple[Trajectories, str]:
-    """Read the trained trajectories of ``data/<preset>`` and their fingerprint."""
+def load_trajectories(folder: Path, config: Mapping[str, Any], data: DataSplits) -> Trajectories:
+    """Read the trained trajectories of ``data/<preset>``."""
     trajectories = make_trajectories(config["cpmm"], data)
-    header = load_model(folder / "cpmm", "cpmm", trajectories)
-    return trajectories, header["fingerprint"]
+    load_model(folder / "cpmm", "cpmm", trajectories, mark_cpmm(config))
+    return trajectories
 
 
 def extract(trajectories: Trajectories, options: Mapping[str, Any], data: DataSplits) -> Mixture:
@@ -153,6 +152,7 @@ def mixture_header(config: Mapping[str, Any], data: DataSplits, mark: str) -> di
         "preset": config["name"],
         "preprocessing": data.preprocessing.to_dict(),
         "image_shape": data.image_shape,
+        "feature_names": list(data.feature_names),
     }
 
 

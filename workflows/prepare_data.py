@@ -40,6 +40,7 @@ def main(folder: Path, config: Config) -> str:
         augmentation=Augmentation(**options["augmentation"], image_shape=source.image_shape),
         noise_seed=options["noise_seed"],
         image_shape=source.image_shape,
+        feature_names=source.feature_names,
         class_names=source.class_names,
     )
     mark = mark_prepared(config)

@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from workflows.marks import mark_evaluation
 from workflows.stage import run_stage
 
 MIME = {".svg": "image/svg+xml", ".png": "image/png"}
@@ -128,7 +129,27 @@ CLUSTERING = ("accuracy", "nmi", "ari", "purity")
 
 def main(folder: Path, config: dict) -> str:
     """Write the report of a preset."""
+    verify_evaluation(folder, config)
     return f"wrote {write_report(folder, config)}"
+
+
+def verify_evaluation(folder: Path, config: dict) -> None:
+    """Check the evaluation and ``metrics.json`` against the seal that evaluate has put on them.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If one is damaged, or of another configuration.
+    """
+    from cpmm.artifact import file_digest, load_header, verify_files
+
+    header = load_header(folder / "evaluation", "evaluation", mark_evaluation(config))
+    verify_files(folder / "evaluation", header, header["files"])
+    path = folder / "metrics.json"
+    if not path.is_file() or file_digest(path) != header["metrics"]:
+        raise ValueError(
+            f"{path} is not what was evaluated with {folder / 'evaluation'}: it is missing, damaged, edited, "
+            "or of another run; restore it with `git checkout`, or make both again with `dvc repro`"
+        )
 
 
 def write_report(folder: Path, config: dict) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,18 @@ import zarr
 from torch import Tensor, nn
 from zarr.codecs import Crc32cCodec
 
-from cpmm.artifact import REMEDY, load_artifact, load_header, replace_file, save_artifact
+from cpmm.artifact import (
+    REMEDY,
+    describe_tensor,
+    load_artifact,
+    load_header,
+    replace_file,
+    save_artifact,
+    seal_folder,
+    verify_files,
+)
 from cpmm.data import SPLITS, DataSplits
 from cpmm.preprocessing import Augmentation, Preprocessing
-
-SPACES_SCHEMA = 1
 
 
 def save_prepared(folder: Path, data: DataSplits, mark: str) -> None:
@@ -32,26 +39,27 @@ def save_prepared(folder: Path, data: DataSplits, mark: str) -> None:
         "augmentation": asdict(data.augmentation),
         "noise_seed": data.noise_seed,
         "image_shape": data.image_shape,
+        "feature_names": list(data.feature_names),
         "class_names": list(data.class_names),
     }
     save_artifact(folder, "prepared", tensors, header)
 
 
-def load_prepared(folder: Path) -> tuple[DataSplits, str]:
-    """Read the splits and their fingerprint."""
-    tensors, header = load_artifact(folder, "prepared")
+def load_prepared(folder: Path, mark: str | None = None) -> DataSplits:
+    """Read the splits; ``mark`` is the fingerprint that they must have, None takes any."""
+    tensors, header = load_artifact(folder, "prepared", fingerprint=mark)
     shape = tuple(header["image_shape"]) if header["image_shape"] else None
     labelled = "label_train" in tensors
-    data = DataSplits(
+    return DataSplits(
         raw={split: tensors[f"raw_{split}"] for split in SPLITS},
         label={split: tensors[f"label_{split}"] for split in SPLITS} if labelled else None,
         preprocessing=Preprocessing.from_dict(header["preprocessing"]),
         augmentation=Augmentation(**header["augmentation"] | {"image_shape": shape}),
         noise_seed=header["noise_seed"],
         image_shape=shape,
+        feature_names=tuple(header["feature_names"]),
         class_names=tuple(header["class_names"]),
     )
-    return data, header["fingerprint"]
 
 
 def save_model(folder: Path, kind: str, model: nn.Module, header: dict[str, Any]) -> None:
@@ -59,13 +67,19 @@ def save_model(folder: Path, kind: str, model: nn.Module, header: dict[str, Any]
     save_artifact(folder, kind, model.state_dict(), header)
 
 
-def load_model(folder: Path, kind: str, model: nn.Module) -> dict[str, Any]:
-    """Load weights into a model built from the same configuration, and return the header.
+def load_model(folder: Path, kind: str, model: nn.Module, mark: str | None = None) -> None:
+    """Load weights into a model built from the same configuration.
+
+    Args:
+        folder: Where they are.
+        kind: teacher or cpmm.
+        model: Gets them.
+        mark: The fingerprint that they must have; None takes any.
 
     Raises:
         ValueError: If the weights do not fit the model.
     """
-    tensors, header = load_artifact(folder, kind)
+    tensors, _ = load_artifact(folder, kind, fingerprint=mark)
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     got = {name: tuple(value.shape) for name, value in tensors.items()}
     if expected != got:
@@ -78,12 +92,6 @@ def load_model(folder: Path, kind: str, model: nn.Module) -> dict[str, Any]:
             f"has shape {got.get(name)}, expected {expected.get(name)}: {REMEDY}"
         )
     model.load_state_dict(tensors)
-    return header
-
-
-def artifact_fingerprint(folder: Path, kind: str) -> str:
-    """Read the fingerprint of an artifact without its tensors."""
-    return load_header(folder, kind)["fingerprint"]
 
 
 @dataclass(frozen=True)
@@ -95,14 +103,20 @@ class Spaces:
         array: (V, rows, M), from the latent space to the input.
         n_train: Training rows: draws times training points.
         positions: v of each space, (V,).
-        fingerprint: Of the teacher, the data and the options it was built from.
+        header: With a sha256 of each shard, which is checked when its space is first read.
     """
 
     folder: Path
     array: zarr.Array
     n_train: int
     positions: Tensor
-    fingerprint: str
+    header: dict[str, Any]
+    _verified: set[int] = field(default_factory=set)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the teacher, the data and the options the spaces were built from."""
+        return self.header["fingerprint"]
 
     def __len__(self) -> int:
         """V."""
@@ -117,6 +131,9 @@ class Spaces:
         return self._read(index, slice(self.n_train, None))
 
     def _read(self, index: int, rows: slice) -> Tensor:
+        if index not in self._verified:
+            verify_files(self.folder, self.header, {f"u/c/{index}/0/0"})
+            self._verified.add(index)
         try:
             values = self.array[index, rows]
         except (ValueError, OSError, RuntimeError) as error:
@@ -139,9 +156,8 @@ def create_spaces(
     n_features: int,
     dtype: str,
     chunk_rows: int,
-    mark: str,
 ) -> None:
-    """Make an empty store of spaces.
+    """Make an empty store of spaces; :func:`seal_spaces` completes it.
 
     Args:
         folder: Must not exist.
@@ -151,7 +167,6 @@ def create_spaces(
         n_features: M.
         dtype: "float32", or "float16" for half the size.
         chunk_rows: Rows of a chunk within a space's shard.
-        mark: Fingerprint of what the spaces are built from.
 
     Raises:
         ValueError: If ``dtype`` is not one of the two.
@@ -172,15 +187,7 @@ def create_spaces(
         fill_value=float("nan"),  # so that a missing shard cannot pass for data
         dimension_names=("space", "row", "feature"),
     )
-    group.attrs.update(
-        {
-            "schema": SPACES_SCHEMA,
-            "kind": "spaces",
-            "fingerprint": mark,
-            "n_train": n_train,
-            "positions": positions.tolist(),
-        }
-    )
+    group.attrs.update({"n_train": n_train, "positions": positions.tolist()})
 
 
 def write_space(folder: Path, index: int, rows: Tensor) -> None:
@@ -188,31 +195,34 @@ def write_space(folder: Path, index: int, rows: Tensor) -> None:
     zarr.open_group(folder, mode="r+")["u"][index] = rows.cpu().numpy()
 
 
-def open_spaces(folder: Path) -> Spaces:
+def seal_spaces(folder: Path, mark: str) -> None:
+    """Seal a store whose spaces have all been written; ``mark`` is its fingerprint."""
+    array = zarr.open_group(folder, mode="r")["u"]
+    seal_folder(folder, "spaces", {"fingerprint": mark}, {"u": describe_tensor(array)})
+
+
+def open_spaces(folder: Path, mark: str | None = None) -> Spaces:
     """Open a store of spaces.
 
+    Args:
+        folder: The store.
+        mark: The fingerprint that it must have; None takes any.
+
     Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If its metadata are damaged or of another schema.
+        FileNotFoundError: If there is none, or a file is missing.
+        ValueError: If its metadata are damaged, or of another schema or configuration.
     """
-    if not (folder / "zarr.json").is_file():
-        raise FileNotFoundError(f"{folder} is no zarr store: {REMEDY}")
-    try:
-        group = zarr.open_group(folder, mode="r")
-        array, attributes = group["u"], dict(group.attrs)
-    except (ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"the metadata of {folder} are damaged ({error}): {REMEDY}") from error
-    if (attributes.get("kind"), attributes.get("schema")) != ("spaces", SPACES_SCHEMA):
+    header = load_header(folder, "spaces", mark)
+    metadata = {name for name in header["files"] if not name.startswith("u/c/")}
+    verify_files(folder, header, metadata | {"zarr.json", "u/zarr.json"})
+    group = zarr.open_group(folder, mode="r")
+    array, positions = group["u"], torch.tensor(group.attrs["positions"], dtype=torch.float64)
+    if header["tensors"] != {"u": describe_tensor(array)} or array.shape[0] != len(positions):
         raise ValueError(
-            f"{folder}: expected spaces of schema {SPACES_SCHEMA}, got {attributes.get('kind')} of "
-            f"schema {attributes.get('schema')}: {REMEDY}"
+            f"{folder} holds {describe_tensor(array)} at {len(positions)} positions, its header announces "
+            f"{header['tensors']}: {REMEDY}"
         )
-    positions = torch.tensor(attributes["positions"], dtype=torch.float64)
-    if array.ndim != 3 or array.shape[0] != len(positions):
-        raise ValueError(
-            f"{folder} has shape {array.shape}, its positions are {len(positions)}: {REMEDY}"
-        )
-    return Spaces(folder, array, attributes["n_train"], positions, attributes["fingerprint"])
+    return Spaces(folder, array, group.attrs["n_train"], positions, header)
 
 
 def save_progress(

@@ -41,7 +41,7 @@ def main() -> None:
         "--cfg", action="store_true", help="print the composed configuration, and end"
     )
     parser.add_argument("--plan", action="store_true", help="print the trials, and end")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     try:
         run_sweep(arguments.overrides, arguments.cfg, arguments.plan)
     except EXPECTED_ERRORS as error:
@@ -194,7 +194,7 @@ def _publish(trials: list[Trial], sweep: Config, preset: str, archive: Archive, 
     from workflows.sweeps.driver import recorded_trials
     from workflows.sweeps.inputs import locate_inputs
 
-    data, _ = load_prepared(locate_inputs(trials[0].config, home).prepared)
+    data = load_prepared(locate_inputs(trials[0].config, home).prepared)
     unit, _, _ = density_units(data)
     results = recorded_trials(trials, sweep, archive)
     rows = table.rows_table(results)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from workflows.marks import mark_cpmm
+from workflows.marks import mark_cpmm, mark_prepared, mark_spaces
 from workflows.stage import Config, publish, run_stage, scratch_folder
 
 
@@ -16,17 +16,20 @@ def main(folder: Path, config: Config) -> str:
     from workflows.models import make_mixture_training
     from workflows.store import load_prepared, open_spaces, save_model
 
-    data, data_mark = load_prepared(folder / "prepared")
+    data = load_prepared(folder / "prepared", mark_prepared(config))
     options = config["cpmm"]
-    spaces = open_spaces(folder / "spaces") if options["curriculum"] else None
-    mark = mark_cpmm(config, data_mark, spaces.fingerprint if spaces else None)
+    spaces = None
+    if options["curriculum"]:
+        spaces = open_spaces(folder / "spaces", mark_spaces(config))
+    mark = mark_cpmm(config)
     scratch = scratch_folder(folder, "train_cpmm", mark)
     module, rows = make_mixture_training(options, config["mixture"], data, spaces)
     fit("train_cpmm", module, rows, config["trainer"], scratch, options["gradient_clip"])
     out = scratch / "cpmm"
     header = {"fingerprint": mark, "best": module.best_summary()}
-    save_model(out, "cpmm", module.model, header)
+    out.mkdir(exist_ok=True)
     pd.DataFrame(module.history).to_csv(out / "history.csv", index=False)
+    save_model(out, "cpmm", module.model, header)
     publish(scratch, "cpmm", folder / "cpmm")
     return (
         f"best validation {module.best['value']:.4f} nats/dim of the model's space after epoch "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from workflows.marks import mark_teacher, needs_teacher
+from workflows.marks import mark_prepared, mark_teacher, needs_teacher
 from workflows.stage import Config, pick, publish, run_stage, scratch_folder
 
 
@@ -21,9 +21,9 @@ def main(folder: Path, config: Config) -> str:
     if not needs_teacher(config):
         save_artifact(folder / "teacher", "teacher", {}, {"fingerprint": None, "trained": False})
         return "not needed: the curriculum of this configuration has no teacher"
-    data, data_mark = load_prepared(folder / "prepared")
+    data = load_prepared(folder / "prepared", mark_prepared(config))
     options, seed = config["teacher"], config["seed"]
-    mark = mark_teacher(config, data_mark)
+    mark = mark_teacher(config)
     scratch = scratch_folder(folder, "train_teacher", mark)
     validation = data.points("validation")[0].float()
     module = TeacherTraining(
@@ -43,8 +43,9 @@ def main(folder: Path, config: Config) -> str:
     fit("train_teacher", module, rows, config["trainer"], scratch, options["gradient_clip"])
     out = scratch / "teacher"
     header = {"fingerprint": mark, "best": module.best_summary()}
-    save_model(out, "teacher", module.model, header)
+    out.mkdir(exist_ok=True)
     pd.DataFrame(module.history).to_csv(out / "history.csv", index=False)
+    save_model(out, "teacher", module.model, header)
     publish(scratch, "teacher", folder / "teacher")
     return f"best validation loss {module.best['value']:.4f} -> {folder / 'teacher'}"
 

@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, help="where record, checkpoint and mixture go; data/<preset>/trial"
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     try:
         _run(arguments.overrides, arguments.out)
     except EXPECTED_ERRORS as error:

@@ -6,10 +6,11 @@ import pytest
 import torch
 from conftest import TINY
 
+from cpmm.artifact import load_header
 from workflows import build_spaces, prepare_data, train_teacher
 from workflows.compose import compose_preset
 from workflows.marks import mark_teacher, marks_of_inputs
-from workflows.store import artifact_fingerprint, load_prepared, open_spaces
+from workflows.store import load_prepared
 from workflows.sweeps.inputs import Located, locate_inputs, open_inputs, size_of
 
 SMALL = [*TINY, "data.n_train=120", "spaces.n_spaces=3", "teacher.flow_matching_epochs=1"]
@@ -41,10 +42,10 @@ def made(home):
 
 def test_marks_are_those_in_the_artifacts(finished):
     marks = marks_of_inputs(configure())
-    _, prepared = load_prepared(finished / "prepared")
-    assert marks == (prepared, open_spaces(finished / "spaces").fingerprint)
-    teacher = artifact_fingerprint(finished / "teacher", "teacher")
-    assert mark_teacher(configure(), prepared) == teacher
+    assert marks == tuple(
+        load_header(finished / name, name)["fingerprint"] for name in ("prepared", "spaces")
+    )
+    assert mark_teacher(configure()) == load_header(finished / "teacher", "teacher")["fingerprint"]
 
 
 def test_what_the_pipeline_has_made_is_used_as_it_is(home, capsys):
@@ -108,7 +109,7 @@ def test_without_a_curriculum_no_spaces_are_needed(home):
 def test_artifacts_of_other_options_are_not_used(home):
     located = locate_inputs(configure("data.split_seed=1"), home)
     assert made(home) == ["prepared", "spaces", "teacher"]
-    other, mine = (load_prepared(path)[0] for path in (home / "prepared", located.prepared))
+    other, mine = (load_prepared(path) for path in (home / "prepared", located.prepared))
     assert not torch.equal(other.raw["train"], mine.raw["train"])
     assert open_inputs(located)[1].fingerprint == located.marks[1]
 
@@ -120,8 +121,8 @@ def test_artifacts_of_other_options_are_not_used(home):
         ("prepared/prepared.json", '{"kind": "prepared", "schema": 99}', ["prepared"]),
         ("prepared/prepared.json", '{"kind": "teacher", "schema": 1}', ["prepared"]),
         ("prepared/prepared.json", None, ["prepared"]),
-        ("spaces/zarr.json", "{", ["spaces"]),
-        ("spaces/zarr.json", None, ["spaces"]),
+        ("spaces/spaces.json", "{", ["spaces"]),
+        ("spaces/spaces.json", None, ["spaces"]),
     ],
 )
 def test_artifacts_with_damaged_headers_are_made_anew(name, content, made_again, home):
@@ -154,7 +155,7 @@ def test_damaged_contents_do_not_reach_a_trial(name, of, home, tmp_path):
         _, spaces = open_inputs(located)
         return spaces.train(1), spaces.validation(1)
 
-    with pytest.raises(ValueError, match=r"prepared\.safetensors|space 2/3"):
+    with pytest.raises(ValueError, match=r"prepared\.safetensors|u/c/1/0/0"):
         load()
 
 
@@ -170,7 +171,7 @@ def test_damage_that_a_sweep_has_made_can_be_mended_by_the_sweep(home):
 def test_inputs_changed_since_they_were_located_are_refused(home):
     located = locate_inputs(configure(), home)
     prepare_data.main(home, configure("data.split_seed=1"))
-    with pytest.raises(ValueError, match=r"expected .*: make them again with `dvc repro`"):
+    with pytest.raises(ValueError, match="expected .* made from other options"):
         open_inputs(located)
 
 

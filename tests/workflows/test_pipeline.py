@@ -97,8 +97,8 @@ def test_metrics_hold_every_model(finished):
 
 def test_the_mixture_is_the_trajectory(finished):
     folder, _ = finished
-    data, _ = load_prepared(folder / "prepared")
-    trajectories, _ = load_trajectories(folder, load_config(folder / "config.yaml"), data)
+    data = load_prepared(folder / "prepared")
+    trajectories = load_trajectories(folder, load_config(folder / "config.yaml"), data)
     with torch.no_grad():
         expected = trajectories.mixture(pseudotime_grid(3))
     got = Mixture.load(folder / "mixture")
@@ -108,7 +108,7 @@ def test_the_mixture_is_the_trajectory(finished):
 
 def test_the_first_space_is_latent_and_the_last_the_input(finished):
     folder, _ = finished
-    data, _ = load_prepared(folder / "prepared")
+    data = load_prepared(folder / "prepared")
     spaces = open_spaces(folder / "spaces")
     assert len(spaces) == 5
     assert spaces.positions.tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
@@ -269,7 +269,7 @@ def test_a_damaged_artifact_is_named(artifact, stage, how, copied, run_stage):
         ("train_cpmm", "cpmm.ode=both", "cpmm.ode is 'both'"),
         ("train_cpmm", "cpmm.initialization.kind=magic", "cpmm.initialization.kind is 'magic'"),
         ("train_cpmm", "cpmm.learning_rate=1e30", "cpmm.learning_rate"),
-        ("extract_mixture", "mixture.n_pseudotimes=0", "must be at least 1"),
+        ("train_cpmm", "mixture.n_pseudotimes=0", "must be at least 1"),
     ],
 )
 def test_a_bad_option_is_named(stage, override, named, copied, make_folder, run_stage):

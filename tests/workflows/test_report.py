@@ -7,8 +7,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import yaml
 
+from cpmm.artifact import file_digest, seal_folder
 from workflows import report
+from workflows.compose import compose_preset
+from workflows.marks import mark_evaluation
 
 HOSTILE = "<script>alert('&\"')</script>"
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 4 3"><script>x</script></svg>'
@@ -267,13 +271,24 @@ def test_damaged_metrics(folder, content):
         report.write_report(folder, {})
 
 
-def test_command(folder):
+def test_command_reads_what_is_sealed_alone(folder):
+    config = compose_preset("digits", [])
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    header = {
+        "fingerprint": mark_evaluation(config),
+        "metrics": file_digest(folder / "metrics.json"),
+    }
+    add_figures(folder)
+    seal_folder(folder / "evaluation", "evaluation", header, {})
     root = folder.parents[1]
     command = [sys.executable, Path(report.__file__), "data/digits/config.yaml"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "report: wrote data/digits/report.html"
     assert "n_clusters: 10" in Page((folder / "report.html").read_text(encoding="utf-8")).text
-    (folder / "metrics.json").unlink()
+    change(folder, lambda metrics: metrics["models"]["cpmm"].update(density=1.0))
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    assert done.returncode != 0
-    assert "run the evaluate stage" in done.stderr
+    assert done.returncode == 1
+    assert done.stderr.startswith(
+        "report: error: data/digits/metrics.json is not what was evaluated"
+    )
+    assert "git checkout" in done.stderr

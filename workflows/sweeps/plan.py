@@ -146,7 +146,7 @@ def make_trial(
 ) -> Trial:
     """Make the trial of a row and a seed from the row's composed configuration."""
     config = {**config, "cpmm": {**config["cpmm"], "seed": seed}}
-    mark = fingerprint("trial", mark_cpmm(config, *marks_of_inputs(config)), code)
+    mark = fingerprint("trial", mark_cpmm(config), code)
     last = {item.split("=")[0]: item for item in overrides}  # what is overruled says nothing
     kept = [item for item in overrides if last[item.split("=")[0]] is item]
     return Trial(preset, row, seed, (*kept, f"cpmm.seed={seed}"), config, mark)

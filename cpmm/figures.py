@@ -93,7 +93,7 @@ def plot_spaces(
 
 
 def plot_samples(
-    data: np.ndarray,
+    data: np.ndarray | None,
     samples: np.ndarray,
     label: np.ndarray | None,
     cluster: np.ndarray,
@@ -106,48 +106,48 @@ def plot_samples(
     each class and each cluster, on one grey scale.
 
     Args:
-        data: Points, (N, M).
+        data: Points, (N, M); None draws the samples alone.
         samples: Points drawn from the mixture, (N', M).
         label: Class of each data point, (N,); -1 is none. None if there are no classes.
         cluster: Cluster that each sample came from, (N',).
         image_shape: (channels, height, width), None for tables.
-        n_images: Images of a row.
+        n_images: Images of a row of either.
 
     Raises:
         ValueError: If shapes disagree.
     """
-    data, samples = np.asarray(data), np.asarray(samples)
-    if data.ndim != 2 or samples.ndim != 2 or data.shape[1] != samples.shape[1]:
+    samples = np.asarray(samples)
+    shown = [(samples, cluster, "samples, by cluster")]
+    if data is not None:
+        data = np.asarray(data)
+        shown.insert(0, (data, label, "data" if label is None else "data, by class"))
+        _check_group("label", label, len(data))
+    first = shown[0][0]
+    if first.ndim != 2 or samples.ndim != 2 or first.shape[1] != samples.shape[1]:
         raise ValueError(
-            f"data and samples must be (N, M) and (N', M): got {data.shape} and {samples.shape}"
+            f"data and samples must be (N, M) and (N', M): got {first.shape} and {samples.shape}"
         )
-    _check_group("label", label, len(data))
     _check_group("cluster", cluster, len(samples))
-    titles = ("data" if label is None else "data, by class", "samples, by cluster")
     if image_shape is not None:
-        low, high = data.min(), data.max()
+        low, high = first.min(), first.max()
         n_rows = len(np.unique(cluster))
-        grids = (
-            _grid(data, label, n_images, n_rows),
-            _grid(samples, cluster, n_images, n_rows),
-        )
+        grids = [_grid(x, group, n_images, n_rows) for x, group, _ in shown]
         tallest = max(len(grid) for grid in grids)
-        figure = _figure(tallest * 0.46 * WIDTH / n_images * _aspect(image_shape) + 0.35)
-        for i, (grid, title) in enumerate(zip(grids, titles, strict=True)):
-            axes = figure.add_subplot(1, 2, i + 1)
+        width = 0.92 * WIDTH / len(shown) / n_images  # of an image
+        figure = _figure(tallest * width * _aspect(image_shape) + 0.35)
+        for i, (grid, (_, _, title)) in enumerate(zip(grids, shown, strict=True)):
+            axes = figure.add_subplot(1, len(shown), i + 1)
             _draw_mosaic(axes, _grey(grid, low, high), image_shape)
             axes.set_title(title, fontsize=10)
             axes.set_anchor("N")
         return figure
-    plane = _Plane.of(data)
-    both = np.concatenate([plane(data), plane(samples)])
+    plane = _Plane.of(first)
+    everything = np.concatenate([plane(x) for x, _, _ in shown])
     figure = _figure(WIDTH / 2 + 0.35)
-    for i, (x, group, title) in enumerate(
-        zip((data, samples), (label, cluster), titles, strict=True)
-    ):
-        axes = figure.add_subplot(1, 2, i + 1)
+    for i, (x, group, title) in enumerate(shown):
+        axes = figure.add_subplot(1, len(shown), i + 1)
         _scatter(axes, plane(x), group, size=4)
-        _limit(axes, both)
+        _limit(axes, everything)
         _name_axes(axes, plane)
         axes.set_title(title, fontsize=10)
         if i:

@@ -91,6 +91,13 @@ class Preprocessing:
         """M."""
         return len(self.shift)
 
+    @property
+    def density_unit(self) -> tuple[str, float, float]:
+        """Unit of reported densities, and the factor and offset from nats per dimension."""
+        if self.levels is None:
+            return "nats per dimension", 1.0, 0.0
+        return "bits per dimension", 1 / math.log(2), math.log2(self.levels)
+
     def dequantize(self, raw: Tensor, generator: torch.Generator) -> Tensor:
         """Add uniform noise to grey levels and rescale to [0, 1] (Appendix B), float64.
 

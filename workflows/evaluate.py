@@ -31,7 +31,6 @@ def main(folder: Path, config: Config) -> str:
         mark_spaces,
         needs_teacher,
     )
-    from workflows.models import density_units
     from workflows.score import Scorer
     from workflows.store import load_prepared, open_spaces, write_json
 
@@ -83,7 +82,7 @@ def main(folder: Path, config: Config) -> str:
                 **_score_teacher(folder, config, data, score),
             }
         discretization = _discretize(folder, config, data, score)
-    unit, _, _ = density_units(data)
+    unit, _, _ = data.preprocessing.density_unit
     metrics = {
         "preset": config["name"],
         "seed": seed,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
@@ -161,13 +160,6 @@ def make_curriculum(config: Mapping[str, Any], n_spaces: int) -> Curriculum:
     if not config["curriculum"]:
         return Curriculum(0, 0, config["fine_tune_epochs"])
     return Curriculum(n_spaces, **pick(config, "epochs_per_space", "fine_tune_epochs"))
-
-
-def density_units(data: DataSplits) -> tuple[str, float, float]:
-    """Return the unit of reported densities, and the factor and offset from nats per dimension."""
-    if data.preprocessing.levels is None:
-        return "nats per dimension", 1.0, 0.0
-    return "bits per dimension", 1 / math.log(2), math.log2(data.preprocessing.levels)
 
 
 def make_mixture_training(

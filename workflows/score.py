@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from cpmm.metrics import clustering_scores, nats_per_dimension
-from workflows.models import density_units
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,7 +25,7 @@ class Scorer:
         self.data = data
         self.z, self.log_det = data.points(split)
         self.label = None if data.label is None else data.label[split].numpy()
-        _, self.factor, self.offset = density_units(data)
+        _, self.factor, self.offset = data.preprocessing.density_unit
 
     def density(self, log_prob: Any) -> dict[str, float]:
         """Mean density of the points in units of the data, and its standard error."""

@@ -126,12 +126,12 @@ def _run(
     if n_done >= n_trials:
         return
 
-    from workflows.models import density_units
     from workflows.sweeps.driver import run_trials, suggested_trials
     from workflows.sweeps.inputs import open_inputs, share_all, size_of
     from workflows.sweeps.progress import Progress
 
-    unit, _, _ = density_units(open_inputs(next(iter(located.values())))[0])
+    data, _ = open_inputs(next(iter(located.values())))
+    unit, _, _ = data.preprocessing.density_unit
     progress = Progress(
         sweep["name"], {trial.mark: trial.name for trial in trials}, n_trials, n_done, unit
     )
@@ -188,14 +188,13 @@ def _publish(trials: list[Trial], sweep: Config, preset: str, archive: Archive, 
     from matplotlib import rc_context
     from rich.console import Console
 
-    from workflows.models import density_units
     from workflows.store import load_prepared, write_json
     from workflows.sweeps import table
     from workflows.sweeps.driver import recorded_trials
     from workflows.sweeps.inputs import locate_inputs
 
     data = load_prepared(locate_inputs(trials[0].config, home).prepared)
-    unit, _, _ = density_units(data)
+    unit, _, _ = data.preprocessing.density_unit
     results = recorded_trials(trials, sweep, archive)
     rows = table.rows_table(results)
     claims = table.check_claims(rows, sweep["claims"])

@@ -137,7 +137,6 @@ def _run(overrides: list[str], out: Path | None) -> None:
     import shutil
 
     from workflows.compose import ROOT, compose_preset, split_preset
-    from workflows.models import density_units
     from workflows.store import write_json
     from workflows.sweeps.inputs import locate_inputs, open_inputs
     from workflows.sweeps.plan import make_trial
@@ -158,7 +157,7 @@ def _run(overrides: list[str], out: Path | None) -> None:
     write_json(out / "record.json", record)
     shutil.rmtree(scratch)
     print(json.dumps(pick(record, *(k for k in ("validation", "test") if k in record))))
-    print(f"trial: {summarize(record, density_units(data)[0])} -> {out}")
+    print(f"trial: {summarize(record, data.preprocessing.density_unit[0])} -> {out}")
     if record["status"] != "finished":
         raise SystemExit(1)
 

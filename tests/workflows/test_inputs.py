@@ -171,7 +171,7 @@ def test_damage_that_a_sweep_has_made_can_be_mended_by_the_sweep(home):
 def test_inputs_changed_since_they_were_located_are_refused(home):
     located = locate_inputs(configure(), home)
     prepare_data.main(home, configure("data.split_seed=1"))
-    with pytest.raises(ValueError, match="expected .* made from other options"):
+    with pytest.raises(ValueError, match=r"expected .* made from other options"):
         open_inputs(located)
 
 

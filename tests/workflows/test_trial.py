@@ -12,7 +12,6 @@ from cpmm.artifact import load_header
 from cpmm.mixture import Mixture
 from workflows import build_spaces, extract_mixture, prepare_data, train_cpmm, train_teacher, trial
 from workflows.compose import compose_preset
-from workflows.models import density_units
 from workflows.score import Scorer
 from workflows.stage import pick
 from workflows.sweeps.inputs import locate_inputs, open_inputs
@@ -92,7 +91,7 @@ def test_a_record_holds_the_scores_of_the_mixture(finished, home):
     assert record["test"] == Scorer(data, "test").mixture(mixture)
     z, log_det = data.points("validation")
     nats = -(mixture.log_prob(z) + log_det) / data.n_features
-    _, factor, offset = density_units(data)
+    _, factor, offset = data.preprocessing.density_unit
     assert record["validation"] == pytest.approx(float(factor * nats.mean() + offset), rel=1e-12)
     assert record["steps"] == (4 if overrides == ALONE else 5) * 3  # epochs of three batches
     assert record["seconds"] > 0

@@ -181,14 +181,13 @@ class Reporter:
         report: Callable[[dict], None],
         keep: bool = True,
     ) -> None:
-        from workflows.models import density_units
 
         self.trial, self.assignment, self.scratch = trial, assignment, scratch
         self.inputs, self.report, self.keep = inputs, report, keep
         self.reports: list[dict[str, Any]] = []
         self.told = self.kept = time.monotonic()
         data = inputs[0]
-        _, factor, offset = density_units(data)
+        _, factor, offset = data.preprocessing.density_unit
         volume = float(data.points("validation")[1].mean()) / data.n_features
         self.to_density = lambda nats: factor * (nats - volume) + offset
 

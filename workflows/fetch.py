@@ -1,0 +1,72 @@
+"""Artifacts by path, or by the address of a DVC repository and a revision."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+PREFIX = "dvc+"
+FORM = "dvc+REPOSITORY[@REVISION]#PATH, such as dvc+https://host/project.git@v1#data/digits/mixture or dvc+.@v1#data/digits/mixture"
+
+
+@contextmanager
+def located(address: str) -> Iterator[Path]:
+    """Yield the folder of a mixture, fetched for as long as it is needed if it lies elsewhere.
+
+    Args:
+        address: A folder, a file in it, or ``dvc+REPOSITORY[@REVISION]#PATH`` in the manner of pip's
+            addresses; the repository is a path or what git takes, its DVC remote holds the files.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+        ValueError: If the address is malformed, or the repository, revision or path cannot be had.
+    """
+    if not address.startswith(PREFIX):
+        path = Path(address)
+        path = path.parent if path.suffix in (".json", ".safetensors") else path
+        if not path.is_dir():
+            raise FileNotFoundError(
+                f"there is no mixture {address}: give its folder, such as data/digits/mixture, or {FORM}"
+            )
+        yield path
+        return
+    repository, revision, path = split_address(address)
+    with tempfile.TemporaryDirectory(prefix="cpmm-") as folder:
+        target = Path(folder) / (Path(path).name or "mixture")
+        _get(repository, revision, path, target)
+        yield target
+
+
+def split_address(address: str) -> tuple[str, str | None, str]:
+    """Take an address apart: repository, revision (None is the newest), and path in it.
+
+    Raises:
+        ValueError: If it is malformed.
+    """
+    rest, _, path = address.removeprefix(PREFIX).partition("#")
+    scheme, separator, place = rest.rpartition("://")
+    # An @ before the path is a user, as in ssh://git@host/project: a revision follows the last slash.
+    head, slash, tail = place.rpartition("/")
+    tail, _, revision = tail.partition("@")
+    repository = f"{scheme}{separator}{head}{slash}{tail}"
+    if not repository or not path:
+        raise ValueError(f"{address!r} is no address of a mixture: expected {FORM}")
+    return repository, revision or None, path.strip("/")
+
+
+def _get(repository: str, revision: str | None, path: str, target: Path) -> None:
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+    from dvc.scm import SCMError
+
+    try:
+        Repo.get(repository, path, out=str(target), rev=revision)
+    except (DvcException, SCMError, OSError) as error:
+        causes = [str(error), str(error.__cause__ or "")]
+        said = ": ".join(" ".join(text.split()) for text in causes if text)
+        raise ValueError(
+            f"{path} cannot be fetched from {repository} at revision {revision or 'HEAD'}: {said}; check the "
+            "address, and that the repository's DVC remote is within reach (`dvc pull` there)"
+        ) from error

@@ -63,9 +63,12 @@ def load_config(path: Path) -> Config:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: `dvc repro` composes it from conf/")
     try:
-        config = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
+        config = yaml.safe_load(path.read_bytes())
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(
+            f"{path} is damaged, it is not YAML: {said}: `dvc repro` makes it again"
+        ) from error
     if not isinstance(config, dict):
         raise ValueError(
             f"{path} is no configuration: expected a mapping, got {type(config).__name__}"

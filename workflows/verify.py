@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -46,7 +47,7 @@ def verify_preset(preset: str) -> Iterator[tuple[str, str | None]]:
     outs = list(_locked_outs(preset))
     config: Config = {}
     for name, digest in outs:
-        path = ROOT / name
+        path = Path(os.path.relpath(ROOT / name))
         try:
             if path.name == "config.yaml":
                 config = load_config(path)
@@ -120,7 +121,9 @@ def _verify_seal(folder: Path, mark: str | None) -> None:
 
 
 def _is_in_git(path: Path) -> bool:
-    return path.parent.parent.name == "data" and path.suffix in (".yaml", ".json")
+    return path.name in ("config.yaml", "metrics.json") or (
+        path.parent.name == "sweep" and path.suffix != ""
+    )
 
 
 def _md5(path: Path) -> str:

@@ -10,6 +10,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from workflows.stage import end_with_dvc
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -114,6 +116,7 @@ def main() -> None:
     parser.add_argument("preset", help="a file of conf/preset/, without .yaml")
     parser.add_argument("target", type=Path, help="where to write, data/<preset>/config.yaml")
     arguments = parser.parse_args()
+    end_with_dvc()
     try:
         params = yaml.safe_load((ROOT / "params.yaml").read_text())
         overrides = params.get("overrides") or {}

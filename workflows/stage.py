@@ -8,8 +8,12 @@ import json
 import os
 import shutil
 import sys
+import threading
+import time
 import zipfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +40,7 @@ def run_stage(main: Callable[[Path, Config], str], description: str) -> None:
     )
     path = parser.parse_args().config
     name = Path(sys.argv[0]).stem
+    end_with_dvc()
     try:
         config = load_config(path)
         threads = config.get("trainer", {}).get("threads")
@@ -50,6 +55,56 @@ def run_stage(main: Callable[[Path, Config], str], description: str) -> None:
     except KeyboardInterrupt:
         print(f"{name}: interrupted; run it again to go on", file=sys.stderr, flush=True)
         raise SystemExit(130) from None
+
+
+def end_with_dvc(every: float = 0.2) -> None:
+    """End this process as soon as the DVC that started it is gone; what is run by hand stays.
+
+    ``kill -9`` leaves DVC no time to end its stage, which would write beside that of the next
+    ``dvc repro``.
+
+    Args:
+        every: Seconds between looks.
+    """
+    stage = os.environ.get("DVC_STAGE")  # DVC gives it to its stages, and has none itself
+    if stage is None:
+        return
+    import psutil
+
+    chain = [psutil.Process()]  # to DVC, past shells: bash becomes the stage, fish stays above it
+    while (parent := chain[-1].parent()) is not None:
+        chain.append(parent)
+        try:
+            if parent.environ().get("DVC_STAGE") != stage:
+                break
+        except psutil.Error:
+            break
+
+    def whole() -> bool:
+        try:
+            return all(child.ppid() == parent.pid for child, parent in pairwise(chain))
+        except psutil.Error:
+            return False
+
+    def watch() -> None:
+        while whole():
+            time.sleep(every)
+        os._exit(1)  # nothing to tidy up: files are replaced in one move, Ray's processes follow
+
+    if not _could_be_dvc(chain[-1]):
+        os._exit(1)
+    threading.Thread(target=watch, name="end with DVC", daemon=True).start()
+
+
+def _could_be_dvc(process: Any) -> bool:
+    """False for what adopts orphans, such as init: then DVC was gone before anybody looked."""
+    import psutil
+
+    words = []
+    for describe_process in (process.name, process.exe, process.cmdline):
+        with suppress(psutil.Error):
+            words.append(str(describe_process()))
+    return any("python" in word.lower() or "dvc" in word for word in words)
 
 
 def load_config(path: Path) -> Config:

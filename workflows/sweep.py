@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from workflows.stage import EXPECTED_ERRORS, Config, describe, fingerprint
+from workflows.stage import EXPECTED_ERRORS, Config, describe, end_with_dvc, fingerprint
 
 if TYPE_CHECKING:
     from workflows.sweeps.archive import Archive
@@ -42,6 +42,7 @@ def main() -> None:
     )
     parser.add_argument("--plan", action="store_true", help="print the trials, and end")
     arguments = parser.parse_args()
+    end_with_dvc()
     try:
         run_sweep(arguments.overrides, arguments.cfg, arguments.plan)
     except EXPECTED_ERRORS as error:

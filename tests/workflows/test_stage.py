@@ -1,6 +1,10 @@
+import os
+import signal
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 from conftest import ROOT, STAGES
 
@@ -52,3 +56,82 @@ def test_a_cut_checkpoint_is_none(tmp_path):
     assert stage.is_checkpoint(path)
     path.write_bytes(path.read_bytes()[:-100])
     assert not stage.is_checkpoint(path)
+
+
+LONG = "import sys; sys.path.insert(0, {root!r}); from workflows.stage import end_with_dvc; "
+LONG += "end_with_dvc(0.05); print('running', flush=True); import time; time.sleep(60)"
+SHELLS = {
+    "direct": "exec {python} -c {code}",
+    "below a shell": "{python} -c {code}; true",
+}
+# As DVC does: a shell runs the command, and only there is DVC_STAGE set.
+DVC = "import subprocess, sys, os; subprocess.run(['bash', '-c', sys.argv[1]], env=os.environ | {'DVC_STAGE': 'x'})"
+
+
+def start_below_dvc(shell, kill_early=False):
+    code = LONG.format(root=str(ROOT))
+    if kill_early:
+        code = f"import time; time.sleep(1); {code}"
+    command = SHELLS[shell].format(python=sys.executable, code=f'"{code}"')
+    return subprocess.Popen([sys.executable, "-c", DVC, command], stdout=subprocess.PIPE, text=True)
+
+
+def is_gone(process, seconds):
+    deadline = time.monotonic() + seconds
+    while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def stage_below(process):
+    return next(
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if child.name().startswith("python")
+    )
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_stage_ends_with_the_dvc_that_started_it(shell):
+    dvc = start_below_dvc(shell)
+    assert dvc.stdout.readline() == "running\n"
+    stage_process = stage_below(dvc)
+    assert not is_gone(stage_process, 0.5)
+    dvc.kill()
+    dvc.wait()
+    assert is_gone(stage_process, 5)
+    dvc.stdout.close()
+
+
+@pytest.mark.skipif(
+    "python" in " ".join(psutil.Process(1).cmdline()), reason="process 1 could pass for DVC"
+)
+def test_a_stage_ends_if_dvc_was_gone_before_it_looked():
+    dvc = start_below_dvc("direct", kill_early=True)
+    time.sleep(0.5)
+    stage_process = stage_below(dvc)
+    dvc.kill()
+    dvc.wait()
+    assert dvc.stdout.read() == ""  # to its end, which comes with the stage's
+    assert is_gone(stage_process, 5)
+    dvc.stdout.close()
+
+
+def test_a_stage_run_by_hand_outlives_its_shell():
+    code = LONG.format(root=str(ROOT))
+    without = {name: value for name, value in os.environ.items() if name != "DVC_STAGE"}
+    shell = subprocess.Popen(
+        ["bash", "-c", f'nohup {sys.executable} -c "{code}" & echo $!; wait'],
+        env=without, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    stage_process = psutil.Process(int(shell.stdout.readline()))
+    assert shell.stdout.readline() == "running\n"
+    try:
+        shell.send_signal(signal.SIGKILL)
+        shell.wait()
+        assert not is_gone(stage_process, 1)
+    finally:
+        stage_process.kill()
+        shell.stdout.close()

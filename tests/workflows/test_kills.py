@@ -27,14 +27,14 @@ ADDRESS = {
 } | {"sweep": "sweep@digits-killed"}  # fmt: skip
 SECONDS_TO_END = 20  # for all that descends from a victim; Ray's processes are the slow ones
 SIZES = [
-    "teacher.flow_matching_epochs=40", "teacher.solver.n_steps=20", "spaces.n_spaces=11", "spaces.n_draws=4",
-    "cpmm.epochs_per_space=4", "evaluation.direct.epochs=20",
+    "teacher.flow_matching_epochs=20", "teacher.solver.n_steps=10", "spaces.n_spaces=7", "spaces.n_draws=2",
+    "cpmm.epochs_per_space=3", "evaluation.direct.epochs=8",
 ]  # fmt: skip
 SWEEP = {
     "defaults": ["default"],
     "name": "killed",
     "seeds": 2,
-    "overrides": {"cpmm.told_spaces": 0, "cpmm.curriculum": False, "cpmm.fine_tune_epochs": 60},
+    "overrides": {"cpmm.told_spaces": 0, "cpmm.curriculum": False, "cpmm.fine_tune_epochs": 25},
     "parts": {"alone": {"grid": {"cpmm.initialization.kind": ["random", "kmeans"]}}},
 }
 MARK = "CPMM_TEST_OF_KILLS"
@@ -202,14 +202,29 @@ def kill_once(project, stage, victim, moment, again):
     return took
 
 
+@pytest.fixture
+def make_project(tmp_path):
+    made = []
+
+    def make(name):
+        made.append(Project(tmp_path / name))
+        return made[-1]
+
+    yield make
+    for project in made:
+        for process in project.processes():  # of a test that failed
+            process.kill()
+        shutil.rmtree(project.temporary, ignore_errors=True)
+
+
 @pytest.mark.slow
-def test_what_is_killed_again_and_again_comes_out_the_same(tmp_path):
-    whole = Project(tmp_path / "whole")
+def test_what_is_killed_again_and_again_comes_out_the_same(make_project):
+    whole = make_project("whole")
     seconds = measure(whole)
     print({stage: round(value, 1) for stage, value in seconds.items()}, flush=True)
     seconds_until_gone(whole)
 
-    killed = Project(tmp_path / "killed")
+    killed = make_project("killed")
     chance = random.Random(SEED)
     kills, slowest, missed = Counter(), Counter(), 0
     for stage in ADDRESS:

@@ -307,3 +307,60 @@ def test_missing_permission_is_named(case):
     case.reset()
     done = case.run(user=NOBODY)
     print(assert_refused(case, done, "Permission denied", "permissions"))
+
+
+def repro(disk):
+    return disk.run("python", "-m", "dvc", "repro", "extract_mixture", timeout=900)
+
+
+def tracked(project):
+    """Bytes of every file that DVC has locked."""
+    stages = yaml.safe_load((project / "dvc.lock").read_text())["stages"]
+    paths = [project / out["path"] for stage in stages.values() for out in stage["outs"]]
+    return {
+        str(file.relative_to(project)): file.read_bytes()
+        for path in paths
+        for file in [path, *sorted(path.rglob("*"))]
+        if file.is_file()
+    }
+
+
+def test_dvc_goes_on_when_there_is_space_again(disk, tmp_path):
+    project = disk.path / "project"
+    shutil.rmtree(project / "data", ignore_errors=True)
+    before = (project / "params.yaml").read_text()
+    kept = tmp_path / "kept"
+    try:
+        done = repro(disk)
+        assert done.returncode == 0, done.stdout + done.stderr
+        shutil.copytree(project, kept)
+        params = yaml.safe_load(before)
+        params["overrides"] = merge(params["overrides"], {"data": {"split_seed": 7}})
+        changed = yaml.safe_dump(params)
+        (project / "params.yaml").write_text(changed)
+        with disk.peak() as peak:
+            done = repro(disk)
+        assert done.returncode == 0, done.stdout + done.stderr
+        expected = tracked(project)
+        for share in (0, 0.3, 0.7):
+            shutil.rmtree(project)
+            shutil.copytree(kept, project)
+            (project / "params.yaml").write_text(changed)
+            disk.fill(int(peak[0] * share))
+            try:
+                done = repro(disk)
+            finally:
+                disk.free()
+            said = done.stdout + done.stderr
+            assert done.returncode != 0, said
+            print(
+                f"dvc repro, room for {share:.0%} of {peak[0]} bytes:\n{said[-1500:]}", flush=True
+            )
+            assert "No space left on device" in said
+            done = repro(disk)
+            assert done.returncode == 0, done.stdout + done.stderr
+            assert tracked(project) == expected
+            done = disk.run("python", "-m", "dvc", "status", "extract_mixture")
+            assert done.stdout.strip() == "Data and pipelines are up to date."
+    finally:
+        (project / "params.yaml").write_text(before)

@@ -74,7 +74,7 @@ def end_with_dvc(every: float = 0.2) -> None:
     """End this process as soon as the DVC that started it is gone; what is run by hand stays.
 
     ``kill -9`` leaves DVC no time to end its stage, which would write beside that of the next
-    ``dvc repro``.
+    ``dvc repro``. Nobody looks any more while Python itself ends, when all is written.
 
     Args:
         every: Seconds between looks.

@@ -10,6 +10,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from workflows.stage import describe, end_with_dvc, write_text
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -114,6 +116,7 @@ def main() -> None:
     parser.add_argument("preset", help="a file of conf/preset/, without .yaml")
     parser.add_argument("target", type=Path, help="where to write, data/<preset>/config.yaml")
     arguments = parser.parse_args()
+    end_with_dvc()
     try:
         params = yaml.safe_load((ROOT / "params.yaml").read_text())
         overrides = params.get("overrides") or {}
@@ -121,9 +124,9 @@ def main() -> None:
             raise ValueError(f"overrides in params.yaml must be a mapping: got {overrides!r}")
         config = compose_preset(arguments.preset, overrides_of(arguments.preset, overrides))
         arguments.target.parent.mkdir(parents=True, exist_ok=True)
-        arguments.target.write_text(yaml.safe_dump(config, sort_keys=False))
+        write_text(arguments.target, yaml.safe_dump(config, sort_keys=False))
     except (ValueError, OSError, yaml.YAMLError) as error:
-        print(f"config: error: {error}", file=sys.stderr)
+        print(f"config: error: {describe(error, arguments.target)}", file=sys.stderr)
         raise SystemExit(1) from None
     print(f"config: wrote {arguments.target}")
 

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
+import tempfile
+import threading
+import time
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 EXPECTED_ERRORS = (ValueError, FloatingPointError, OSError, MemoryError)
+REMEDIES = {
+    errno.ENOSPC: "make space there, and run it again",
+    errno.EDQUOT: "make space there, and run it again",
+    errno.EROFS: "make it writable, and run it again",
+    errno.EACCES: "see to its permissions, and run it again",
+    errno.EPERM: "see to its permissions, and run it again",
+}
 PACKAGE = Path(__file__).resolve().parent.parent / "cpmm"
 
 Config = dict[str, Any]
@@ -37,6 +51,7 @@ def run_stage(main: Callable[[Path, Config], str], description: str) -> None:
     )
     path = parser.parse_args().config
     name = Path(sys.argv[0]).stem
+    end_with_dvc()
     try:
         config = load_config(path)
         threads = config.get("trainer", {}).get("threads")
@@ -44,13 +59,66 @@ def run_stage(main: Callable[[Path, Config], str], description: str) -> None:
             import torch  # after the arguments are parsed, so that --help is quick
 
             torch.set_num_threads(threads)
-        print(f"{name}: {main(path.parent, config)}", flush=True)
-    except EXPECTED_ERRORS as error:
-        print(f"{name}: error: {describe(error)}", file=sys.stderr, flush=True)
+        with temporary_files_in(path.parent / ".scratch" / f"{name}.tmp"):
+            print(f"{name}: {main(path.parent, config)}", flush=True)
+    except Exception as error:
+        if not isinstance(error, EXPECTED_ERRORS) and system_error(error) is None:
+            raise
+        print(f"{name}: error: {describe(error, path.parent)}", file=sys.stderr, flush=True)
         raise SystemExit(1) from error if os.environ.get("CPMM_TRACEBACK") else None
     except KeyboardInterrupt:
         print(f"{name}: interrupted; run it again to go on", file=sys.stderr, flush=True)
         raise SystemExit(130) from None
+
+
+def end_with_dvc(every: float = 0.2) -> None:
+    """End this process as soon as the DVC that started it is gone; what is run by hand stays.
+
+    ``kill -9`` leaves DVC no time to end its stage, which would write beside that of the next
+    ``dvc repro``. Nobody looks any more while Python itself ends, when all is written.
+
+    Args:
+        every: Seconds between looks.
+    """
+    stage = os.environ.get("DVC_STAGE")  # DVC gives it to its stages, and has none itself
+    if stage is None:
+        return
+    import psutil
+
+    chain = [psutil.Process()]  # to DVC, past shells: bash becomes the stage, fish stays above it
+    while (parent := chain[-1].parent()) is not None:
+        chain.append(parent)
+        try:
+            if parent.environ().get("DVC_STAGE") != stage:
+                break
+        except psutil.Error:
+            break
+
+    def whole() -> bool:
+        try:
+            return all(child.ppid() == parent.pid for child, parent in pairwise(chain))
+        except psutil.Error:
+            return False
+
+    def watch() -> None:
+        while whole():
+            time.sleep(every)
+        os._exit(1)  # nothing to tidy up: files are replaced in one move, Ray's processes follow
+
+    if not _could_be_dvc(chain[-1]):
+        os._exit(1)
+    threading.Thread(target=watch, name="end with DVC", daemon=True).start()
+
+
+def _could_be_dvc(process: Any) -> bool:
+    """False for what adopts orphans, such as init: then DVC was gone before anybody looked."""
+    import psutil
+
+    words = []
+    for describe_process in (process.name, process.exe, process.cmdline):
+        with suppress(psutil.Error):
+            words.append(str(describe_process()))
+    return any("python" in word.lower() or "dvc" in word for word in words)
 
 
 def load_config(path: Path) -> Config:
@@ -76,11 +144,59 @@ def load_config(path: Path) -> Config:
     return config
 
 
-def describe(error: BaseException) -> str:
-    """Say what went wrong in one line."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return str(error) or type(error).__name__
+@contextmanager
+def temporary_files_in(folder: Path) -> Iterator[None]:
+    """Let libraries put their temporary files into ``folder``, which is gone afterwards.
+
+    Lightning moves a checkpoint from there onto the last one. From another disk, such as that of
+    ``/tmp``, the move would be a copy, and one that is cut short would leave neither.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    before, tempfile.tempdir = tempfile.tempdir, str(folder.resolve())
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def describe(error: BaseException, place: Path | None = None) -> str:
+    """Say what went wrong in one line, and for want of space or rights, what to do.
+
+    Args:
+        error: What was raised.
+        place: Where the work is done, for what names no file.
+    """
+    cause = system_error(error)
+    if cause is None:
+        return str(error) or type(error).__name__
+    remedy = REMEDIES.get(cause.errno)
+    named = cause.filename or (remedy and place)
+    said = f"{cause.strerror}: {named}" if named else cause.strerror
+    return f"{said}: {remedy}" if remedy else said
+
+
+def system_error(error: BaseException) -> OSError | None:
+    """The operating system's error that ``error`` is, or wraps: safetensors only tells its number."""
+    if isinstance(error, OSError):
+        return error if error.strerror else None
+    if isinstance(error, EXPECTED_ERRORS):
+        return None
+    if found := re.search(r"\(os error (\d+)\)", str(error)):
+        return OSError(int(found[1]), os.strerror(int(found[1])))
+    return None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file in one move; of a write that fails nothing is left."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def fingerprint(*parts: object) -> str:
@@ -119,11 +235,21 @@ def scratch_folder(folder: Path, stage: str, mark: str) -> Path:
 
 
 def publish(scratch: Path, name: str, target: Path) -> None:
-    """Move ``scratch/name`` onto ``target`` and drop the scratch folder: the stage is done."""
-    if target.is_dir():
-        shutil.rmtree(target)
+    """Move ``scratch/name`` onto ``target`` and drop the scratch folder: the stage is done.
+
+    What was at ``target`` is first moved aside: until the end, both are on the disk.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(scratch / name, target)
+    aside = scratch / f"{name}.previous"
+    shutil.rmtree(aside, ignore_errors=True)
+    if target.is_dir():
+        os.replace(target, aside)
+    try:
+        os.replace(scratch / name, target)
+    except OSError:
+        if aside.is_dir():
+            os.replace(aside, target)
+        raise
     shutil.rmtree(scratch, ignore_errors=True)
 
 

@@ -12,11 +12,12 @@ command goes on where it was killed.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from workflows.stage import EXPECTED_ERRORS, Config, describe, fingerprint
+from workflows.stage import EXPECTED_ERRORS, Config, describe, end_with_dvc, fingerprint, publish
 
 if TYPE_CHECKING:
     from workflows.sweeps.archive import Archive
@@ -42,10 +43,11 @@ def main() -> None:
     )
     parser.add_argument("--plan", action="store_true", help="print the trials, and end")
     arguments = parser.parse_intermixed_args()
+    end_with_dvc()
     try:
         run_sweep(arguments.overrides, arguments.cfg, arguments.plan)
     except EXPECTED_ERRORS as error:
-        print(f"sweep: error: {describe(error)}", file=sys.stderr, flush=True)
+        print(f"sweep: error: {describe(error, ROOT / 'data')}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("sweep: interrupted; the same command goes on", file=sys.stderr, flush=True)
@@ -200,8 +202,9 @@ def _publish(trials: list[Trial], sweep: Config, preset: str, archive: Archive, 
     claims = table.check_claims(rows, sweep["claims"])
     best = table.best_trial(results)
     out = home / "sweep" / sweep["name"]
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    scratch = home / ".scratch" / f"sweep-{out.name}"
+    shutil.rmtree(scratch, ignore_errors=True)
+    partial = scratch / out.name
     partial.mkdir(parents=True)
     if best is not None:
         for name in ("cpmm", "mixture"):
@@ -217,11 +220,14 @@ def _publish(trials: list[Trial], sweep: Config, preset: str, archive: Archive, 
     )
     with rc_context({"svg.hashsalt": "cpmm"}):
         table.draw(results, rows, unit).savefig(partial / "rows.svg", metadata={"Date": None})
-    rows.drop(columns=["failures"]).to_csv(out.with_name(out.name + ".csv"), index=False)
-    write_json(out.with_name(out.name + ".json"), table.metrics(sweep["name"], rows, best, unit))
-    if out.is_dir():
-        shutil.rmtree(out)
-    partial.rename(out)
+    beside = [f"{out.name}.csv", f"{out.name}.json"]
+    rows.drop(columns=["failures"]).to_csv(scratch / beside[0], index=False)
+    write_json(scratch / beside[1], table.metrics(sweep["name"], rows, best, unit))
+    # All is written: what is left needs no space.
+    out.parent.mkdir(exist_ok=True)
+    for name in beside:
+        os.replace(scratch / name, out.with_name(name))
+    publish(scratch, out.name, out)
 
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     console.print(table.terminal_table(f"sweep {sweep['name']} of {preset}, {unit}", rows))

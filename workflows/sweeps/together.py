@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from workflows.sweeps import cluster
 from workflows.sweeps.plan import Trial
-from workflows.sweeps.worker import Assignment, Reporter, call, failure, prepare
+from workflows.sweeps.worker import Assignment, Reporter, call, failure, prepare, trial_scratch
 from workflows.trial import run_trial
 
 # Of the trial itself, whoever runs it; a lost peer is a RuntimeError.
@@ -76,8 +76,7 @@ def _work(config: dict[str, Any]) -> None:
     """Train as one of the workers; the first of them tells, keeps and scores."""
     trial, assignment = config["trial"], config["assignment"]
     first = ray.train.get_context().get_world_rank() == 0
-    scratch = Path(tempfile.mkdtemp(prefix=f"cpmm-{trial.mark}-"))
-    try:
+    with trial_scratch(trial.mark) as scratch, _told(trial, assignment):
         reporter: Reporter = prepare(trial, assignment, scratch, ray.train.report)
         reporter.keep = first
         together = {
@@ -97,11 +96,16 @@ def _work(config: dict[str, Any]) -> None:
         # Numbers may break in one worker alone, and the others then only lose their peer.
         if first or record["status"] != "finished":
             _leave(trial, assignment, record | {"reports": reporter.reports})
+
+
+@contextmanager
+def _told(trial: Trial, assignment: Assignment) -> Iterator[None]:
+    """Leave word of an error that is the trial's own."""
+    try:
+        yield
     except OWN_ERRORS as error:
         _leave(trial, assignment, failure(error))
         raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _leave(trial: Trial, assignment: Assignment, record: dict[str, Any]) -> None:

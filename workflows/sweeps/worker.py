@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -95,6 +98,35 @@ def train(config: Mapping[str, Any], assignment: Assignment) -> None:
     tune.report(report)
 
 
+@contextmanager
+def trial_scratch(mark: str) -> Iterator[Path]:
+    """Make a folder for a trial among the node's temporary files, for as long as it is trained.
+
+    What killed workers left there is removed: their locks went with them.
+    """
+    root = Path(tempfile.gettempdir())
+    for other in root.glob("cpmm-*-tmp*"):
+        with suppress(OSError), _locked(other):  # of a living worker, or of another user
+            shutil.rmtree(other, ignore_errors=True)
+    fresh = Path(tempfile.mkdtemp(dir=root, prefix="tmp"))
+    with _locked(fresh):  # before it can be taken for a leftover
+        scratch = fresh.rename(root / f"cpmm-{mark}-{fresh.name}")
+        try:
+            yield scratch
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(held)
+
+
 def final_report(mark: str, record: Mapping[str, Any]) -> dict[str, Any]:
     """What Tune hears of a trial that has ended."""
     value = record.get("validation")
@@ -106,9 +138,8 @@ def final_report(mark: str, record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _train(trial: Trial, assignment: Assignment) -> dict[str, Any]:
-    scratch = Path(tempfile.mkdtemp(prefix=f"cpmm-{trial.mark}-"))
     began = time.time()
-    try:
+    with trial_scratch(trial.mark) as scratch:
         try:
             if assignment.options["workers"] == 1:
                 record = _train_alone(trial, assignment, scratch, tune.report)
@@ -130,8 +161,6 @@ def _train(trial: Trial, assignment: Assignment) -> dict[str, Any]:
             for path in sorted((scratch / name).glob("*"))
         }
         call(assignment.archive.save_record, trial.mark, record, files)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return record
 
 

@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -448,14 +448,37 @@ def _decode_idx(data: bytes, origin: str, n_dims: int, md5: str | None) -> np.nd
 
 def _load_npy(path: str, option: str) -> np.ndarray:
     _require_file(path, option)
-    try:
-        with open(path, "rb") as file:
-            return np.lib.format.read_array(file, allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    with open(path, "rb") as file:
+        try:
+            with warnings.catch_warnings(action="ignore"):  # of a header that Python 2 wrote
+                _require_whole_npy(file)
+                return np.lib.format.read_array(file, allow_pickle=False)
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:  # NumPy evaluates the header: damaged ones fail in any way
+            raise ValueError(
+                f"{path} is not a whole .npy file of plain numbers: {error}; write it again with "
+                "np.save, from an array whose dtype is not object"
+            ) from error
+
+
+def _require_whole_npy(file: BinaryIO) -> None:
+    """Compare what the header announces with what follows, before memory is asked for it."""
+    version = np.lib.format.read_magic(file)
+    # The third version differs from the second in names of fields alone.
+    if version == (1, 0):
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    else:
+        shape, _, dtype = np.lib.format.read_array_header_2_0(file)
+    if dtype.hasobject or dtype.subdtype or not all(type(n) is int and n >= 0 for n in shape):
+        raise ValueError(f"Object or other unusual values, {dtype} of shape {shape}")
+    announced = math.prod(shape) * dtype.itemsize
+    found = os.fstat(file.fileno()).st_size - file.tell()
+    if found != announced:
         raise ValueError(
-            f"{path} is not a whole .npy file of plain numbers: {error}; write it again with "
-            "np.save, from an array whose dtype is not object"
-        ) from error
+            f"its header announces {dtype} of shape {shape}, {announced} bytes, and {found} follow"
+        )
+    file.seek(0)
 
 
 def _require_file(path: str, option: str) -> None:

@@ -28,6 +28,7 @@ import pandas as pd
 from cpmm import datasets
 
 IDX_ROLES = {"train_images": 3, "train_labels": 1, "test_images": 3, "test_labels": 1}  # dimensions
+LARGEST = 1e30  # of a value: it and the noise added to it are trained on in float32
 TIMEOUT = 30  # seconds without an answer before a download is given up
 
 
@@ -516,13 +517,13 @@ def _require_header(
 
 
 def _require_finite(path: str, x: np.ndarray, names: Sequence[str]) -> None:
-    bad = ~np.isfinite(x)
+    bad = ~(np.abs(x) <= LARGEST)  # of NaN, too
     if bad.any():
         m = bad.any(axis=0).argmax()
         raise ValueError(
-            f"column {names[m]!r} of {path} must be finite: got {bad[:, m].sum()} missing, NaN or "
-            f"infinite values, the first in row {bad[:, m].argmax() + 1} (rows count from 1, "
-            "without a header); fill or drop them"
+            f"column {names[m]!r} of {path} must be finite, and at most {LARGEST:g} in size: got "
+            f"{bad[:, m].sum()} missing, NaN or infinite values, or larger ones, the first in row "
+            f"{bad[:, m].argmax() + 1} (rows count from 1, without a header); fill, drop or rescale them"
         )
 
 

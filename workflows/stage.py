@@ -17,6 +17,8 @@ from typing import Any
 import yaml
 
 EXPECTED_ERRORS = (ValueError, FloatingPointError, OSError, MemoryError)
+# In what torch says of it, a RuntimeError like any bug.
+NO_MEMORY = ("allocate memory", "out of memory", "Storage size calculation overflowed")
 PACKAGE = Path(__file__).resolve().parent.parent / "cpmm"
 
 Config = dict[str, Any]
@@ -48,6 +50,11 @@ def run_stage(main: Callable[[Path, Config], str], description: str) -> None:
     except EXPECTED_ERRORS as error:
         print(f"{name}: error: {describe(error)}", file=sys.stderr, flush=True)
         raise SystemExit(1) from error if os.environ.get("CPMM_TRACEBACK") else None
+    except Exception as error:
+        if (line := explain(error)) is None:
+            raise
+        print(f"{name}: error: {line}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from error if os.environ.get("CPMM_TRACEBACK") else None
     except KeyboardInterrupt:
         print(f"{name}: interrupted; run it again to go on", file=sys.stderr, flush=True)
         raise SystemExit(130) from None
@@ -78,6 +85,17 @@ def describe(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return str(error) or type(error).__name__
+
+
+def explain(error: Exception) -> str | None:
+    """Say what to do about an error of a library that no check of ours can foresee; None for a bug."""
+    text = str(error).splitlines()[0] if str(error) else ""
+    if isinstance(error, RuntimeError) and any(words in text for words in NO_MEMORY):
+        sizes = "n_clusters, n_pseudotimes, a field's width, a batch_size or n_draws"
+        return f"too little memory ({text[:200]}): lower what the stage multiplies: {sizes}"
+    if type(error).__name__ == "MisconfigurationException":  # Lightning's, imported where it trains
+        return f"{text[:200]} Set trainer.accelerator and trainer.devices to what this machine has."
+    return None
 
 
 def fingerprint(*parts: object) -> str:

@@ -153,7 +153,7 @@ OPTIONS: dict[str, Rule] = {
     # data
     "data.source": choice("digits", "rings", "spiral", "idx", "csv", "npy"),
     "data.n_train": or_null(whole(2, 2**40)),
-    "data.n_validation": whole(1, 2**40),
+    "data.n_validation": whole(2, 2**40),
     "data.n_test": whole(0, 2**40),
     "data.split_seed": SEED,
     "data.noise_seed": SEED,

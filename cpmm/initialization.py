@@ -134,19 +134,23 @@ def kmeans(x: Tensor, n_clusters: int, generator: torch.Generator, n_init: int =
     Raises:
         ValueError: If there are fewer distinct points than clusters.
     """
+    _require_distinct(n_clusters, min(n_clusters, len(x)), len(x))
     seed = int(torch.randint(2**31, (1,), generator=generator))
     model = KMeans(n_clusters, n_init=n_init, random_state=seed)
     points = np.asarray(x, dtype=np.float64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # says the same, and goes on
         label = torch.from_numpy(model.fit_predict(points).astype(np.int64))
-    n_found = len(label.unique())
+    _require_distinct(n_clusters, len(label.unique()), len(x))
+    return label
+
+
+def _require_distinct(n_clusters: int, n_found: int, n: int) -> None:
     if n_found < n_clusters:
         raise ValueError(
-            f"k-means needs {n_clusters} distinct points, found {n_found} among {len(x)}: lower "
-            "the number of clusters"
+            f"k-means needs {n_clusters} distinct points, found {n_found} among {n}: lower the number of "
+            "clusters, cpmm.n_clusters (of a direct mixture: times mixture.n_pseudotimes)"
         )
-    return label
 
 
 def linkage_groups(x: Tensor, n_groups: int, outlier_share: float, n_neighbors: int = 10) -> Tensor:

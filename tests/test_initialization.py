@@ -155,6 +155,8 @@ def test_fewer_distinct_points_than_clusters_raise(generator):
     x = torch.tensor([[0.0, 1.0], [2.0, 3.0]]).repeat(5, 1)
     with pytest.raises(ValueError, match="needs 3 distinct points, found 2 among 10"):
         kmeans(x, 3, generator)
+    with pytest.raises(ValueError, match=r"needs 11 distinct points.*cpmm\.n_clusters"):
+        kmeans(x, 11, generator)
 
 
 def test_local_factor_analyzers_have_the_covariances_of_big_groups(generator):

@@ -167,7 +167,7 @@ def linkage_groups(x: Tensor, n_groups: int, outlier_share: float, n_neighbors: 
         (N,), integers in [0, C).
 
     Raises:
-        ValueError: If the share is not in [0, 1).
+        ValueError: If the share is not in [0, 1), or leaves too few points.
     """
     if not 0 <= outlier_share < 1:
         raise ValueError(f"outlier_share is {outlier_share}: expected 0 <= outlier_share < 1")
@@ -175,9 +175,16 @@ def linkage_groups(x: Tensor, n_groups: int, outlier_share: float, n_neighbors: 
     n_neighbors = min(n_neighbors, len(points))
     distance = NearestNeighbors(n_neighbors=n_neighbors).fit(points).kneighbors(points)[0][:, -1]
     dense = distance <= np.quantile(distance, 1 - outlier_share)
+    if dense.sum() < max(2, n_groups):
+        raise ValueError(
+            f"linkage needs {max(2, n_groups)} points that are no outliers, outlier_share {outlier_share} "
+            f"leaves {dense.sum()} of {len(x)}: lower cpmm.initialization.outlier_share"
+        )
     label = AgglomerativeClustering(n_groups, linkage="single").fit_predict(points[dense])
-    nearest = KNeighborsClassifier(1).fit(points[dense], label)
-    return torch.from_numpy(nearest.predict(points).astype(np.int64))
+    with warnings.catch_warnings():  # many groups may be a regression, thinks scikit-learn
+        warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)
+        nearest = KNeighborsClassifier(1).fit(points[dense], label)
+        return torch.from_numpy(nearest.predict(points).astype(np.int64))
 
 
 def local_analyzer_groups(

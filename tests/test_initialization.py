@@ -12,6 +12,7 @@ from cpmm.initialization import (
     PARTITIONS,
     initial_states,
     kmeans,
+    linkage_groups,
     local_factor_analyzers,
     partition,
 )
@@ -149,6 +150,18 @@ def test_linked_groups_follow_curves_past_outliers(generator):
     assert set(group.tolist()) == {0, 1}
     with pytest.raises(ValueError, match="outlier_share is 1"):
         partition("linkage", points, 2, StateLayout(2, 1), generator, outlier_share=1)
+
+
+@pytest.mark.parametrize(("n_groups", "share"), [(1, 0.999), (3, 0.99), (55, 0.5)])
+def test_linkage_that_leaves_too_few_points_raises(generator, n_groups, share):
+    x = torch.randn(60, 2, generator=generator)
+    with pytest.raises(ValueError, match=r"lower cpmm\.initialization\.outlier_share"):
+        linkage_groups(x, n_groups, share)
+
+
+def test_linkage_to_almost_as_many_groups_as_points_is_quiet(generator):
+    x = torch.randn(60, 2, generator=generator)
+    assert len(linkage_groups(x, 50, 0.0).unique()) == 50
 
 
 def test_fewer_distinct_points_than_clusters_raise(generator):

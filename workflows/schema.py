@@ -262,7 +262,10 @@ OPTIONS: dict[str, Rule] = {
     "evaluation.direct.noise": WEIGHT,
     # trainer
     "trainer.accelerator": choice("auto", "cpu", "gpu"),
-    "trainer.devices": COUNT,
+    "trainer.devices": Rule(
+        "expected 1: several devices train a model together in a sweep alone, see ray.workers",
+        lambda value: type(value) is int and value == 1,
+    ),
     "trainer.precision": choice("32-true", "tf32", "bf16-mixed", "64-true"),
     "trainer.deterministic": flag(),
     "trainer.threads": or_null(whole(1, 1024)),

@@ -71,6 +71,7 @@ def test_choices_are_those_of_the_code(option, known):
         ("cpmm.curriculum", [True, False], [0, 1, "true", None]),
         ("trainer.threads", [None, 1], [0, 10**6, True]),
         ("evaluation.discretizations", [[3], [3, 5]], [[], [0], [2.5], 3]),
+        ("trainer.devices", [1], [0, 2, True, 1.0, "auto"]),  # each would run the whole stage
         ("seed", [0, 2**32 - 1], [-1, 2**32, 1.0]),
         ("name", ["digits", "my-own_2"], ["", "../up", "a b", None, 3]),
         ("spaces.kind", ["noise"], ["Noise", "", None, ["noise"], 3]),

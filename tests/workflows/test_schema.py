@@ -113,6 +113,7 @@ def test_what_would_change_another_preset_or_nothing_is_refused(override):
     ("override", "named"),
     [
         ("cpmm=null", "cpmm=null"),
+        ("cpmm=[[mlp]]", "cpmm=[[mlp]]"),
         ("seed=" + "9" * 5000, "seed=9999"),
         ("seed=" + "[" * 3000 + "]" * 3000, "seed=[[["),
     ],

@@ -63,9 +63,7 @@ def compose_preset(
             config = compose(primary, overrides=[f"preset={preset}", *overrides])
         missing = sorted(OmegaConf.missing_keys(config))
         resolved = None if missing else OmegaConf.to_container(config, resolve=True)
-    except (
-        Exception
-    ) as error:  # nothing of ours runs in there, and Hydra fails in any way: TypeError, ...
+    except Exception as error:  # Hydra fails in any way, and nothing of ours runs in there
         lines = [*str(error).splitlines()[:1], *str(error.__cause__ or error).splitlines()[:2]]
         detail = " ".join(dict.fromkeys(line.strip() for line in lines))
         raise ValueError(

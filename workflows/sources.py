@@ -214,8 +214,8 @@ def read_idx(
     shapes = [part[f"{split}_images"].shape[1:] for split in ("train", "test")]
     if shapes[0] != shapes[1]:
         raise ValueError(
-            f"training images are {shapes[0]}, test images {shapes[1]} (height, width): "
-            "take all four files from one data set"
+            f"training images are {shapes[0]}, test images {shapes[1]} (height, width), in "
+            f"{files['train_images']} and {files['test_images']}: take all four files from one data set"
         )
     label = np.concatenate([part["train_labels"], part["test_labels"]]).astype(np.int64)
     if label.max() >= len(class_names):
@@ -286,7 +286,10 @@ def read_csv(path: str, label_column: str | None, delimiter: str) -> Source:
     x = np.empty((len(table), len(features)))
     for m, name in enumerate(features):
         column = table[name]
-        number = pd.to_numeric(column, errors="coerce")
+        try:
+            number = pd.to_numeric(column, errors="coerce")
+        except OverflowError:  # a whole number of hundreds of digits, of Python's own type
+            number = pd.to_numeric(column.astype(str), errors="coerce")
         is_text = (number.isna() & column.notna()).to_numpy()
         if is_text.any():
             row = is_text.argmax()

@@ -434,6 +434,7 @@ def test_csv_header_may_count_the_columns(tmp_path):
         ("a;b\n1;2\n", {}, ["column 'a;b'", "'1;2' in row 1", "data.options.delimiter (now ',')"]),
         ("a,b\n1,2\n,4\nNA,6\nnan,8\n", {}, ["column 'a'", "3 missing, NaN", "row 2", "fill"]),
         ("a,b\n1,2\n3,inf\n", {}, ["column 'b'", "1 missing, NaN or infinite", "row 2"]),
+        ("a,b\n1,2\n3," + "9" * 400 + "\n", {}, ["column 'b'", "infinite", "row 2"]),
         ("a,b\n1,2\n3,-1e31\n", {}, ["column 'b'", "at most 1e+30", "row 2", "rescale"]),
         ("a,b\n1,2\n3\n", {}, ["column 'b'", "1 missing", "row 2"]),
         ("a,b\n1,2\n3,4,5\n", {}, ["as many fields", "Expected 2 fields in line 3, saw 3"]),

@@ -784,7 +784,7 @@ BATCH = [1, 7, 10**6]
 # Values at the ends of what an option may be, as far as a tiny pipeline can afford them.
 ENDS = {
     "seed": [0, 2**32 - 1],
-    "data.n_train": [None, 2, 3, 10], "data.n_validation": [1, 2, 60, 2**40], "data.n_test": [0, 1, 2, 60], "data.split_seed": [2**32 - 1], "data.noise_seed": [2**32 - 1],
+    "data.n_train": [None, 2, 3, 10], "data.n_validation": [2, 3, 60, 2**40], "data.n_test": [0, 1, 2, 60], "data.split_seed": [2**32 - 1], "data.noise_seed": [2**32 - 1],
     "data.alpha": [None, 1e-300, 1e-9, 0.499999999], "data.standardize": ["none", "feature", "shared"], "data.augmentation.noise": [0, 1, 1e9], "data.augmentation.translate": [1, 10_000], "data.augmentation.flip": [True],
     "data.options.n": [1, 2, 42, 45, 60], "data.options.seed": [2**32 - 1], "data.options.radius": [1e-300, 1e-9, 1e9], "data.options.ratio": [1 + 1e-9, 1e9],
     "data.options.thickness": [0, 1e9], "data.options.gaps": [[0, 0], [-1e9, 1e9]], "data.options.gap_width": [0, 359.999999], "data.options.levels": [1, 2, 256], "data.options.label_path": [None],
@@ -861,4 +861,4 @@ def test_any_pipeline_comes_to_its_end_or_says_why_not(size, tmp_path, run_stage
         st.sampled_from(sorted(ENDS)).flatmap(lambda name: st.tuples(st.just(name), st.sampled_from(ENDS[name]))),
         min_size=1, max_size=3, unique_by=lambda item: item[0],
     )  # fmt: skip
-    fuzz(check, st.tuples(st.sampled_from(["rings", "npy"]), chosen), size, 2, 40, shrink=False)
+    fuzz(check, st.tuples(st.sampled_from(["rings", "npy"]), chosen), size, 1, 40, shrink=False)

@@ -95,11 +95,11 @@ def split_indices(
     n_rest = n - official_test
     n_test = 0 if official_test else n_test
     n_left = n_rest - n_validation - n_test
-    if min(n_validation, n_test + official_test) < 1 or n_left < 2:
+    if min(n_validation, n_test + official_test, n_left) < 2:  # a standard error takes two
         raise ValueError(
             f"the split leaves {n_left} of {n} points to train on, {n_validation} to validate, "
             f"{n_test + official_test} to test: lower data.n_validation or data.n_test; each needs "
-            "some"
+            "two or more"
         )
     if n_train is not None and not (isinstance(n_train, int) and 2 <= n_train <= n_left):
         raise ValueError(

@@ -174,9 +174,19 @@ def sample_components(fa: FactorAnalyzers, index: Tensor, generator: torch.Gener
 
     Returns:
         (N, M).
+
+    Raises:
+        FloatingPointError: If a sample leaves the range of floating-point numbers.
     """
     kwargs = {"generator": generator, "dtype": fa.mean.dtype, "device": fa.mean.device}
     factors = torch.randn(len(index), fa.n_factors, 1, **kwargs)
     noise = torch.randn(len(index), fa.n_features, **kwargs)
     deviation = torch.exp(0.5 * fa.log_diagonal[index]) * noise
-    return fa.mean[index] + (fa.loading[index] @ factors).squeeze(-1) + deviation
+    x = fa.mean[index] + (fa.loading[index] @ factors).squeeze(-1) + deviation
+    if not bool(torch.isfinite(x).all()):
+        raise FloatingPointError(
+            f"{int((~torch.isfinite(x)).sum())} of {x.numel()} sampled values are not finite: largest "
+            f"log-variance {fa.log_diagonal.max().item():.3g}; the run has diverged: lower "
+            "cpmm.learning_rate, cpmm.initial_rate_factor or cpmm.gradient_clip"
+        )
+    return x

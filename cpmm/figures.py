@@ -255,6 +255,7 @@ def plot_components(
             f"cluster (K,) and data (N, 2), got {', '.join(map(str, shapes[:3]))} and {data.shape}"
         )
     variance, axes_of = np.linalg.eigh(covariance)  # (K, 2), (K, 2, 2), ascending
+    variance = variance.clip(min=0)  # rounding makes the smaller one of a thin ellipse negative
     size = 2 * n_std * np.sqrt(variance)
     angle = np.degrees(np.arctan2(axes_of[:, 1, 0], axes_of[:, 0, 0]))
     colours = np.empty((k, 3))

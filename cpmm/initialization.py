@@ -134,19 +134,23 @@ def kmeans(x: Tensor, n_clusters: int, generator: torch.Generator, n_init: int =
     Raises:
         ValueError: If there are fewer distinct points than clusters.
     """
+    _require_distinct(n_clusters, min(n_clusters, len(x)), len(x))
     seed = int(torch.randint(2**31, (1,), generator=generator))
     model = KMeans(n_clusters, n_init=n_init, random_state=seed)
     points = np.asarray(x, dtype=np.float64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # says the same, and goes on
         label = torch.from_numpy(model.fit_predict(points).astype(np.int64))
-    n_found = len(label.unique())
+    _require_distinct(n_clusters, len(label.unique()), len(x))
+    return label
+
+
+def _require_distinct(n_clusters: int, n_found: int, n: int) -> None:
     if n_found < n_clusters:
         raise ValueError(
-            f"k-means needs {n_clusters} distinct points, found {n_found} among {len(x)}: lower "
-            "the number of clusters"
+            f"k-means needs {n_clusters} distinct points, found {n_found} among {n}: lower the number of "
+            "clusters, cpmm.n_clusters (of a direct mixture: times mixture.n_pseudotimes)"
         )
-    return label
 
 
 def linkage_groups(x: Tensor, n_groups: int, outlier_share: float, n_neighbors: int = 10) -> Tensor:
@@ -163,7 +167,7 @@ def linkage_groups(x: Tensor, n_groups: int, outlier_share: float, n_neighbors: 
         (N,), integers in [0, C).
 
     Raises:
-        ValueError: If the share is not in [0, 1).
+        ValueError: If the share is not in [0, 1), or leaves too few points.
     """
     if not 0 <= outlier_share < 1:
         raise ValueError(f"outlier_share is {outlier_share}: expected 0 <= outlier_share < 1")
@@ -171,9 +175,16 @@ def linkage_groups(x: Tensor, n_groups: int, outlier_share: float, n_neighbors: 
     n_neighbors = min(n_neighbors, len(points))
     distance = NearestNeighbors(n_neighbors=n_neighbors).fit(points).kneighbors(points)[0][:, -1]
     dense = distance <= np.quantile(distance, 1 - outlier_share)
+    if dense.sum() < max(2, n_groups):
+        raise ValueError(
+            f"linkage needs {max(2, n_groups)} points that are no outliers, outlier_share {outlier_share} "
+            f"leaves {dense.sum()} of {len(x)}: lower cpmm.initialization.outlier_share"
+        )
     label = AgglomerativeClustering(n_groups, linkage="single").fit_predict(points[dense])
-    nearest = KNeighborsClassifier(1).fit(points[dense], label)
-    return torch.from_numpy(nearest.predict(points).astype(np.int64))
+    with warnings.catch_warnings():  # many groups may be a regression, thinks scikit-learn
+        warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)
+        nearest = KNeighborsClassifier(1).fit(points[dense], label)
+        return torch.from_numpy(nearest.predict(points).astype(np.int64))
 
 
 def local_analyzer_groups(

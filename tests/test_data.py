@@ -43,7 +43,9 @@ def test_splits_share_no_point_and_leave_none_out(official_test):
     assert not torch.equal(split["train"], other["train"])
 
 
-@pytest.mark.parametrize("counts", [(10, 9, 1), (10, 0, 2), (10, 2, 0), (10, 20, 1)])
+@pytest.mark.parametrize(
+    "counts", [(10, 9, 1), (10, 0, 2), (10, 2, 0), (10, 20, 1), (10, 2, 1), (10, 1, 2)]
+)
 def test_splits_that_leave_nothing_raise(counts):
     n, n_validation, n_test = counts
     with pytest.raises(ValueError, match="the split leaves"):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -165,3 +167,10 @@ def test_broken_numbers_raise_and_say_how_many(generator, name, value):
     getattr(fa, name)[1, 2] = value
     with pytest.raises(FloatingPointError, match="1 of 4 capacitance matrices"):
         component_log_prob(torch.zeros(1, 3, dtype=torch.float64), fa)
+
+
+def test_samples_that_are_not_finite_raise(generator):
+    fa = random_factor_analyzers(generator, 3, 2, 1)
+    broken = replace(fa, log_diagonal=torch.full_like(fa.log_diagonal, 1e6))
+    with pytest.raises(FloatingPointError, match=r"not finite: largest log-variance 1e\+06"):
+        sample_components(broken, torch.tensor([0, 1]), generator)

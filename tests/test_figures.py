@@ -210,6 +210,14 @@ def test_components_are_ellipses_of_the_covariance_that_darken_with_pseudotime()
     assert low < -4 * np.cos(angle) < 4 * np.cos(angle) < high
 
 
+def test_an_ellipse_too_thin_for_its_digits_is_a_line():
+    covariance = np.array([[[1.0, 1.0], [1.0, 1.0 - 1e-15]]])
+    assert np.linalg.eigvalsh(covariance).min() < 0
+    mean = np.zeros((1, 2))
+    figure = figures.plot_components(mean, covariance, np.zeros(1, int), mean)
+    assert figure.axes[0].collections[-1].get_widths() == 0
+
+
 def test_history_marks_fine_tuning_and_its_best_epoch():
     table = history(n_spaces=3, n_tuning=4)
     table.loc[1, "validation"] = -9.0  # better, in another space: may not be chosen

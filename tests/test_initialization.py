@@ -12,6 +12,7 @@ from cpmm.initialization import (
     PARTITIONS,
     initial_states,
     kmeans,
+    linkage_groups,
     local_factor_analyzers,
     partition,
 )
@@ -151,10 +152,24 @@ def test_linked_groups_follow_curves_past_outliers(generator):
         partition("linkage", points, 2, StateLayout(2, 1), generator, outlier_share=1)
 
 
+@pytest.mark.parametrize(("n_groups", "share"), [(1, 0.999), (3, 0.99), (55, 0.5)])
+def test_linkage_that_leaves_too_few_points_raises(generator, n_groups, share):
+    x = torch.randn(60, 2, generator=generator)
+    with pytest.raises(ValueError, match=r"lower cpmm\.initialization\.outlier_share"):
+        linkage_groups(x, n_groups, share)
+
+
+def test_linkage_to_almost_as_many_groups_as_points_is_quiet(generator):
+    x = torch.randn(60, 2, generator=generator)
+    assert len(linkage_groups(x, 50, 0.0).unique()) == 50
+
+
 def test_fewer_distinct_points_than_clusters_raise(generator):
     x = torch.tensor([[0.0, 1.0], [2.0, 3.0]]).repeat(5, 1)
     with pytest.raises(ValueError, match="needs 3 distinct points, found 2 among 10"):
         kmeans(x, 3, generator)
+    with pytest.raises(ValueError, match=r"needs 11 distinct points.*cpmm\.n_clusters"):
+        kmeans(x, 11, generator)
 
 
 def test_local_factor_analyzers_have_the_covariances_of_big_groups(generator):

@@ -10,18 +10,32 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from workflows.schema import check_options, show
 from workflows.stage import describe, end_with_dvc, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def flatten(overrides: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Write nested overrides as Hydra's: ``{"teacher": {"epochs": 9}}`` as ``teacher.epochs=9``."""
+    """Write nested overrides as Hydra's: ``{"teacher": {"epochs": 9}}`` as ``teacher.epochs=9``.
+
+    Raises:
+        ValueError: If a name or a value cannot be written so.
+    """
     for name, value in overrides.items():
+        if not isinstance(name, str) or "=" in name:
+            raise ValueError(
+                f"{prefix}{show(name)} is not the name of an option: look it up in conf/"
+            )
         if isinstance(value, Mapping) and value:
             yield from flatten(value, f"{prefix}{name}.")
-        else:
+        elif value == {} or _is_plain(value):
             yield f"{prefix}{name}={_quote(value)}"
+        else:
+            raise ValueError(
+                f"{prefix}{name} is {show(value)}: expected a number, text (in quotes, if it looks like "
+                "something else), true, false, null or a list of these"
+            )
 
 
 def compose_preset(
@@ -35,33 +49,34 @@ def compose_preset(
         primary: The file of ``conf/`` to start from: config, or sweep.
 
     Raises:
-        ValueError: If the preset or an option is unknown, or an override cannot be read.
+        ValueError: If the preset or an option is unknown, an override cannot be read, or a value is
+            not what ``workflows/schema.py`` expects.
     """
     from hydra import compose, initialize_config_dir
-    from hydra.errors import HydraException
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
     if preset not in known_presets():
         raise ValueError(f"unknown preset {preset!r}: choose one of {', '.join(known_presets())}")
+    _require_ours(overrides)
+    plain = _compose_plain(primary, preset)
     try:
-        plain = _compose_plain(primary, preset)
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             config = compose(primary, overrides=[f"preset={preset}", *overrides])
-        for missing in sorted(OmegaConf.missing_keys(config)):
-            raise ValueError(
-                f"preset {preset!r} needs a value for {missing}: set overrides.{preset}.{missing} in "
-                "params.yaml"
-            )
-        resolved = OmegaConf.to_container(config, resolve=True)
-        require_same_types(plain, resolved)
-    except (HydraException, OmegaConfBaseException) as error:
-        cause = str(error.__cause__ or error).splitlines()
-        detail = " ".join(line.strip() for line in [str(error).splitlines()[0], *cause[:2]])
+        missing = sorted(OmegaConf.missing_keys(config))
+        resolved = None if missing else OmegaConf.to_container(config, resolve=True)
+    except Exception as error:  # Hydra fails in any way, and nothing of ours runs in there
+        lines = [*str(error).splitlines()[:1], *str(error.__cause__ or error).splitlines()[:2]]
+        detail = " ".join(dict.fromkeys(line.strip() for line in lines))
         raise ValueError(
-            f"preset {preset!r} cannot be composed with overrides {list(overrides)}: {detail} "
-            "(the options are those of conf/)"
+            f"preset {preset!r} cannot be composed with overrides {show(list(overrides), 300)}: "
+            f"{detail[:300]} (the options are those of conf/)"
         ) from error
+    if resolved is None:
+        raise ValueError(
+            f"preset {preset!r} needs a value for {missing[0]}: set overrides.{preset}.{missing[0]} in "
+            "params.yaml"
+        )
+    check_options(resolved, plain)
     return resolved
 
 
@@ -81,31 +96,43 @@ def overrides_of(preset: str, overrides: Mapping[str, Any]) -> list[str]:
     """Take from the overrides in params.yaml those that concern a preset, in Hydra's syntax.
 
     Entries named after a preset hold for that preset alone, the others for every one.
+
+    Raises:
+        ValueError: If they are not mappings from options to values.
     """
-    common = {name: value for name, value in overrides.items() if name not in known_presets()}
+    known = known_presets()
+    for name in (None, *known):
+        found = overrides if name is None else overrides.get(name)
+        if found is not None and not isinstance(found, Mapping):
+            where = "overrides" if name is None else f"overrides.{name}"
+            raise ValueError(
+                f"{where} in params.yaml is {show(found)}: expected a mapping, such as {{seed: 3}}"
+            )
+    common = {name: value for name, value in overrides.items() if name not in known}
     return [*flatten(common), *flatten(overrides.get(preset) or {})]
 
 
-def require_same_types(
-    plain: Mapping[str, Any], changed: Mapping[str, Any], prefix: str = ""
-) -> None:
-    """Check that no override put text where a number or a switch belongs, or the reverse.
+def read_overrides(preset: str, path: Path = ROOT / "params.yaml") -> list[str]:
+    """Read those overrides in params.yaml that concern a preset, in Hydra's syntax.
 
     Raises:
-        ValueError: If one did; names the option.
+        ValueError: If the file is no YAML, or what it says cannot be an override.
+        OSError: If it cannot be read.
     """
-    for name, before in plain.items():
-        after = changed.get(name)
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            require_same_types(before, after, f"{prefix}{name}.")
-        elif before not in (None, "???") and after is not None:
-            expected = (int, float) if type(before) in (int, float) else type(before)
-            if not isinstance(after, expected) or isinstance(after, bool) != isinstance(
-                before, bool
-            ):
-                raise ValueError(
-                    f"{prefix}{name} is {after!r}: expected a value like {before!r}, the one in conf/"
-                )
+    import yaml
+
+    text = path.read_bytes()
+    try:
+        params = yaml.safe_load(text)
+    # Dates that do not exist and numbers with too many digits are plain ValueErrors.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(params, Mapping):
+        raise ValueError(f"{path.name} is {show(params)}: expected presets and overrides")
+    try:
+        return overrides_of(preset, {} if params.get("overrides") is None else params["overrides"])
+    except RecursionError as error:
+        raise ValueError(f"overrides in {path.name} contain themselves, or are too deep") from error
 
 
 def main() -> None:
@@ -118,14 +145,10 @@ def main() -> None:
     arguments = parser.parse_args()
     end_with_dvc()
     try:
-        params = yaml.safe_load((ROOT / "params.yaml").read_text())
-        overrides = params.get("overrides") or {}
-        if not isinstance(overrides, Mapping):
-            raise ValueError(f"overrides in params.yaml must be a mapping: got {overrides!r}")
-        config = compose_preset(arguments.preset, overrides_of(arguments.preset, overrides))
+        config = compose_preset(arguments.preset, read_overrides(arguments.preset))
         arguments.target.parent.mkdir(parents=True, exist_ok=True)
         write_text(arguments.target, yaml.safe_dump(config, sort_keys=False))
-    except (ValueError, OSError, yaml.YAMLError) as error:
+    except (ValueError, OSError) as error:
         print(f"config: error: {describe(error, arguments.target)}", file=sys.stderr)
         raise SystemExit(1) from None
     print(f"config: wrote {arguments.target}")
@@ -133,7 +156,7 @@ def main() -> None:
 
 @lru_cache
 def _compose_plain(primary: str, preset: str) -> dict[str, Any]:
-    """Compose a preset without overrides, to compare types with."""
+    """Compose a preset without overrides: what there must be."""
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
@@ -142,11 +165,31 @@ def _compose_plain(primary: str, preset: str) -> dict[str, Any]:
     return OmegaConf.to_container(plain, resolve=True)
 
 
+def _require_ours(overrides: Sequence[str]) -> None:
+    for item in overrides:
+        key = item.lstrip("+~").split("=")[0].strip()
+        if key == "preset" or key.split(".")[0].split("/")[0] == "hydra":
+            raise ValueError(
+                f"{show(item)} cannot be an override: presets are named in params.yaml or by preset=... on a "
+                "command line, and Hydra's own options change nothing"
+            )
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
+
+
 def _quote(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, str):
-        if value.isidentifier() and value.lower() not in ("null", "true", "false", "nan", "inf"):
+        if (
+            value.isascii()
+            and value.isidentifier()
+            and value.lower() not in ("null", "true", "false", "nan", "inf")
+        ):
             return value
         # Hydra takes backslashes as they are, but for those before a quote.
         return "'" + re.sub(r"(\\*)'", r"\1\1\\'", value + "'")[:-2] + "'"

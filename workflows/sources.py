@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -28,6 +28,7 @@ import pandas as pd
 from cpmm import datasets
 
 IDX_ROLES = {"train_images": 3, "train_labels": 1, "test_images": 3, "test_labels": 1}  # dimensions
+LARGEST = 1e30  # of a value: it and the noise added to it are trained on in float32
 TIMEOUT = 30  # seconds without an answer before a download is given up
 
 
@@ -213,8 +214,8 @@ def read_idx(
     shapes = [part[f"{split}_images"].shape[1:] for split in ("train", "test")]
     if shapes[0] != shapes[1]:
         raise ValueError(
-            f"training images are {shapes[0]}, test images {shapes[1]} (height, width): "
-            "take all four files from one data set"
+            f"training images are {shapes[0]}, test images {shapes[1]} (height, width), in "
+            f"{files['train_images']} and {files['test_images']}: take all four files from one data set"
         )
     label = np.concatenate([part["train_labels"], part["test_labels"]]).astype(np.int64)
     if label.max() >= len(class_names):
@@ -285,7 +286,10 @@ def read_csv(path: str, label_column: str | None, delimiter: str) -> Source:
     x = np.empty((len(table), len(features)))
     for m, name in enumerate(features):
         column = table[name]
-        number = pd.to_numeric(column, errors="coerce")
+        try:
+            number = pd.to_numeric(column, errors="coerce")
+        except OverflowError:  # a whole number of hundreds of digits, of Python's own type
+            number = pd.to_numeric(column.astype(str), errors="coerce")
         is_text = (number.isna() & column.notna()).to_numpy()
         if is_text.any():
             row = is_text.argmax()
@@ -448,14 +452,37 @@ def _decode_idx(data: bytes, origin: str, n_dims: int, md5: str | None) -> np.nd
 
 def _load_npy(path: str, option: str) -> np.ndarray:
     _require_file(path, option)
-    try:
-        with open(path, "rb") as file:
-            return np.lib.format.read_array(file, allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    with open(path, "rb") as file:
+        try:
+            with warnings.catch_warnings(action="ignore"):  # of a header that Python 2 wrote
+                _require_whole_npy(file)
+                return np.lib.format.read_array(file, allow_pickle=False)
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:  # NumPy evaluates the header: damaged ones fail in any way
+            raise ValueError(
+                f"{path} is not a whole .npy file of plain numbers: {error}; write it again with "
+                "np.save, from an array whose dtype is not object"
+            ) from error
+
+
+def _require_whole_npy(file: BinaryIO) -> None:
+    """Compare what the header announces with what follows, before memory is asked for it."""
+    version = np.lib.format.read_magic(file)
+    # The third version differs from the second in names of fields alone.
+    if version == (1, 0):
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    else:
+        shape, _, dtype = np.lib.format.read_array_header_2_0(file)
+    if dtype.hasobject or dtype.subdtype or not all(type(n) is int and n >= 0 for n in shape):
+        raise ValueError(f"Object or other unusual values, {dtype} of shape {shape}")
+    announced = math.prod(shape) * dtype.itemsize
+    found = os.fstat(file.fileno()).st_size - file.tell()
+    if found != announced:
         raise ValueError(
-            f"{path} is not a whole .npy file of plain numbers: {error}; write it again with "
-            "np.save, from an array whose dtype is not object"
-        ) from error
+            f"its header announces {dtype} of shape {shape}, {announced} bytes, and {found} follow"
+        )
+    file.seek(0)
 
 
 def _require_file(path: str, option: str) -> None:
@@ -493,13 +520,13 @@ def _require_header(
 
 
 def _require_finite(path: str, x: np.ndarray, names: Sequence[str]) -> None:
-    bad = ~np.isfinite(x)
+    bad = ~(np.abs(x) <= LARGEST)  # of NaN, too
     if bad.any():
         m = bad.any(axis=0).argmax()
         raise ValueError(
-            f"column {names[m]!r} of {path} must be finite: got {bad[:, m].sum()} missing, NaN or "
-            f"infinite values, the first in row {bad[:, m].argmax() + 1} (rows count from 1, "
-            "without a header); fill or drop them"
+            f"column {names[m]!r} of {path} must be finite, and at most {LARGEST:g} in size: got "
+            f"{bad[:, m].sum()} missing, NaN or infinite values, or larger ones, the first in row "
+            f"{bad[:, m].argmax() + 1} (rows count from 1, without a header); fill, drop or rescale them"
         )
 
 

@@ -31,6 +31,8 @@ REMEDIES = {
     errno.EACCES: "see to its permissions, and run it again",
     errno.EPERM: "see to its permissions, and run it again",
 }
+# In what torch says of it, a RuntimeError like any bug.
+NO_MEMORY = ("allocate memory", "out of memory", "Storage size calculation overflowed")
 PACKAGE = Path(__file__).resolve().parent.parent / "cpmm"
 
 Config = dict[str, Any]
@@ -62,9 +64,11 @@ def run_stage(main: Callable[[Path, Config], str], description: str) -> None:
         with temporary_files_in(path.parent / ".scratch" / f"{name}.tmp"):
             print(f"{name}: {main(path.parent, config)}", flush=True)
     except Exception as error:
-        if not isinstance(error, EXPECTED_ERRORS) and system_error(error) is None:
+        expected = isinstance(error, EXPECTED_ERRORS) or system_error(error) is not None
+        line = describe(error, path.parent) if expected else explain(error)
+        if line is None:
             raise
-        print(f"{name}: error: {describe(error, path.parent)}", file=sys.stderr, flush=True)
+        print(f"{name}: error: {line}", file=sys.stderr, flush=True)
         raise SystemExit(1) from error if os.environ.get("CPMM_TRACEBACK") else None
     except KeyboardInterrupt:
         print(f"{name}: interrupted; run it again to go on", file=sys.stderr, flush=True)
@@ -197,6 +201,17 @@ def write_text(path: Path, text: str) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def explain(error: Exception) -> str | None:
+    """Say what to do about an error of a library that no check of ours can foresee; None for a bug."""
+    text = str(error).splitlines()[0] if str(error) else ""
+    if isinstance(error, RuntimeError) and any(words in text for words in NO_MEMORY):
+        sizes = "n_clusters, n_pseudotimes, a field's width, a batch_size or n_draws"
+        return f"too little memory ({text[:200]}): lower what the stage multiplies: {sizes}"
+    if type(error).__name__ == "MisconfigurationException":  # Lightning's, imported where it trains
+        return f"{text[:200]} Set trainer.accelerator and trainer.devices to what this machine has."
+    return None
 
 
 def fingerprint(*parts: object) -> str:

@@ -64,14 +64,13 @@ def run_sweep(overrides: list[str], only_config: bool = False, only_plan: bool =
     """Plan, run and tabulate a sweep."""
     import yaml
 
-    from workflows.compose import compose_preset, overrides_of, split_preset
+    from workflows.compose import compose_preset, read_overrides, split_preset
 
     preset, rest = split_preset(overrides)
     for item in rest:
         if item.startswith("sweep=") and item.removeprefix("sweep=") not in known_sweeps():
             raise ValueError(f"unknown {item}: choose one of {', '.join(known_sweeps())}")
-    params = yaml.safe_load((ROOT / "params.yaml").read_text()).get("overrides") or {}
-    params = overrides_of(preset, params)
+    params = read_overrides(preset)
     config = compose_preset(preset, [*params, *rest], "sweep")
     if only_config:
         print(yaml.safe_dump(config, sort_keys=False), end="")

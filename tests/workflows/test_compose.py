@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 
@@ -5,7 +6,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from workflows.compose import compose_preset, flatten, overrides_of, split_preset
+from workflows.compose import compose_preset, flatten, overrides_of, read_overrides, split_preset
 
 PRESETS = sorted(path.stem for path in (ROOT / "conf" / "preset").glob("*.yaml"))
 
@@ -78,17 +79,19 @@ def test_overrides_named_after_a_preset_are_its_own():
 @pytest.mark.parametrize(
     ("override", "named"),
     [
-        ("cpmm.n_factors=three", "cpmm.n_factors is 'three': expected a value like 6"),
-        ("cpmm.curriculum=3", "cpmm.curriculum is 3: expected a value like True"),
-        ("seed=true", "seed is True: expected a value like 0"),
-        ("spaces.dtype=16", "spaces.dtype is 16: expected a value like 'float32'"),
+        (
+            "cpmm.n_factors=three",
+            "cpmm.n_factors is 'three': expected a whole number of at least 1",
+        ),
+        ("cpmm.curriculum=3", "cpmm.curriculum is 3: expected true or false"),
+        ("seed=true", "seed is True: expected a whole number of at least 0"),
+        ("spaces.dtype=16", "spaces.dtype is 16: choose one of float32, float16"),
         ("cpmm.field=wide", "cpmm.field"),
     ],
 )
 def test_a_value_of_another_type_is_named(override, named):
-    with pytest.raises(ValueError, match=r"expected a value like|cannot be composed") as error:
+    with pytest.raises(ValueError, match=named):
         compose_preset("digits", [override])
-    assert named in str(error.value)
 
 
 def test_a_missing_value_says_where_to_set_it():
@@ -122,7 +125,7 @@ def test_the_seed_of_training_is_that_of_all_unless_it_is_set():
     ):
         config = compose_preset("digits", overrides)
         assert (config["seed"], config["cpmm"]["seed"]) == seeds
-    with pytest.raises(ValueError, match=r"cpmm\.seed is 'one': expected a value like 0"):
+    with pytest.raises(ValueError, match=r"cpmm\.seed is 'one': expected a whole number"):
         compose_preset("digits", ["cpmm.seed=one"])
 
 
@@ -140,19 +143,16 @@ def test_a_sweep_is_composed_with_the_configuration_of_its_trials():
     [
         ("sweep=nose", "nose"),
         ("sweep=default", "sweep.name"),
-        ("sweep.seeds=three", "sweep.seeds is 'three': expected a value like 3"),
+        ("ray.workers=three", "ray.workers is 'three': expected a whole number"),
         ("sweep.sedes=3", "sedes"),
-        ("ray.cpus=many", "ray.cpus is 'many': expected a value like 1"),
-        ("ray.reuse_actors=1", "ray.reuse_actors is 1: expected a value like True"),
+        ("ray.cpus=many", "ray.cpus is 'many': expected a number of at least 0.01"),
+        ("ray.reuse_actors=1", "ray.reuse_actors is 1: expected true or false"),
         ("ray.cpu=2", "ray.cpu"),
     ],
 )
 def test_a_typo_in_the_sweeps_options_is_named(override, named):
-    with pytest.raises(
-        ValueError, match=r"expected a value like|cannot be composed|needs"
-    ) as error:
+    with pytest.raises(ValueError, match=named):
         compose_preset("digits", [override], "sweep")
-    assert named in str(error.value)
 
 
 def test_trials_know_nothing_of_the_sweep():
@@ -162,8 +162,45 @@ def test_trials_know_nothing_of_the_sweep():
 
 
 @pytest.mark.parametrize(
-    "text", ["a b", "it's", 'a "b", c=[1]', "a\\b", "a\\'b", "1e3", "null", "true"]
+    "text", ["a b", "it's", 'a "b", c=[1]', "a\\b", "a\\'b", "1e3", "null", "true", "größe"]
 )
 def test_text_comes_through_hydra_as_it_is(text):
     (override,) = flatten({"data.options.path": text})
     assert compose_preset("csv", [override])["data"]["options"]["path"] == text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "params.yaml is None: expected presets and overrides"),
+        ("[digits]", "expected presets and overrides"),
+        ("overrides: []", "overrides in params.yaml is []: expected a mapping"),
+        ("overrides: text", "overrides in params.yaml is 'text': expected a mapping"),
+        ("overrides: {rings: 3}", "overrides.rings in params.yaml is 3: expected a mapping"),
+        ("overrides: {3: 4}", "3 is not the name of an option"),
+        ("overrides: {seed=3: 4}", "'seed=3' is not the name of an option"),
+        (
+            "overrides: {cpmm: {seed: 2026-01-01}}",
+            "cpmm.seed is datetime.date(2026, 1, 1): expected",
+        ),
+        ("overrides: {seed: [{a: 1}]}", "seed is [{'a': 1}]: expected a number, text"),
+        ("overrides: {seed: 2026-99-99}", "params.yaml is not YAML: month must be in 1..12"),
+        ("overrides: {seed: 1", "params.yaml is not YAML: while parsing a flow mapping"),
+        ("overrides: &a {seed: *a}", "overrides in params.yaml contain themselves"),
+        ("overrides: {seed: &a [*a]}", "overrides in params.yaml contain themselves"),
+    ],
+)
+def test_params_that_cannot_be_overrides_are_named(tmp_path, text, message):
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        read_overrides("digits", path)
+    assert "\n" not in str(error.value)
+
+
+def test_params_are_read_as_they_are_written(tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_text("overrides: {seed: 3, cpmm: {}, csv: {data.options: {path: größe.csv}}}")
+    assert read_overrides("csv", path) == ["seed=3", "cpmm={}", "data.options.path='größe.csv'"]
+    path.write_text("presets: [digits]")
+    assert read_overrides("digits", path) == []

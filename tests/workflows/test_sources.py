@@ -434,6 +434,8 @@ def test_csv_header_may_count_the_columns(tmp_path):
         ("a;b\n1;2\n", {}, ["column 'a;b'", "'1;2' in row 1", "data.options.delimiter (now ',')"]),
         ("a,b\n1,2\n,4\nNA,6\nnan,8\n", {}, ["column 'a'", "3 missing, NaN", "row 2", "fill"]),
         ("a,b\n1,2\n3,inf\n", {}, ["column 'b'", "1 missing, NaN or infinite", "row 2"]),
+        ("a,b\n1,2\n3," + "9" * 400 + "\n", {}, ["column 'b'", "infinite", "row 2"]),
+        ("a,b\n1,2\n3,-1e31\n", {}, ["column 'b'", "at most 1e+30", "row 2", "rescale"]),
         ("a,b\n1,2\n3\n", {}, ["column 'b'", "1 missing", "row 2"]),
         ("a,b\n1,2\n3,4,5\n", {}, ["as many fields", "Expected 2 fields in line 3, saw 3"]),
         ("a,b\n0,2,3\n1,5,6\n", {}, ["as many fields", "check the file"]),
@@ -546,6 +548,47 @@ def test_npy_file_cut_anywhere_is_an_error(tmp_path):
     for n_bytes in range(len(data)):
         path.write_bytes(data[:n_bytes])
         with raises(ValueError, path, "not a whole .npy file", "np.save"):
+            read_source({"source": "npy", "path": path, "label_path": None, "levels": 256})
+
+
+@pytest.mark.parametrize(
+    ("head", "part"),
+    [
+        (
+            "'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000, 3)",
+            "24000000000000 bytes",
+        ),
+        ("'descr': '<f8', 'fortran_order': False, 'shape': (99999999999999999999, 3)", "bytes"),
+        ("'descr': '<f8', 'fortran_order': False, 'shape': (-2, -3)", "unusual"),
+        ("'descr': '<f8', 'fortran_order': False, 'shape': (2, True)", "unusual"),
+        ("'descr': ('<f8', (2,)), 'fortran_order': False, 'shape': (2, 3)", "unusual"),
+        ("'descr': '|O', 'fortran_order': False, 'shape': (2, 3)", "Object"),
+        ("[]: 3", "unhashable"),
+    ],
+)
+def test_npy_header_that_lies_is_named_before_memory_is_asked_for(tmp_path, head, part):
+    path = tmp_path / "x.npy"
+    head = f"{{{head}, }}\n".encode()
+    path.write_bytes(b"\x93NUMPY\1\0" + struct.pack("<H", len(head)) + head + bytes(48))
+    with raises(ValueError, path, "not a whole .npy file", part):
+        read_source({"source": "npy", "path": path, "label_path": None, "levels": 256})
+
+
+def test_npy_header_of_python_2_is_read(tmp_path):
+    path = tmp_path / "x.npy"
+    head = b"{'descr': '<f8', 'fortran_order': False, 'shape': (2L, 3L), }\n"
+    path.write_bytes(b"\x93NUMPY\1\0" + struct.pack("<H", len(head)) + head + bytes(48))
+    source = read_source({"source": "npy", "path": path, "label_path": None, "levels": 256})
+    assert source.x.tolist() == [[0, 0, 0], [0, 0, 0]]
+
+
+def test_npy_with_bytes_too_many_is_not_read_shifted(tmp_path):
+    path = tmp_path / "x.npy"
+    np.save(path, np.ones((3, 2)))
+    data = path.read_bytes()
+    for place in (len(data), len(data) - 20):
+        path.write_bytes(data[:place] + b"?" + data[place:])
+        with raises(ValueError, path, "48 bytes, and 49 follow"):
             read_source({"source": "npy", "path": path, "label_path": None, "levels": 256})
 
 

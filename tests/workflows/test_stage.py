@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from conftest import ROOT, STAGES
 from safetensors import SafetensorError
 
@@ -248,3 +249,38 @@ def test_a_stage_run_by_hand_outlives_its_shell():
     finally:
         stage_process.kill()
         shell.stdout.close()
+
+
+def lightning_without_a_gpu():
+    from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+    raise MisconfigurationException("No supported gpu backend found!")
+
+
+@pytest.mark.parametrize(
+    ("fail", "message"),
+    [
+        (lambda: torch.empty(2**50), "error: too little memory"),
+        (lambda: torch.empty(2**31, 2**31, 2**31), "error: too little memory"),
+        (lightning_without_a_gpu, "Set trainer.accelerator and trainer.devices"),
+    ],
+)
+def test_what_libraries_say_of_a_machine_becomes_one_line(
+    tmp_path, monkeypatch, capsys, fail, message
+):
+    (tmp_path / "config.yaml").write_text("{}")
+    monkeypatch.setattr(sys, "argv", ["train_cpmm.py", str(tmp_path / "config.yaml")])
+    with pytest.raises(SystemExit) as end:
+        stage.run_stage(lambda folder, config: fail(), "")
+    printed = capsys.readouterr().err
+    assert end.value.code == 1
+    assert printed.startswith("train_cpmm: error: ")
+    assert message in printed
+    assert printed.count("\n") == 1
+
+
+def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
+    (tmp_path / "config.yaml").write_text("{}")
+    monkeypatch.setattr(sys, "argv", ["train_cpmm.py", str(tmp_path / "config.yaml")])
+    with pytest.raises(RuntimeError, match="must match the size"):
+        stage.run_stage(lambda folder, config: torch.ones(2) + torch.ones(3), "")

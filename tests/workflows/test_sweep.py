@@ -116,7 +116,7 @@ def test_the_same_command_has_nothing_left_to_do_and_another_says_what_it_takes_
         (["cpmm.n_factors=three"], "cpmm.n_factors is 'three'"),
         (["sweep.seeds=0"], "sweep.seeds is 0"),
         (["ray.cpus=none"], "ray.cpus is 'none'"),
-        (["ray.inputs=post"], "ray.inputs is 'post': choose driver or remote"),
+        (["ray.inputs=post"], "ray.inputs is 'post': choose one of driver, remote"),
         (["ray.storage=/proc/nowhere"], "ray.storage '/proc/nowhere' cannot be used"),
     ],
 )

@@ -219,13 +219,9 @@ def _check_numbers(sweep: Config) -> None:
     for key, value in (
         ("seeds", sweep["seeds"]),
         ("search.n_samples", sweep["search"].get("n_samples", 1)),
-        ("scheduler.grace_epochs", sweep["scheduler"].get("grace_epochs", 1)),
     ):
         if not _is_whole(value) or value < 1:
             raise ValueError(f"sweep.{key} is {value!r}: expected a whole number of at least 1")
-    factor = sweep["scheduler"].get("reduction_factor", 2)
-    if not factor > 1:
-        raise ValueError(f"sweep.scheduler.reduction_factor is {factor!r}: expected more than 1")
 
 
 def _check_parts(sweep: Config) -> None:

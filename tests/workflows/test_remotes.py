@@ -407,6 +407,9 @@ class Checkout:
             assert program == "dvc"
             self.do(*arguments)
 
+    def use_that_of(self, other):
+        shutil.copy(other.folder / ".dvc" / "config.local", self.folder / ".dvc")
+
     def modify(self, *arguments):
         self.do("remote", "modify", "--local", "mine", *arguments)
 
@@ -537,7 +540,7 @@ def test_a_killed_push_goes_on_where_it_was(distant, origin, mine, clone):
     assert distant.relay.passed["up"] < 1.05 * sum(sizes[key] for key in left) + 500_000
 
     other = clone()
-    other.use(distant, "push")
+    other.use_that_of(mine)
     other.do(*PULL)
     assert other.outputs() == outputs
 
@@ -547,7 +550,7 @@ def test_a_killed_pull_goes_on_where_it_was(distant, origin, mine, clone):
     mine.use(distant, "pull")
     mine.do("push")
     other = clone()
-    other.use(distant, "pull")
+    other.use_that_of(mine)
     other.kill(distant, PULL, down=sum(sizes.values()) // 2)
     stamps = stamps_of(other.cache)
     whole = {key: stamp for key, stamp in stamps.items() if key in sizes}
@@ -579,7 +582,7 @@ def test_a_damaged_object_is_refused_with_verify_alone(server, origin, mine, clo
 
     # As the documentation sets it up, with verify.
     careful = clone("careful")
-    careful.use(server, "damaged")
+    careful.use_that_of(mine)
     status, printed = careful.dvc(*PULL, "-v")
     assert status != 0
     assert "Checkout failed for following targets:\ndata/digits/mixture\n" in printed
@@ -589,7 +592,7 @@ def test_a_damaged_object_is_refused_with_verify_alone(server, origin, mine, clo
 
     # Without it, nobody notices.
     careless = clone("careless")
-    careless.use(server, "damaged")
+    careless.use_that_of(mine)
     careless.modify("verify", "false")
     careless.do(*PULL)
     assert (careless.folder / MIXTURE).read_bytes() == content
@@ -628,11 +631,12 @@ def test_a_server_that_refuses_or_is_down_ends_the_command_soon(kind, fault, ser
         else:
             port = free_port() if fault == "closed" else silent.getsockname()[1]
             changes = distant.elsewhere(port)
+        mine.use(distant, fault, **changes)
+        for option in TIMEOUTS[kind]:
+            mine.modify(option, "5")
+        other.use_that_of(mine)
         for checkout, command in ((mine, ["push"]), (other, PULL)):
             checkout.environment["AWS_MAX_ATTEMPTS"] = "1"
-            checkout.use(distant, fault, **changes)
-            for option in TIMEOUTS[kind]:
-                checkout.modify(option, "5")
             began = time.monotonic()
             status, printed = checkout.dvc(*command)
             seconds = time.monotonic() - began
@@ -641,3 +645,40 @@ def test_a_server_that_refuses_or_is_down_ends_the_command_soon(kind, fault, ser
             assert REFUSALS[kind, fault] in printed
             assert seconds < 90  # 30 s at most on a machine that does nothing else
     assert not other.cache.exists() or not files_of(other.cache)
+
+
+def test_dvc_takes_any_host_key_and_a_tunnel_of_openssh_does_not(serve, mine, tmp_path):
+    server, program = serve("ssh"), shutil.which("ssh")
+    if not program:
+        pytest.skip(f"no ssh on this machine: {INSTALL}")
+    key = {name: (server.keys / f"{name}.pub").read_text() for name in ("host", "stranger")}
+    home = Path(mine.environment["HOME"]) / ".ssh"
+    home.mkdir()
+    known, config, inside = home / "known_hosts", home / "config", free_port()
+    config.write_text(
+        f"Host *\n  UserKnownHostsFile {known}\n  GlobalKnownHostsFile none\n"
+        f"  StrictHostKeyChecking yes\n  IdentityFile {server.keys / 'user'}\n"
+        f"  IdentitiesOnly yes\n  ExitOnForwardFailure yes\n"
+    )
+    tunnel = [
+        program, "-v", "-F", config, "-N", "-L", f"{inside}:127.0.0.1:{server.port}",
+        "-p", str(server.relay.port), f"{getpass.getuser()}@127.0.0.1",
+    ]  # fmt: skip
+
+    known.write_text(f"[127.0.0.1]:{server.relay.port} {key['stranger']}")
+    refused = subprocess.run(tunnel, capture_output=True, text=True, check=False, timeout=60)
+    assert "Host key verification failed" in refused.stderr
+    mine.use(server, "unchecked")
+    mine.do("push")  # DVC with the same files in ~/.ssh
+
+    known.write_text(f"[127.0.0.1]:{server.relay.port} {key['host']}")
+    process = start(tunnel, tmp_path / "tunnel.log", "Entering interactive session")
+    try:
+        mine.do("remote", "remove", "--local", "mine")
+        mine.use(server, "tunnel", HOST=f"127.0.0.1:{inside}")
+        mine.do("push")
+    finally:
+        process.terminate()
+        process.wait()
+    assert not damaged(server.read("tunnel"))
+    assert server.read("tunnel").keys() == server.read("unchecked").keys()

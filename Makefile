@@ -8,7 +8,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro sweep report test lint slow bench clean
+.PHONY: help setup repro sweep report test lint slow servers bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -42,6 +42,15 @@ test: setup lint ## lint, then every test that is neither slow nor needs a GPU
 
 slow: setup ## the tests left out of `make test`: kills, whole pipelines
 	pytest -m 'slow and not gpu'
+
+servers: setup ## tests with real ssh and S3 servers, and what they need
+	@PATH="$$PATH:/usr/sbin:/usr/local/sbin"; command -v sshd > /dev/null || { \
+	  if [ `id -u` = 0 ] && command -v apt-get > /dev/null; \
+	  then apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends openssh-server; \
+	  else echo "sshd is needed: install your system's OpenSSH server (Debian: apt-get install openssh-server), then make servers"; exit 1; \
+	  fi; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[servers]'
+	pytest tests/workflows/test_remotes.py tests/workflows/test_sweep_nodes.py
 
 bench: setup ## time the log-density beside its peers
 	python benchmarks/log_density.py

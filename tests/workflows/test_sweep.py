@@ -28,7 +28,7 @@ SWEEP = {
                 "cpmm.gradient_clip": 1e9,
             }
         },
-        "raising": {"overrides": {"cpmm.initialization.kind": "kmeans", "cpmm.batch_size": 0}},
+        "raising": {"overrides": {"cpmm.initialization.kind": "kmeans", "cpmm.n_factors": 65}},
     },
 }
 
@@ -73,7 +73,7 @@ def test_every_row_is_in_the_table_and_failures_are_shown_as_failures(swept):
     assert rows["density_mean"].notna().tolist() == [True, True, True, False, False]
     assert "diverged at step" in printed
     text = (home / "small" / "table.md").read_text()
-    assert "ValueError: batch_size should be a positive integer" in text
+    assert "ValueError: cpmm.n_factors (R) is 65" in text
     assert "10 trials, 4 failed" in printed
 
 

@@ -102,13 +102,13 @@ def test_new_processes_for_each_trial_give_the_same_table(project):
 
 @pytest.mark.slow
 def test_two_workers_train_a_trial_together(project):
-    raising = {"overrides": {"cpmm.initialization.kind": "random", "cpmm.batch_size": 0}}
+    raising = {"overrides": {"cpmm.initialization.kind": "random", "cpmm.n_factors": 65}}
     folder = project(seeds=1, parts=SWEEP["parts"] | {"raising": raising})
     status, _, err = run(folder, "ray.workers=2", "ray.cpus=1", timeout=800)
     assert status == 0, err
     table = trials(folder)
     assert table["status"].tolist() == ["finished", "finished", "failed"]
-    assert "ValueError: batch_size" in table["reason"].iloc[2]
+    assert "ValueError: cpmm.n_factors" in table["reason"].iloc[2]
     alone = project("alone", seeds=1)
     assert run(alone)[0] == 0
     # Each worker draws its own noise: the same training, not the same numbers.
@@ -163,8 +163,8 @@ def test_a_lost_storage_ends_with_a_clear_error(project, tmp_path):
 def test_a_trial_that_asks_for_too_much_memory_fails_alone(project):
     parts = {
         "modest": {"overrides": {"cpmm.initialization.kind": "random"}},
-        # A thousand million channels: torch is refused the memory.
-        "greedy": {"overrides": {"cpmm.field.kind": "conv", "cpmm.field.width": 10**9}},
+        # Terabytes of weights: torch is refused the memory.
+        "greedy": {"overrides": {"cpmm.field.depth": 2, "cpmm.field.width": 10**6}},
     }
     folder = project(parts=parts, seeds=1)
     status, _, err = run(folder)

@@ -145,8 +145,8 @@ def test_a_mixture_without_a_finite_density_diverged(run, monkeypatch):
 
 
 def test_what_is_no_divergence_is_raised(run):
-    with pytest.raises(ValueError, match="batch_size"):
-        run("cpmm.batch_size=0")
+    with pytest.raises(ValueError, match=r"cpmm\.n_factors \(R\) is 65"):
+        run("cpmm.n_factors=65")
 
 
 class Kill(Exception):

@@ -4,6 +4,7 @@ The script of damages: ``pytest -m slow tests/workflows/test_damage.py -s`` prin
 """
 
 import errno
+import importlib
 import json
 import os
 import pickle
@@ -84,11 +85,7 @@ def made(tmp_path_factory):
         config = compose_preset("rings", [*RINGS, f"data.options.seed={seed}"])
         (root / name / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
         for step in STAGES:
-            done = subprocess.run(
-                [sys.executable, "-m", f"workflows.{step}", str(root / name / "config.yaml")],
-                capture_output=True, text=True, check=False, cwd=Path(stage.__file__).parents[1],
-            )  # fmt: skip
-            assert done.returncode == 0, done.stderr
+            importlib.import_module(f"workflows.{step}").main(root / name, config)
     return root
 
 

@@ -724,7 +724,7 @@ def test_any_input_is_prepared_right_or_named(size, tmp_path, run_stage):
             (folder / "config.yaml").write_text(yaml.safe_dump(config))
             if not run_to_the_end("prepare_data", run_stage, folder, ["prepare_data"]):
                 return
-            prepared, _ = load_prepared(folder / "prepared")
+            prepared = load_prepared(folder / "prepared")
         raw = np.concatenate(
             [prepared.raw[split].numpy() for split in ("train", "validation", "test")]
         )

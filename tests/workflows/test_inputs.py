@@ -55,7 +55,7 @@ def test_what_the_pipeline_has_made_is_used_as_it_is(home, capsys):
     assert made(home) == []
     data, spaces = open_inputs(located)
     assert spaces.train(2).shape == (120, 64)
-    assert torch.equal(spaces.validation(2), data.points("validation")[0].float())
+    assert torch.equal(spaces.validation(2), data.points("validation")[0].float().half().float())
 
 
 def test_other_spaces_are_made_once_and_found_again(home, capsys):

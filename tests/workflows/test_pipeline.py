@@ -113,7 +113,7 @@ def test_the_first_space_is_latent_and_the_last_the_input(finished):
     spaces = open_spaces(folder / "spaces")
     assert len(spaces) == 5
     assert spaces.positions.tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
-    assert torch.equal(spaces.validation(4), data.points("validation")[0].float())
+    assert torch.equal(spaces.validation(4), data.points("validation")[0].float().half().float())
     assert not torch.equal(spaces.validation(0), spaces.validation(4))
     shards = [path for path in (folder / "spaces" / "u" / "c").rglob("*") if path.is_file()]
     assert len(shards) == 5

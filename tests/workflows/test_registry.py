@@ -112,11 +112,11 @@ def test_the_commands_of_docs_artifacts(tmp_path):
     for path in ("mixture-1", "report-1.html"):
         run(project, "rm", "-r", path)
     git(project, "checkout", "-q", "digits-1")
-    dvc(project, "checkout")
+    dvc(project, "checkout", "-d", "report")  # the sweep was not run here
     assert (project / "data/digits/mixture/mixture.json").read_bytes() == values["digits-1"]
     assert "Data and pipelines are up to date." in dvc(project, "repro", "report")
     git(project, "switch", "-q", "-")
-    dvc(project, "checkout")
+    dvc(project, "checkout", "-d", "report")  # the sweep was not run here
     git(project, "checkout", "digits-1", "--", "conf", "params.yaml", "dvc.lock", "data")
-    dvc(project, "checkout")
+    dvc(project, "checkout", "-d", "report")  # the sweep was not run here
     assert "Data and pipelines are up to date." in dvc(project, "repro", "report")

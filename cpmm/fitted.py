@@ -121,10 +121,15 @@ class FittedMixture:
 
     @torch.no_grad()
     def log_prob(self, raw: Tensor, generator: torch.Generator) -> Tensor:
-        """Log-density in units of the data, nats, (N,): of a unit cube of grey levels for images."""
+        """Log-density in units of the data, nats, (N,): of a unit cube of grey levels for images.
+
+        Raises:
+            ValueError: As :meth:`transform`, or if a density leaves the range of numbers.
+        """
         z, log_det = self.transform(raw, generator)
         levels = self.preprocessing.levels or 1
-        return self.mixture.log_prob(z) + log_det - self.n_features * math.log(levels)
+        log_prob = self.mixture.log_prob(z) + log_det - self.n_features * math.log(levels)
+        return self._require_finite(log_prob, raw)
 
     def density(self, log_prob: Tensor) -> Tensor:
         """Turn :meth:`log_prob` into bits or nats per dimension, (N,); lower is better."""
@@ -134,7 +139,8 @@ class FittedMixture:
     @torch.no_grad()
     def cluster_responsibilities(self, raw: Tensor, generator: torch.Generator) -> Tensor:
         """Posterior of the clusters given the points, p(y = c | x), (N, C)."""
-        return self.mixture.cluster_responsibilities(self.transform(raw, generator)[0])
+        share = self.mixture.cluster_responsibilities(self.transform(raw, generator)[0])
+        return self._require_finite(share, raw)
 
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -153,3 +159,13 @@ class FittedMixture:
         if levels is not None:
             x = (x * levels).floor().clamp(0, levels - 1).to(torch.uint8)
         return x, self.mixture.cluster[component]
+
+    def _require_finite(self, result: Tensor, raw: Tensor) -> Tensor:
+        bad = ~torch.isfinite(result.reshape(len(result), -1)).all(1)
+        if bool(bad.any()):
+            row = int(bad.nonzero()[0])
+            raise ValueError(
+                f"point {row + 1} is too far from the mixture for its numbers: largest value "
+                f"{raw[row].abs().max().item():.3g}; check it, or drop it"
+            )
+        return result

@@ -132,3 +132,10 @@ def test_a_mixture_without_a_fitting_preprocessing_raises(tmp_path, generator, c
     folder = save(tmp_path, make_mixture(generator, 2), pre, None, **changes)
     with pytest.raises(ValueError, match="preprocessing"):
         FittedMixture.load(folder)
+
+
+def test_points_out_of_all_range_are_named_and_not_scored(table):
+    raw = torch.tensor([[0.0, 0.0], [1e200, 0.0]], dtype=torch.float64)
+    for method in (table.log_prob, table.cluster_responsibilities):
+        with pytest.raises(ValueError, match=r"point 2 is too far .* 1e\+200"):
+            method(raw, torch.Generator())

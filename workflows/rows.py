@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from workflows.sources import whole_npy
+
 
 class RowReader:
     """Points of a file, (n, M) at a time, in bounded memory.
@@ -52,7 +54,8 @@ class RowReader:
         return self._read()
 
     def _open_npy(self) -> int:
-        array = self._map()
+        with whole_npy(self.path):
+            array = self._map()
         m = len(self.names)
         if array.dtype.kind not in "fiu" or array.ndim < 2 or np.prod(array.shape[1:]) != m:
             raise ValueError(
@@ -64,15 +67,7 @@ class RowReader:
         return len(array)
 
     def _map(self) -> np.ndarray:
-        try:
-            return np.load(self.path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
-            if isinstance(error, OSError) and error.errno is not None:
-                raise
-            raise ValueError(
-                f"{self.path} is not a whole .npy file of plain numbers: {error}; write it again with "
-                "np.save, from an array whose dtype is not object"
-            ) from error
+        return np.load(self.path, mmap_mode="r", allow_pickle=False)
 
     def _read_npy(self) -> Iterator[tuple[np.ndarray, int]]:
         for start in range(0, self.total, self.batch_size):

@@ -14,8 +14,8 @@ import os
 import urllib.request
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -452,11 +452,22 @@ def _decode_idx(data: bytes, origin: str, n_dims: int, md5: str | None) -> np.nd
 
 def _load_npy(path: str, option: str) -> np.ndarray:
     _require_file(path, option)
+    with whole_npy(path) as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
+
+
+@contextmanager
+def whole_npy(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a .npy file, and check its header against its length, before memory is asked for it.
+
+    Raises:
+        ValueError: If it is damaged, or does not hold plain numbers or text; also of what is done with it.
+    """
     with open(path, "rb") as file:
         try:
             with warnings.catch_warnings(action="ignore"):  # of a header that Python 2 wrote
                 _require_whole_npy(file)
-                return np.lib.format.read_array(file, allow_pickle=False)
+                yield file
         except (OSError, MemoryError):
             raise
         except Exception as error:  # NumPy evaluates the header: damaged ones fail in any way
@@ -467,7 +478,6 @@ def _load_npy(path: str, option: str) -> np.ndarray:
 
 
 def _require_whole_npy(file: BinaryIO) -> None:
-    """Compare what the header announces with what follows, before memory is asked for it."""
     version = np.lib.format.read_magic(file)
     # The third version differs from the second in names of fields alone.
     if version == (1, 0):

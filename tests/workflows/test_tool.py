@@ -186,6 +186,18 @@ def test_bad_points_are_named_and_leave_no_file(name, content, message, made, cp
     assert not out.exists()
 
 
+@pytest.mark.parametrize("change", ["bytes inserted", "shape negative"])
+def test_an_array_whose_header_lies_is_not_scored(change, made, cpmm, tmp_path):
+    path = tmp_path / "p.npy"
+    np.save(path, np.random.default_rng(0).normal(size=(5, 2)))
+    whole = path.read_bytes()
+    changed = whole[:140] + bytes(3) + whole[140:]  # every value after it would be another
+    path.write_bytes(changed if change == "bytes inserted" else whole.replace(b"(5, 2)", b"(5,-2)"))
+    status, printed, said = cpmm("score", made / "rings" / "mixture", path)
+    assert (status, printed) == (1, "")
+    assert said.startswith(f"cpmm: error: {path} is not a whole .npy file")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

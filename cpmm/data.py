@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,7 +11,11 @@ from torch import Tensor
 from cpmm.preprocessing import Augmentation, Preprocessing
 from cpmm.seeds import seeded_generator
 
+if TYPE_CHECKING:
+    from cpmm.views import AffineViews
+
 SPLITS = ("train", "validation", "test")
+PART = 4096  # points preprocessed at a time
 
 
 @dataclass(frozen=True)
@@ -54,23 +59,48 @@ class DataSplits:
         generator = seeded_generator(self.noise_seed, SPLITS.index(split))
         return self.preprocessing.forward(self.preprocessing.dequantize(self.raw[split], generator))
 
-    def draw(self, n_draws: int, generator: torch.Generator) -> Tensor:
+    def draw(self, n_draws: int, generator: torch.Generator, index: Tensor | None = None) -> Tensor:
         """Draw augmented, freshly dequantized training points.
 
         Args:
             n_draws: Times each training point is drawn.
             generator: Source of the draws.
+            index: Of the N training points that are drawn; None draws all.
 
         Returns:
-            (n_draws N, M), float32.
+            Draw by draw, (n_draws N, M), float32.
         """
         raw = self.raw["train"]
-        spread = raw.double().std(0)
+        # Grey levels take no noise, so their deviations are not needed.
+        spread = raw.double().std(0) if raw.is_floating_point() else raw.new_ones(raw.shape[1])
+        raw = raw if index is None else raw[index]
         parts = []
         for _ in range(n_draws):
-            x = self.preprocessing.dequantize(self.augmentation(raw, spread, generator), generator)
-            parts.append(self.preprocessing.forward(x)[0].float())
+            parts += self._points_in_parts(self.augmentation(raw, spread, generator), generator)
         return torch.cat(parts)
+
+    def draw_views(
+        self, views: AffineViews, generator: torch.Generator, index: Tensor | None = None
+    ) -> Tensor:
+        """Draw a view of each training point, freshly dequantized; not augmented otherwise.
+
+        Args:
+            views: How the images change.
+            generator: Source of the draws.
+            index: Of the N training points; None draws all.
+
+        Returns:
+            (N, M), float32.
+        """
+        raw = self.raw["train"] if index is None else self.raw["train"][index]
+        return torch.cat(self._points_in_parts(views(raw, generator), generator))
+
+    def _points_in_parts(self, raw: Tensor, generator: torch.Generator) -> list[Tensor]:
+        """Dequantize and preprocess: float64 takes eight times the memory, part by part."""
+        return [
+            self.preprocessing.forward(self.preprocessing.dequantize(part, generator))[0].float()
+            for part in raw.split(PART)
+        ]
 
 
 def split_indices(

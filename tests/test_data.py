@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
+from cpmm import data as data_module
 from cpmm.data import SPLITS, DataSplits, split_indices
 from cpmm.preprocessing import Augmentation, Preprocessing
+from cpmm.views import AffineViews
 
 
 @pytest.fixture
@@ -108,3 +112,52 @@ def test_draws_are_fresh_augmented_training_points(splits):
             mirrored += flipped
     assert 0 < mirrored < 90
     assert len(z.unique(dim=0)) == 90
+
+
+def test_points_are_drawn_part_by_part_as_at_once(splits, monkeypatch):
+    whole = splits.draw(2, torch.Generator().manual_seed(1))
+    monkeypatch.setattr(data_module, "PART", 7)
+    # A part's last elements may go through another branch of the logarithm, to the last bit.
+    torch.testing.assert_close(
+        splits.draw(2, torch.Generator().manual_seed(1)), whole, rtol=1e-6, atol=1e-6
+    )
+
+
+def test_draws_of_some_training_points(splits):
+    index = torch.tensor([4, 29, 0, 4])
+    z = splits.draw(2, torch.Generator().manual_seed(1), index)
+    alone = dataclasses.replace(splits, raw=splits.raw | {"train": splits.raw["train"][index]})
+    assert torch.equal(z, alone.draw(2, torch.Generator().manual_seed(1)))
+    everything = splits.draw(2, torch.Generator().manual_seed(1), torch.arange(30))
+    assert torch.equal(everything, splits.draw(2, torch.Generator().manual_seed(1)))
+
+
+def test_noise_on_some_points_of_a_table_is_in_units_of_all(generator):
+    raw = {name: torch.randn(40, 2, generator=generator).double() for name in SPLITS}
+    raw["train"][0] = torch.tensor([1e3, -1e3])
+    table = DataSplits(
+        raw, None, Preprocessing.fit(raw["train"], None, None, "none", generator),
+        Augmentation(noise=0.1), 0, None, ("a", "b"), (),
+    )  # fmt: skip
+    index = torch.arange(1, 40)
+    moved = table.draw(50, torch.Generator().manual_seed(1), index).reshape(50, 39, 2)
+    deviation = (moved - raw["train"][index].float()).std(0).mean(0)
+    expected = 0.1 * raw["train"].std(0).float()
+    torch.testing.assert_close(deviation, expected, rtol=0.1, atol=0)
+
+
+def test_views_are_fresh_dequantized_training_points(splits):
+    """Not flipped, though the draws are."""
+    still = AffineViews(image_shape=(1, 2, 3))
+    z = splits.draw_views(still, torch.Generator().manual_seed(1))
+    assert (z.shape, z.dtype) == ((30, 6), torch.float32)
+    level = (splits.preprocessing.inverse(z.double()) * 16).floor()
+    assert torch.allclose(level, splits.raw["train"].double(), atol=1.0, rtol=0)
+    assert torch.equal(z, splits.draw_views(still, torch.Generator().manual_seed(1)))
+    assert not torch.equal(z, splits.draw_views(still, torch.Generator().manual_seed(2)))
+    moving = AffineViews(rotate=40, translate=1, image_shape=(1, 2, 3))
+    index = torch.tensor([3, 3, 3, 3])
+    some = splits.draw_views(moving, torch.Generator().manual_seed(1), index)
+    assert some.shape == (4, 6)
+    assert torch.isfinite(some).all()
+    assert len(some.unique(dim=0)) == 4

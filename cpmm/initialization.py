@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import suppress
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.sparse.linalg import ArpackError, eigsh
 from sklearn.cluster import AgglomerativeClustering, KMeans
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
-from torch import Tensor
+from torch import Tensor, nn
 
 from cpmm.factor_analyzers import FactorAnalyzers, component_log_prob
 from cpmm.trajectory import StateLayout
@@ -128,20 +131,42 @@ def partition(
     raise ValueError(f"partition {kind!r} is unknown: choose one of {', '.join(PARTITIONS)}")
 
 
-def kmeans(x: Tensor, n_clusters: int, generator: torch.Generator, n_init: int = 4) -> Tensor:
-    """Cluster points by k-means, the best of ``n_init`` starts; (N,), integers in [0, C).
+def kmeans(
+    x: Tensor,
+    n_clusters: int,
+    generator: torch.Generator,
+    n_init: int = 4,
+    n_points: int | None = None,
+) -> Tensor:
+    """Cluster points by k-means.
+
+    Args:
+        x: Points, (N, M).
+        n_clusters: C.
+        generator: Source of every draw.
+        n_init: Starts, of which the best is taken.
+        n_points: Points that the centres are looked for in, drawn at random, in the type of ``x``;
+            each other point then joins its nearest centre. None looks in all, in float64.
+
+    Returns:
+        (N,), integers in [0, C).
 
     Raises:
         ValueError: If there are fewer distinct points than clusters.
     """
-    _require_distinct(n_clusters, min(n_clusters, len(x)), len(x))
     seed = int(torch.randint(2**31, (1,), generator=generator))
-    model = KMeans(n_clusters, n_init=n_init, random_state=seed)
-    points = np.asarray(x, dtype=np.float64)
+    points = np.asarray(x)
+    if n_points is None or n_points >= len(x):
+        fitted = points = points.astype(np.float64)
+    else:
+        fitted = points[torch.randperm(len(x), generator=generator)[:n_points].numpy()]
+    _require_distinct(n_clusters, min(n_clusters, len(fitted)), len(fitted))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # says the same, and goes on
-        label = torch.from_numpy(model.fit_predict(points).astype(np.int64))
-    _require_distinct(n_clusters, len(label.unique()), len(x))
+        model = KMeans(n_clusters, n_init=n_init, random_state=seed).fit(fitted)
+    label = model.labels_ if fitted is points else model.predict(points)
+    label = torch.from_numpy(label.astype(np.int64))
+    _require_distinct(n_clusters, len(label.unique()), len(fitted))
     return label
 
 
@@ -223,6 +248,70 @@ def local_analyzer_groups(
     return best
 
 
+@dataclass(frozen=True)
+class GroupAxes:
+    """Of each of K groups of points, what a factor analyzer is fitted to.
+
+    Attributes:
+        count: Points, (K,).
+        mean: (K, M).
+        square: Sum of squared deviations from the mean, (K, M).
+        axes: Principal axes, each as long as its singular value, (K, M, R); zero beyond the rank.
+    """
+
+    count: Tensor
+    mean: Tensor
+    square: Tensor
+    axes: Tensor
+
+
+def group_axes(x: Tensor, label: Tensor, n_groups: int, n_factors: int) -> GroupAxes:
+    """Find the principal axes of each group of points.
+
+    By the largest eigenvectors of the smaller of the two matrices of products, M x M or as wide as
+    the group, in float64: all the singular vectors take many times as long.
+
+    Args:
+        x: Points, (N, M).
+        label: Group of each point, (N,), every group non-empty.
+        n_groups: K.
+        n_factors: R.
+
+    Raises:
+        ValueError: If a group is empty.
+    """
+    m = x.shape[1]
+    count = torch.bincount(label, minlength=n_groups)
+    if not bool(count.all()):
+        raise ValueError(f"group {int(count.argmin())} of {n_groups} is empty: drop it")
+    means, squares, axes = [], [], []
+    for k in range(n_groups):
+        group = x[label == k]
+        means.append(group.mean(0))
+        centred = group - means[-1]
+        squares.append(centred.square().sum(0))
+        rank = min(n_factors, len(group) - 1, m)
+        wide = centred.double()
+        if len(group) <= m:
+            longest = wide.T @ _largest_eigenpairs(wide @ wide.T, rank)[1]
+        else:
+            values, vectors = _largest_eigenpairs(wide.T @ wide, rank)
+            longest = vectors * values.clamp(min=0).sqrt()
+        axes.append(nn.functional.pad(longest.flip(1), (0, n_factors - rank)).to(x))
+    return GroupAxes(count, torch.stack(means), torch.stack(squares), torch.stack(axes))
+
+
+def _largest_eigenpairs(matrix: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Largest eigenvalues of a symmetric matrix, ascending, (n,), and their vectors, (size, n)."""
+    if len(matrix) > max(400, 4 * n) and n:
+        start = np.random.default_rng(0).standard_normal(len(matrix))  # not at random: same bytes
+        with suppress(ArpackError):  # of a matrix of zeros, for one
+            values, vectors = eigsh(matrix.cpu().numpy(), n, which="LA", v0=start)
+            return torch.from_numpy(values).to(matrix), torch.from_numpy(vectors).to(matrix)
+    values, vectors = torch.linalg.eigh(matrix)
+    return values[len(matrix) - n :], vectors[:, len(matrix) - n :]
+
+
 def local_factor_analyzers(
     x: Tensor,
     label: Tensor,
@@ -232,9 +321,6 @@ def local_factor_analyzers(
     shrinkage: float = 20.0,
 ) -> FactorAnalyzers:
     """Fit a factor analyzer to each group of points (Richardson & Weiss, 2018).
-
-    Principal components of the group scaled as in probabilistic PCA, and what they leave over on
-    the diagonal. Groups too small to have a covariance are shrunk towards the pooled variances.
 
     Args:
         x: Points, (N, M).
@@ -250,30 +336,27 @@ def local_factor_analyzers(
     Raises:
         ValueError: If a group is empty.
     """
-    n, m = x.shape
-    counts = torch.bincount(label, minlength=n_components)
-    if not bool(counts.all()):
-        raise ValueError(f"group {int(counts.argmin())} of {n_components} is empty: drop it")
-    pooled = torch.stack([x[label == k].var(0, correction=0) for k in range(n_components)])
-    pooled = (pooled * counts[:, None]).sum(0) / n  # within-group variances, (M,)
-    means, loadings, diagonals = [], [], []
-    for k in range(n_components):
-        group = x[label == k]
-        centred = group - group.mean(0)
-        rank = min(n_factors, max(0, len(group) - 1), m)
-        loading = x.new_zeros(m, n_factors)
-        if rank:
-            _, singular, axes = torch.linalg.svd(centred, full_matrices=False)
-            variance = singular[:rank].square() / (len(group) + shrinkage)
-            loading[:, :rank] = axes[:rank].T * variance.sqrt()
-        rest = centred.square().sum(0) / (len(group) + shrinkage) - loading.square().sum(1)
-        rest = rest.clamp(min=0) + pooled * shrinkage / (len(group) + shrinkage)
-        means.append(group.mean(0))
-        loadings.append(loading)
-        diagonals.append(rest.log().clamp(min=log_diagonal_floor + 0.1))
+    groups = group_axes(x, label, n_components, n_factors)
+    return shrunk_factor_analyzers(groups, log_diagonal_floor, shrinkage)
+
+
+def shrunk_factor_analyzers(
+    groups: GroupAxes, log_diagonal_floor: float, shrinkage: float
+) -> FactorAnalyzers:
+    """Fit a factor analyzer to each group; arguments as in :func:`local_factor_analyzers`.
+
+    Principal components of the group scaled as in probabilistic PCA, and what they leave over on
+    the diagonal. Groups too small to have a covariance are shrunk towards the pooled variances.
+    """
+    n = groups.count.sum()
+    pooled = groups.square.sum(0) / n  # within-group variances, (M,)
+    weight = (groups.count + shrinkage)[:, None].to(pooled)  # (K, 1)
+    loading = groups.axes / weight.sqrt().unsqueeze(-1)
+    rest = groups.square / weight - loading.square().sum(-1)
+    rest = rest.clamp(min=0) + pooled * shrinkage / weight
     return FactorAnalyzers(
-        log_weight=(counts / n).to(x).log(),
-        mean=torch.stack(means),
-        loading=torch.stack(loadings),
-        log_diagonal=torch.stack(diagonals),
+        log_weight=(groups.count / n).to(pooled).log(),
+        mean=groups.mean,
+        loading=loading,
+        log_diagonal=rest.log().clamp(min=log_diagonal_floor + 0.1),
     )

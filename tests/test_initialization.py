@@ -10,11 +10,13 @@ from torch import Tensor
 from cpmm.initialization import (
     INITIALIZATIONS,
     PARTITIONS,
+    group_axes,
     initial_states,
     kmeans,
     linkage_groups,
     local_factor_analyzers,
     partition,
+    shrunk_factor_analyzers,
 )
 from cpmm.trajectory import DIAGONALS, StateLayout
 from tests.oracles import random_factor_analyzers, torch_mixture
@@ -254,3 +256,59 @@ def test_an_empty_group_raises(generator):
     x = torch.randn(6, 3, generator=generator)
     with pytest.raises(ValueError, match="group 1 of 3 is empty"):
         local_factor_analyzers(x, torch.tensor([0, 0, 0, 2, 2, 2]), 3, 1, -6.0)
+
+
+@pytest.mark.parametrize("sizes", [(30, 700), (5, 1), (450, 500), (490, 610)])
+def test_axes_are_those_of_the_singular_value_decomposition(generator, sizes):
+    m, r = 480, 3
+    label = torch.arange(2).repeat_interleave(torch.tensor(sizes))
+    stretch = torch.linspace(1, 3, m, dtype=torch.float64)
+    x = 5 + stretch * torch.randn(sum(sizes), m, generator=generator, dtype=torch.float64)
+    groups = group_axes(x, label, 2, r)
+    assert groups.count.tolist() == list(sizes)
+    for k in range(2):
+        points = x[label == k].numpy()
+        centred = points - points.mean(0)
+        _, singular, axes = np.linalg.svd(centred, full_matrices=False)
+        rank = min(r, len(points) - 1)
+        expected = axes[:rank].T * singular[:rank]
+        got = groups.axes[k].numpy()
+        # Axes have no sign; the outer product has.
+        np.testing.assert_allclose(got @ got.T, expected @ expected.T, rtol=1e-7, atol=1e-7)
+        np.testing.assert_allclose(np.linalg.norm(got[:, :rank], axis=0), singular[:rank])
+        assert not got[:, rank:].any()
+        np.testing.assert_allclose(groups.mean[k], points.mean(0))
+        np.testing.assert_allclose(groups.square[k], centred.var(0) * len(points), atol=1e-10)
+
+
+def test_one_pass_over_the_groups_serves_every_shrinkage(blobs):
+    x, label = blobs
+    groups = group_axes(x, label, 3, 2)
+    for shrinkage in (0.0, 5.0, 80.0):
+        expected = local_factor_analyzers(x, label, 3, 2, -9.0, shrinkage)
+        got = shrunk_factor_analyzers(groups, -9.0, shrinkage)
+        for name, value in vars(expected).items():
+            assert torch.equal(value, getattr(got, name)), name
+
+
+def test_large_groups_of_one_point_have_no_axes():
+    x = torch.ones(1000, 500)
+    x[500:] = 2
+    groups = group_axes(x, (x[:, 0] > 1).long(), 2, 3)
+    assert not groups.axes.any()
+    assert not groups.square.any()
+
+
+def test_kmeans_on_some_points_groups_all_of_them(blobs):
+    x, label = blobs
+    some, again = (
+        kmeans(x, 3, torch.Generator().manual_seed(3), n_points=60).tolist() for _ in range(2)
+    )
+    assert some == again
+    assert len(set(zip(some, label.tolist(), strict=True))) == 3
+    every, enough = (
+        kmeans(x, 3, torch.Generator().manual_seed(3), n_points=n) for n in (None, len(x))
+    )
+    assert torch.equal(every, enough)
+    with pytest.raises(ValueError, match="needs 3 distinct points, found 2 among 2"):
+        kmeans(x, 3, torch.Generator().manual_seed(3), n_points=2)

@@ -147,6 +147,27 @@ def _solver(prefix: str, *left_out: str) -> dict[str, Rule]:
     return {f"{prefix}.{name}": rule for name, rule in rules.items() if name not in left_out}
 
 
+def _files(prefix: str) -> dict[str, Rule]:
+    """Options of the sources that read files."""
+    rules = {
+        "folder": or_null(text()),
+        "mirror": or_null(text()),
+        "cache": or_null(text()),
+        "files": named("file names", text()),
+        "md5": or_null(named("digests, or null,", or_null(text()))),
+        "class_names": several("names, in quotes if they look like numbers", text()),
+        "path": text(),
+        "label_column": or_null(text()),
+        "delimiter": Rule(
+            "expected one character, such as ',', ';' or '\\t'",
+            lambda value: isinstance(value, str) and len(value) == 1,
+        ),
+        "label_path": or_null(text()),
+        "levels": whole(1, 256),
+    }
+    return {f"{prefix}.{name}": rule for name, rule in rules.items()}
+
+
 OPTIONS: dict[str, Rule] = {
     "name": word(),
     "seed": SEED,
@@ -159,6 +180,16 @@ OPTIONS: dict[str, Rule] = {
     "data.noise_seed": SEED,
     "data.alpha": or_null(number(0, 0.5, "()")),
     "data.standardize": choice("none", "shared", "feature"),
+    "data.map.kind": choice("none", "spline"),
+    "data.map.n_bins": whole(2, 1000),
+    "data.map.n_points": whole(2),
+    "data.map.n_components": COUNT,
+    "data.map.n_factors": COUNT,
+    "data.map.log_diagonal_floor": number(-60, 20),
+    "data.map.n_steps": COUNT,
+    "data.map.batch_size": COUNT,
+    "data.map.learning_rate": number(0, ends="(]"),
+    "data.map.map_rate_factor": number(0, ends="(]"),
     "data.augmentation.noise": WEIGHT,
     "data.augmentation.translate": whole(0, 10_000),
     "data.augmentation.flip": flag(),
@@ -175,20 +206,7 @@ OPTIONS: dict[str, Rule] = {
     "data.options.twist": number(),
     "data.options.noise": WEIGHT,
     "data.options.outlier_fraction": number(0, 1, "[)"),
-    "data.options.folder": or_null(text()),
-    "data.options.mirror": or_null(text()),
-    "data.options.cache": or_null(text()),
-    "data.options.files": named("file names", text()),
-    "data.options.md5": or_null(named("digests, or null,", or_null(text()))),
-    "data.options.class_names": several("names, in quotes if they look like numbers", text()),
-    "data.options.path": text(),
-    "data.options.label_column": or_null(text()),
-    "data.options.delimiter": Rule(
-        "expected one character, such as ',', ';' or '\\t'",
-        lambda value: isinstance(value, str) and len(value) == 1,
-    ),
-    "data.options.label_path": or_null(text()),
-    "data.options.levels": whole(1, 256),
+    **_files("data.options"),
     # teacher
     **_field("teacher.field"),
     **_solver("teacher.solver"),
@@ -206,6 +224,8 @@ OPTIONS: dict[str, Rule] = {
     "spaces.kind": choice("teacher", "noise"),
     "spaces.n_spaces": whole(2, 10_000),
     "spaces.n_draws": COUNT,
+    "spaces.n_train": or_null(whole(2, 2**40)),
+    "spaces.n_validation": or_null(whole(2, 2**40)),
     "spaces.batch_size": COUNT,
     "spaces.dtype": choice("float32", "float16"),
     "spaces.chunk_rows": COUNT,
@@ -252,6 +272,17 @@ OPTIONS: dict[str, Rule] = {
     "evaluation.discretizations": several("whole numbers of at least 1", COUNT),
     "evaluation.gaussian_draws": COUNT,
     **_solver("evaluation.teacher_solver", "n_steps", "interpolation", "gradient"),
+    "evaluation.teacher_points": or_null(whole(2)),  # a standard error takes two
+    "evaluation.kmeans_restarts": COUNT,
+    "evaluation.ood": Rule(
+        "choose a file of conf/ood/, such as ood@evaluation.ood=mnist, or null",
+        lambda value: value is None,
+    ),
+    "evaluation.ood.name": word(),
+    "evaluation.ood.source": choice("idx", "csv", "npy"),
+    **_files("evaluation.ood.options"),
+    "evaluation.direct.kmeans_points": or_null(COUNT),
+    "evaluation.direct.kmeans_restarts": COUNT,
     "evaluation.direct.shrinkages": several("numbers of at least 0", WEIGHT),
     "evaluation.direct.epochs": COUNT,
     "evaluation.direct.n_draws": COUNT,
@@ -303,6 +334,8 @@ OPTIONS: dict[str, Rule] = {
     "ray.dashboard": flag(),
 }
 
+SECTIONS = {option.rpartition(".")[0] for option in OPTIONS}
+
 
 def check_options(config: Mapping[str, Any], plain: Mapping[str, Any]) -> None:
     """Check every option of a composed configuration.
@@ -318,14 +351,13 @@ def check_options(config: Mapping[str, Any], plain: Mapping[str, Any]) -> None:
     for name in sorted(found, key=lambda name: name.count(".")):  # cpmm.seed is seed, by default
         value = found[name]
         if name not in OPTIONS:
-            sections = {option.rpartition(".")[0] for option in OPTIONS}
-            what = "a section, not a value" if name in sections else "no option of conf/"
+            what = "a section, not a value" if name in SECTIONS else "no option of conf/"
             raise ValueError(f"{name} is {show(value)}, but it is {what}: leave it out")
         if not OPTIONS[name].accepts(value):
             raise ValueError(f"{name} is {show(value)}: {OPTIONS[name].expected}")
     for name, value in leaves(plain):
         # Which options a source has, its function in workflows/sources.py says.
-        if name not in found and not name.startswith("data.options."):
+        if name not in found and not name.startswith(("data.options.", "evaluation.ood")):
             raise ValueError(
                 f"{name} is missing: it cannot be left out (in conf/ it is {show(value)})"
             )
@@ -335,7 +367,7 @@ def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
     """Give dotted name and value of every option; the table decides where a section ends."""
     for key, value in config.items():
         name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and name not in OPTIONS:
+        if isinstance(value, Mapping) and (name not in OPTIONS or name in SECTIONS):
             yield from leaves(value, f"{name}.")
         else:
             yield name, value

@@ -28,6 +28,9 @@ def composed():
     for group in ("teacher", "spaces", "cpmm", "mixture", "evaluation", "trainer", "ray"):
         for path in (ROOT / "conf" / group).glob("*.yaml"):
             yield compose_preset("rings", [f"{group}={path.stem}"], "sweep")
+    for path in (ROOT / "conf" / "ood").glob("*.yaml"):
+        options = [item.replace("data", "evaluation.ood") for item in NEEDED.get(path.stem, [])]
+        yield compose_preset("rings", [f"ood@evaluation.ood={path.stem}", *options], "sweep")
 
 
 def test_the_table_holds_every_option_of_conf_and_no_other():
@@ -73,6 +76,9 @@ def test_choices_are_those_of_the_code(option, known):
         ("evaluation.discretizations", [[3], [3, 5]], [[], [0], [2.5], 3]),
         ("trainer.devices", [1], [0, 2, True, 1.0, "auto"]),  # each would run the whole stage
         ("seed", [0, 2**32 - 1], [-1, 2**32, 1.0]),
+        ("evaluation.ood", [None], ["mnist", "", 0, False, [], ["mnist"]]),
+        ("evaluation.teacher_points", [None, 2], [0, 1, -1, 2.0, "all"]),
+        ("evaluation.direct.kmeans_points", [None, 1], [0, True]),
         ("name", ["digits", "my-own_2"], ["", "../up", "a b", None, 3]),
         ("spaces.kind", ["noise"], ["Noise", "", None, ["noise"], 3]),
     ],
@@ -91,6 +97,15 @@ def test_what_an_option_may_be(option, good, bad):
         ("cpmm.ode=both", "cpmm.ode is 'both': choose one of shared, separate"),
         ("+cpmm.n_cluster=3", "cpmm.n_cluster is 3, but it is no option of conf/"),
         ("cpmm.field=null", "cpmm.field is None, but it is a section, not a value"),
+        (
+            "evaluation.ood=mnist",
+            "evaluation.ood is 'mnist': choose a file of conf/ood/, such as ood@",
+        ),
+        (
+            "+evaluation.ood={source: digits}",
+            "evaluation.ood.source is 'digits': choose one of idx",
+        ),
+        ("+evaluation.ood={alpha: 1}", "evaluation.ood.alpha is 1, but it is no option of conf/"),
         ("~cpmm.noise", "cpmm.noise is missing: it cannot be left out (in conf/ it is 0.1)"),
         ("data.source=[" + "1," * 500 + "1]", "data.source is [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1"),
     ],

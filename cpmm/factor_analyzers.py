@@ -1,7 +1,8 @@
 r"""Factor analyzers: Gaussians with covariance :math:`A A^\top + D` (section 2.1.1).
 
 Every density of this package is computed here, once: training, extraction, evaluation and the
-baselines all call :func:`component_log_prob`.
+baselines all call :func:`component_log_prob`, or its two halves, :func:`prepare_density` and
+:meth:`PreparedDensity.component_log_prob`, where batches share the first.
 """
 
 from __future__ import annotations
@@ -86,17 +87,64 @@ class FactorAnalyzers:
         return self.loading @ self.loading.mT + torch.diag_embed(self.log_diagonal.exp())
 
 
+@dataclass(frozen=True)
+class PreparedDensity:
+    """All that the log-density needs of K factor analyzers, so that batches of points share it.
+
+    Attributes:
+        centre: Mean of the component means, (M,): points and means are taken relative to it.
+        precision: 1 / D, (K, M).
+        weighted_mean: D^-1 mu, (K, M).
+        whitened: L^-1 A^T D^-1 with the Cholesky factor L of the capacitance matrix, (K, R, M): the
+            low-rank part of the Mahalanobis distance is a plain square of it.
+        whitened_mean: L^-1 A^T D^-1 mu, (K, R).
+        constant: Mahalanobis distance's part without x, and the log-determinant, (K,).
+    """
+
+    centre: Tensor
+    precision: Tensor
+    weighted_mean: Tensor
+    whitened: Tensor
+    whitened_mean: Tensor
+    constant: Tensor
+
+    def component_log_prob(self, x: Tensor) -> Tensor:
+        """Log-density of points, (N, M), under each factor analyzer, nats, (N, K).
+
+        Raises:
+            ValueError: If ``x`` is not (N, M).
+        """
+        n_features = len(self.centre)
+        if x.ndim != 2 or x.shape[1] != n_features:
+            raise ValueError(
+                f"x must be (N, {n_features}), the mixture has {n_features} features: "
+                f"got shape {tuple(x.shape)}"
+            )
+        with torch.autocast(x.device.type, enabled=False):  # as in prepare_density
+            # Points along the columns: a CPU multiplies a third faster that way, and the sum over R
+            # runs along memory.
+            x = (x - self.centre).T  # (M, N)
+            low_rank = torch.addmm(
+                -self.whitened_mean.flatten().unsqueeze(1), self.whitened.flatten(0, 1), x
+            ).unflatten(0, self.whitened_mean.shape)  # (K, R, N)
+            diagonal = torch.addmm(
+                self.precision @ x.square(), self.weighted_mean, x, alpha=-2
+            )  # (K, N)
+            distance = diagonal - low_rank.square().sum(1) + self.constant.unsqueeze(1)
+            return -0.5 * distance.T
+
+
 def capacitance_cholesky(fa: FactorAnalyzers) -> tuple[Tensor, Tensor]:
     r"""Cholesky factor of the capacitance matrix :math:`I + A^\top D^{-1} A`.
 
     Returns:
-        The factor, (K, R, R), and :math:`D^{-1} A`, (K, M, R).
+        The factor, (K, R, R), and :math:`A^\top D^{-1}`, (K, R, M).
 
     Raises:
         FloatingPointError: If a capacitance matrix is not finite and positive definite.
     """
-    scaled = fa.loading * torch.exp(-fa.log_diagonal).unsqueeze(-1)  # (K, M, R)
-    capacitance = fa.loading.mT @ scaled
+    scaled = fa.loading.mT * torch.exp(-fa.log_diagonal).unsqueeze(1)  # (K, R, M)
+    capacitance = scaled @ fa.loading
     capacitance = capacitance + torch.eye(
         fa.n_factors, dtype=capacitance.dtype, device=capacitance.device
     )
@@ -110,6 +158,39 @@ def capacitance_cholesky(fa: FactorAnalyzers) -> tuple[Tensor, Tensor]:
             "cpmm.learning_rate or cpmm.gradient_clip, or raise cpmm.log_diagonal_floor"
         )
     return cholesky, scaled
+
+
+def prepare_density(fa: FactorAnalyzers) -> PreparedDensity:
+    """Do once what the log-density of any number of points has in common.
+
+    Raises:
+        FloatingPointError: If a covariance is not finite and positive definite.
+    """
+    # No half precision for an expanded square.
+    with torch.autocast(fa.mean.device.type, enabled=False):
+        cholesky, scaled = capacitance_cholesky(fa)
+        centre = fa.mean.detach().mean(0)
+        mean = fa.mean - centre
+        precision = torch.exp(-fa.log_diagonal)
+        # L^-1 is R x R: a product with it takes a quarter of the time of M triangular solves.
+        identity = torch.eye(fa.n_factors, dtype=cholesky.dtype, device=cholesky.device)
+        inverse = torch.linalg.solve_triangular(cholesky, identity.expand_as(cholesky), upper=False)
+        whitened = inverse @ scaled
+        weighted_mean = mean * precision
+        constant = (
+            (mean * weighted_mean).sum(1)
+            + fa.log_diagonal.sum(1)
+            + 2 * cholesky.diagonal(dim1=1, dim2=2).log().sum(1)
+            + fa.n_features * math.log(2 * math.pi)
+        )
+        return PreparedDensity(
+            centre=centre,
+            precision=precision,
+            weighted_mean=weighted_mean,
+            whitened=whitened,
+            whitened_mean=torch.linalg.vecdot(whitened, mean.unsqueeze(1)),
+            constant=constant,
+        )
 
 
 def component_log_prob(x: Tensor, fa: FactorAnalyzers) -> Tensor:
@@ -132,36 +213,7 @@ def component_log_prob(x: Tensor, fa: FactorAnalyzers) -> Tensor:
         ValueError: If ``x`` and ``fa`` disagree on M.
         FloatingPointError: If a covariance is not finite and positive definite.
     """
-    if x.ndim != 2 or x.shape[1] != fa.n_features:
-        raise ValueError(
-            f"x must be (N, {fa.n_features}), the mixture has {fa.n_features} features: "
-            f"got shape {tuple(x.shape)}"
-        )
-    with torch.autocast(x.device.type, enabled=False):  # no half precision for an expanded square
-        return _component_log_prob(x, fa)
-
-
-def _component_log_prob(x: Tensor, fa: FactorAnalyzers) -> Tensor:
-    cholesky, scaled = capacitance_cholesky(fa)
-    centre = fa.mean.detach().mean(0)
-    x = x - centre
-    mean = fa.mean - centre
-    precision = torch.exp(-fa.log_diagonal)  # (K, M)
-    # Rows of L^-1 A^T D^-1: the low-rank part of the Mahalanobis distance is a plain square.
-    whitened = torch.linalg.solve_triangular(cholesky, scaled.mT, upper=False)  # (K, R, M)
-    projected_mean = (whitened @ mean.unsqueeze(-1)).squeeze(-1)  # (K, R)
-    low_rank = x @ whitened.flatten(0, 1).T  # (N, K R)
-    low_rank = low_rank.unflatten(1, projected_mean.shape) - projected_mean  # (N, K, R)
-    weighted_mean = mean * precision
-    coefficients = torch.cat([precision, -2 * weighted_mean], 1)
-    diagonal = torch.cat([x.square(), x], 1) @ coefficients.T  # (N, K)
-    constant = (
-        (mean * weighted_mean).sum(1)
-        + fa.log_diagonal.sum(1)
-        + 2 * cholesky.diagonal(dim1=1, dim2=2).log().sum(1)
-        + fa.n_features * math.log(2 * math.pi)
-    )
-    return -0.5 * (diagonal - low_rank.square().sum(-1) + constant)
+    return prepare_density(fa).component_log_prob(x)
 
 
 def sample_components(fa: FactorAnalyzers, index: Tensor, generator: torch.Generator) -> Tensor:

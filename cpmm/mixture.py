@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 
 from cpmm.artifact import load_artifact, save_artifact
-from cpmm.factor_analyzers import FactorAnalyzers, component_log_prob, sample_components
+from cpmm.factor_analyzers import (
+    FactorAnalyzers,
+    component_log_prob,
+    prepare_density,
+    sample_components,
+)
 
 
 @dataclass(frozen=True)
@@ -76,19 +81,19 @@ class Mixture:
         Raises:
             ValueError: If ``x`` is not (N, M).
         """
-        return self._batched(lambda part: self.joint_log_prob(part).logsumexp(1), x)
+        return self._batched(lambda joint: joint.logsumexp(1), x)
 
     def component_responsibilities(self, x: Tensor) -> Tensor:
         """Posterior of the components given the points, (N, K), rows sum to one."""
-        return self._batched(lambda part: self.joint_log_prob(part).softmax(1), x)
+        return self._batched(lambda joint: joint.softmax(1), x)
 
     def cluster_responsibilities(self, x: Tensor) -> Tensor:
         """Posterior of the clusters given the points, p(y = c | x) of section 3.2, (N, C)."""
-        return self._batched(lambda part: self.cluster_joint_log_prob(part).softmax(1), x)
+        return self._batched(lambda joint: self._by_cluster(joint).softmax(1), x)
 
     def predict(self, x: Tensor) -> Tensor:
         """Most likely cluster of each point, (N,), integers in [0, C)."""
-        return self._batched(lambda part: self.cluster_joint_log_prob(part).argmax(1), x)
+        return self._batched(lambda joint: self._by_cluster(joint).argmax(1), x)
 
     def sample(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Draw points and the components they come from.
@@ -106,7 +111,7 @@ class Mixture:
 
     def without_idle_components(self, x: Tensor) -> Mixture:
         """Drop the components that are the most likely one for none of the points ``x``, (N, M)."""
-        best = self._batched(lambda part: self.joint_log_prob(part).argmax(1), x)
+        best = self._batched(lambda joint: joint.argmax(1), x)
         keep = best.unique()
         sizes = torch.bincount(self.cluster[keep], minlength=self.n_clusters)
         return replace(
@@ -167,7 +172,14 @@ class Mixture:
         parts = joint.split(self.cluster_sizes, 1)
         return torch.stack([part.logsumexp(1) for part in parts], 1)
 
-    def _batched(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def _batched(self, reduce: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        # What ``reduce`` makes of the joint log-densities of the points, (N, K).
         if torch.is_grad_enabled() or len(x) <= self.batch_size:
-            return function(x)
-        return torch.cat([function(part) for part in x.split(self.batch_size)])
+            return reduce(self.joint_log_prob(x))
+        density, log_weight = prepare_density(self.components), self.components.log_weight
+        return torch.cat(
+            [
+                reduce(density.component_log_prob(part) + log_weight)
+                for part in x.split(self.batch_size)
+            ]
+        )

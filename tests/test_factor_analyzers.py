@@ -13,6 +13,7 @@ from cpmm.factor_analyzers import (
     FactorAnalyzers,
     capacitance_cholesky,
     component_log_prob,
+    prepare_density,
     sample_components,
 )
 from tests.oracles import (
@@ -52,6 +53,20 @@ def test_log_prob_passes_gradcheck(generator):
     assert torch.autograd.gradcheck(function, inputs)
 
 
+def test_batches_that_share_a_preparation_add_up_to_one_call(generator):
+    fa = random_factor_analyzers(generator, 3, 4, 2)
+    x = torch.randn(7, 4, generator=generator, dtype=torch.float64)
+    inputs = [t.requires_grad_() for t in (fa.mean, fa.loading, fa.log_diagonal)]
+    density = prepare_density(fa)
+    parts = torch.cat([density.component_log_prob(part) for part in x.split(3)])
+    whole = component_log_prob(x, fa)
+    torch.testing.assert_close(parts, whole)
+    torch.testing.assert_close(
+        torch.autograd.grad(parts.logsumexp(1).sum(), inputs),
+        torch.autograd.grad(whole.logsumexp(1).sum(), inputs),
+    )
+
+
 def test_log_prob_does_not_see_a_rotation_of_the_factors(generator):
     fa = random_factor_analyzers(generator, 3, 5, 3)
     rotation = torch.linalg.qr(torch.randn(3, 3, generator=generator, dtype=torch.float64))[0]
@@ -88,9 +103,12 @@ def test_mixed_precision_leaves_the_density_alone(generator):
     # In bfloat16 the expanded square would be off by whole nats per dimension.
     fa = random_factor_analyzers(generator, 3, 784, 6).to(torch.float32)
     x = sample_components(fa, torch.arange(3), generator)
+    density = prepare_density(fa)
     with torch.autocast("cpu", torch.bfloat16):
         mixed = component_log_prob(x, fa)
+        shared = density.component_log_prob(x)
     assert torch.equal(mixed, component_log_prob(x, fa))
+    assert torch.equal(shared, mixed)
 
 
 def test_samples_have_the_components_moments(generator):
@@ -114,7 +132,7 @@ def test_capacitance_is_factorized(generator):
         loading = fa.loading[k].numpy()
         capacitance = np.eye(2) + loading.T @ precision @ loading
         np.testing.assert_allclose(cholesky[k] @ cholesky[k].T, capacitance, rtol=1e-10)
-        np.testing.assert_allclose(scaled[k], precision @ loading, rtol=1e-10)
+        np.testing.assert_allclose(scaled[k], loading.T @ precision, rtol=1e-10)
 
 
 def test_select_normalizes_the_weights_of_what_is_kept(generator):

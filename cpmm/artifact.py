@@ -46,7 +46,11 @@ def save_artifact(
 
 
 def seal_folder(
-    folder: Path, kind: str, header: Mapping[str, Any], tensors: Mapping[str, list]
+    folder: Path,
+    kind: str,
+    header: Mapping[str, Any],
+    tensors: Mapping[str, list],
+    files: Mapping[str, str] | None = None,
 ) -> None:
     """Write ``<kind>.json``: the header, with a sha256 of every other file of the folder and of itself.
 
@@ -55,27 +59,35 @@ def seal_folder(
         kind: What the artifact is.
         header: As in :func:`save_artifact`.
         tensors: Type and shape of each array that the files hold.
+        files: sha256 of the files, if it is known; None reads every one, see :func:`digest_folder`.
 
     Raises:
         ValueError: As in :func:`save_artifact`.
     """
     _require_plain(kind, header)
-    path = folder / f"{kind}.json"
-    files = {
-        file.relative_to(folder).as_posix(): file_digest(file)
-        for file in sorted(folder.rglob("*"))
-        if file.is_file() and file != path and file.suffix != ".partial"
-    }
     values = {
         "schema": SCHEMA,
         "kind": kind,
         "version": __version__,
-        "files": files,
+        "files": digest_folder(folder, kind) if files is None else dict(files),
         "tensors": dict(sorted(tensors.items())),
         **header,
     }
     text = _dump(values | {"seal": _seal(values)})
-    replace_file(path, lambda temporary: temporary.write_text(text))
+    replace_file(folder / f"{kind}.json", lambda temporary: temporary.write_text(text))
+
+
+def digest_folder(
+    folder: Path, kind: str, known: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """sha256 of every file of an artifact but its header, by name; those in ``known`` are not read."""
+    known = known or {}
+    digests = {}
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder).as_posix()
+        if file.is_file() and name != f"{kind}.json" and file.suffix != ".partial":
+            digests[name] = known.get(name) or file_digest(file)
+    return digests
 
 
 def load_artifact(

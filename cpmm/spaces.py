@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cpmm.seeds import seeded_generator
 from cpmm.teacher import Flow
 
 
@@ -21,6 +22,29 @@ def space_positions(n_spaces: int) -> Tensor:
             f"spaces.n_spaces is {n_spaces}: expected at least 2, the latent and the input space"
         )
     return torch.linspace(1, 0, n_spaces, dtype=torch.float64)
+
+
+def training_subset(n: int, n_train: int | None, seed: int) -> Tensor | None:
+    """Choose the training points that go through the spaces, the same ones through all of them.
+
+    Args:
+        n: Training points, N.
+        n_train: How many; None takes all.
+        seed: Of the choice; fewer points are among those of more.
+
+    Returns:
+        Their indices, ascending, (n_train,); None for all.
+
+    Raises:
+        ValueError: If there are not so many.
+    """
+    if n_train is None:
+        return None
+    if not 2 <= n_train <= n:
+        raise ValueError(
+            f"spaces.n_train is {n_train}: expected 2 to {n}, the training points, or null for all"
+        )
+    return torch.randperm(n, generator=seeded_generator(seed, 21))[:n_train].sort().values
 
 
 def flow_spaces(flow: Flow, x: Tensor, positions: Tensor) -> Tensor:

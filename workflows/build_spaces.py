@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from workflows.marks import mark_prepared, mark_spaces, mark_teacher, needs_teacher
 from workflows.stage import Config, publish, run_stage, scratch_folder
@@ -13,23 +16,27 @@ from workflows.stage import Config, publish, run_stage, scratch_folder
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from cpmm.data import DataSplits
     from cpmm.teacher import Flow
+
+SECONDS = 15.0  # between two lines where there is no terminal
+PROBE = 256  # rows that are carried on trial, to say how long all will take
 
 
 def main(folder: Path, config: Config) -> str:
     """Write ``spaces`` for a preset, one space after the other, resuming after the last one."""
     import torch
 
-    from cpmm.seeds import seeded_generator
     from cpmm.spaces import space_positions
     from workflows.models import SPACES, choose, make_teacher
     from workflows.store import (
         clear_partial,
         create_spaces,
+        load_extraction,
         load_model,
         load_prepared,
-        load_progress,
-        save_progress,
+        measure_spaces,
+        save_extraction,
         seal_spaces,
         write_space,
     )
@@ -44,77 +51,202 @@ def main(folder: Path, config: Config) -> str:
         teacher = teacher.to(_device(config["trainer"]["accelerator"]))
     mark = mark_spaces(config)
     scratch = scratch_folder(folder, "build_spaces", mark)
+    # The flow starts at the input, v = 0, so the last space is written first.
     positions = space_positions(options["n_spaces"])
-    generator = seeded_generator(seed, 20)
-    train = data.draw(options["n_draws"], generator)
-    rows = torch.cat([train, data.points("validation")[0].float()])
-    noise = torch.randn(rows.shape, generator=generator)
+    ascending = positions.flip(0).tolist()
+    drawn = _draw(data, options, seed, with_noise=teacher is None)
+    rows = drawn.rows
 
     store = scratch / "spaces"
     clear_partial(scratch)
-    state, done, statistics = load_progress(scratch, rows)
-    if not done:
+    extraction = load_extraction(scratch)
+    if not extraction.done:
         create_spaces(
-            store, positions, len(train), len(rows) - len(train), data.n_features,
-            options["dtype"], options["chunk_rows"],
+            store, positions, drawn.n_train, len(rows) - drawn.n_train, data.n_features,
+            options["dtype"], options["chunk_rows"], drawn.train_index,
         )  # fmt: skip
-    # The flow starts at the input, v = 0, so the last space is written first.
-    ascending = positions.flip(0)
-    for index in _progress(range(done, len(positions)), len(positions), store, rows.nbytes):
-        v = float(ascending[index])
+    n_left = len(positions) - max(extraction.done, 0 if teacher is None else 1)
+    seconds = None  # noise costs next to nothing beside the disk
+    if teacher is not None and n_left:
+        probe = rows[:PROBE] if extraction.state is None else extraction.state[:PROBE]
+        seconds = len(rows) * n_left * _seconds_per_row(teacher, probe, ascending[:2])
+    _announce(store, rows, *measure_spaces(store), extraction.done, len(positions), seconds)
+    progress = _Progress(len(positions), len(rows), n_left)
+    state = rows if extraction.state is None else extraction.state
+    for space in range(extraction.done, len(positions)):
+        v = ascending[space]
         if teacher is None:
-            state = torch.lerp(rows, noise, v)
-        elif index:
-            state = _carry(teacher, state, float(ascending[index - 1]), v, options["batch_size"])
-        write_space(store, len(positions) - 1 - index, state)
-        statistics.append(_statistics(v, state))
-        save_progress(scratch, state, index + 1, statistics)
+            state = torch.lerp(rows, drawn.noise, v)
+        elif space:
+            told = progress.of_space(space)
+            state = _carry(teacher, state, ascending[space - 1], v, options["batch_size"], told)
+        extraction.shards |= write_space(store, len(positions) - 1 - space, state)
+        extraction.statistics.append(_statistics(v, state))
+        extraction.done, extraction.state = space + 1, None if teacher is None else state
+        save_extraction(scratch, extraction)
+        if teacher is None:
+            progress.of_space(space)(len(rows))
     import pandas as pd
 
-    pd.DataFrame(statistics[::-1]).to_csv(store / "statistics.csv", index=False)
-    seal_spaces(store, mark)
+    pd.DataFrame(extraction.statistics[::-1]).to_csv(store / "statistics.csv", index=False)
+    seal_spaces(store, mark, extraction.shards)
     publish(scratch, "spaces", folder / "spaces")
-    latent = statistics[-1]
+    latent = extraction.statistics[-1]
     return (
         f"{len(positions)} spaces of {len(rows)} rows, latent mean {latent['mean']:+.3f} and "
         f"deviation {latent['deviation']:.3f} -> {folder / 'spaces'}"
     )
 
 
-def _carry(teacher: Flow, state: Tensor, start: float, end: float, batch_size: int) -> Tensor:
+@dataclass(frozen=True)
+class _Drawn:
+    """What goes through the spaces: rows of the input space, training before validation, (rows, M).
+
+    Attributes:
+        rows: float32.
+        noise: Where the rows go without a teacher, of their shape; None with one.
+        n_train: Training rows.
+        train_index: Which training points they were drawn from; None: all.
+    """
+
+    rows: Tensor
+    noise: Tensor | None
+    n_train: int
+    train_index: Tensor | None
+
+
+def _draw(data: DataSplits, options: Mapping[str, Any], seed: int, with_noise: bool) -> _Drawn:
+    import torch
+
+    from cpmm.seeds import seeded_generator
+    from cpmm.spaces import training_subset
+
+    n, n_validation = len(data.raw["validation"]), options["n_validation"]
+    if n_validation is not None and not 2 <= n_validation <= n:
+        raise ValueError(
+            f"spaces.n_validation is {n_validation}: expected 2 to {n}, the validation points, or "
+            "null for all"
+        )
+    generator = seeded_generator(seed, 20)
+    index = training_subset(len(data.raw["train"]), options["n_train"], seed)
+    train = data.draw(options["n_draws"], generator, index)
+    # The first of a split in random order, with the noise that all of it is evaluated with.
+    rows = torch.cat([train, data.points("validation")[0][:n_validation].float()])
+    noise = torch.randn(rows.shape, generator=generator) if with_noise else None
+    return _Drawn(rows, noise, len(train), index)
+
+
+def _carry(
+    teacher: Flow,
+    state: Tensor,
+    start: float,
+    end: float,
+    batch_size: int,
+    told: Callable[[int], None] = lambda n: None,
+) -> Tensor:
+    """Carry points from one position to the next; ``told`` hears of each batch how many it had."""
     import torch
 
     device = next(teacher.parameters()).device
+    at = state.new_tensor([end], device=device)
+    carried = torch.empty_like(state)
     with torch.no_grad():
-        parts = state.to(device).split(batch_size)
-        at = state.new_tensor([end], device=device)
-        return torch.cat([teacher.transform(part, at, start, end)[0].cpu() for part in parts])
+        for part, out in zip(state.split(batch_size), carried.split(batch_size), strict=True):
+            out.copy_(teacher.transform(part.to(device), at, start, end)[0])
+            told(len(part))
+    return carried
+
+
+def _seconds_per_row(teacher: Flow, probe: Tensor, ends: list[float]) -> float:
+    _carry(teacher, probe[:8], *ends, batch_size=PROBE)  # the first call of all is slower
+    start = time.perf_counter()
+    _carry(teacher, probe, *ends, batch_size=PROBE)
+    return (time.perf_counter() - start) / len(probe)
 
 
 def _statistics(v: float, state: Tensor) -> dict[str, float]:
-    by_feature = state.double().std(0)
+    precise = state.double()
+    by_feature = precise.std(0)
     return {
         "v": v,
-        "mean": float(state.double().mean()),
-        "deviation": float(state.double().std()),
+        "mean": float(precise.mean()),
+        "deviation": float(precise.std()),
         "smallest_deviation": float(by_feature.min()),
         "largest_deviation": float(by_feature.max()),
         "largest_magnitude": float(state.abs().max()),
     }
 
 
-def _progress(indices: range, n_spaces: int, store: Path, n_bytes: int) -> Iterator[int]:
-    from rich.progress import track
+def _announce(
+    store: Path,
+    rows: Tensor,
+    size: int,
+    n_files: int,
+    done: int,
+    n_spaces: int,
+    seconds: float | None,
+) -> None:
+    """Say what is to come: how many bytes and files, and how long it will take, None if nobody knows."""
+    if done:
+        print(f"build_spaces | resuming after space {done}/{n_spaces}", flush=True)
+    parts = [
+        f"{n_spaces} spaces of {len(rows)} rows and {rows.shape[1]} features",
+        f"{_bytes(size)} in {n_files} files",
+    ]
+    if seconds is not None:
+        parts.append(f"about {_duration(seconds)} to go")
+    free = shutil.disk_usage(store).free
+    if free < size * (n_spaces - done) / n_spaces:
+        parts.append(f"but only {_bytes(free)} are free there")
+    print(f"build_spaces | {', '.join(parts)} -> {store}", flush=True)
 
-    size = n_spaces * n_bytes / 2**20
-    print(f"build_spaces | {n_spaces} spaces, {size:.0f} MiB -> {store}", flush=True)
-    yield from track(
-        indices,
-        "build_spaces",
-        total=n_spaces,
-        completed=indices.start,
-        disable=not sys.stdout.isatty(),
-    )
+
+class _Progress:
+    """One line that a person can follow, rewritten on a terminal, now and then printed elsewhere.
+
+    Args:
+        n_spaces: V.
+        n_rows: Rows of a space.
+        n_left: Spaces that are still to be computed.
+    """
+
+    def __init__(self, n_spaces: int, n_rows: int, n_left: int) -> None:
+        self.n_spaces, self.n_rows = n_spaces, n_rows
+        self.n_left = n_left * n_rows
+        self.n_carried = 0
+        self.terminal = sys.stdout.isatty()
+        self.every = 0.2 if self.terminal else SECONDS
+        self.started = self.printed = time.monotonic()
+
+    def of_space(self, space: int) -> Callable[[int], None]:
+        """Give what is to be called with the size of each batch of a space, 0 for the input."""
+        n_before = self.n_carried
+
+        def told(n: int) -> None:
+            self.n_carried += n
+            now = time.monotonic()
+            last = self.n_carried == self.n_left
+            if now - self.printed < self.every and not last:
+                return
+            self.printed = now
+            rate = self.n_carried / max(1e-9, now - self.started)
+            line = (
+                f"build_spaces | space {space + 1}/{self.n_spaces} | "
+                f"row {self.n_carried - n_before}/{self.n_rows} | {rate:.0f} rows/s | "
+                f"eta {_duration((self.n_left - self.n_carried) / rate)}"
+            )
+            end = "\n" if last or not self.terminal else "\r"
+            print(f"\x1b[2K{line}" if self.terminal else line, end=end, flush=True)
+
+        return told
+
+
+def _bytes(n: int) -> str:
+    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.1f}m" if seconds < 7200 else f"{seconds / 3600:.1f}h"
 
 
 def _device(accelerator: str) -> str:

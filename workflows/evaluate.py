@@ -323,9 +323,11 @@ def _draw_figures(
     cluster = mixture.predict(z)
     shown = np.unique(np.linspace(0, len(spaces) - 1, 7).round().astype(int))
     n_shown = 10 if data.image_shape else 1000
+    carried = np.stack([spaces.validation(int(i))[:n_shown].numpy() for i in shown])
+    n_shown = carried.shape[1]  # the first of the validation points, fewer where fewer are carried
     drawn = {
         "spaces": figures.plot_spaces(
-            np.stack([spaces.validation(int(i))[:n_shown].numpy() for i in shown]),
+            carried,
             spaces.positions[shown].numpy(),
             None if data.label is None else data.label["validation"][:n_shown].numpy(),
             data.image_shape,

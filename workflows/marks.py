@@ -21,9 +21,10 @@ def mark_teacher(config: Config) -> str | None:
 
 
 def mark_spaces(config: Config) -> str:
-    """Fingerprint of ``spaces``."""
+    """Fingerprint of ``spaces``; an option that is null, such as a limit that is not set, is not in it."""
+    options = {name: value for name, value in config["spaces"].items() if value is not None}
     return fingerprint(
-        "spaces", config["spaces"], config["seed"], mark_prepared(config), mark_teacher(config)
+        "spaces", options, config["seed"], mark_prepared(config), mark_teacher(config)
     )
 
 

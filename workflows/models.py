@@ -69,14 +69,26 @@ def make_layout(config: Mapping[str, Any], data: DataSplits) -> StateLayout:
     )
 
 
-def make_groups(config: Mapping[str, Any], data: DataSplits) -> Tensor | None:
-    """Group the training points for the initialization, (N,); None if it needs no groups."""
+def make_groups(
+    config: Mapping[str, Any], data: DataSplits, index: Tensor | None = None
+) -> Tensor | None:
+    """Group training points for the initialization.
+
+    Args:
+        config: The section ``cpmm``.
+        data: The splits.
+        index: Of the training points that are grouped; None groups all.
+
+    Returns:
+        (N,), none of the C groups empty; None if the initialization needs no groups.
+    """
     options = config["initialization"]
     if options["kind"] not in PARTITIONS:
         return None
+    x = data.points("train")[0].float()
     return partition(
         options["kind"],
-        data.points("train")[0].float(),
+        x if index is None else x[index],
         config["n_clusters"],
         make_layout(config, data),
         seeded_generator(config["seed"], 13),
@@ -179,8 +191,8 @@ def make_mixture_training(
     curriculum = make_curriculum(config, len(spaces) if spaces else 0)
     fine_tuning = data.points("validation")[0].float()
     start = spaces.train(0) if spaces else data.points("train")[0].float()
-    group = make_groups(config, data)
-    if group is not None:  # the spaces hold the training points draw by draw
+    group = make_groups(config, data, spaces.train_index if spaces else None)
+    if group is not None:  # the spaces hold their training points draw by draw
         group = group.repeat(len(start) // len(group))
     trajectories = make_trajectories(config, data, start, group)
     if config["told_spaces"] and group is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,12 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 import zarr
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from zarr.codecs import Crc32cCodec
 
 from cpmm.artifact import (
     REMEDY,
     describe_tensor,
+    digest_folder,
+    file_digest,
     load_artifact,
     load_header,
     replace_file,
@@ -102,6 +106,7 @@ class Spaces:
         folder: The store.
         array: (V, rows, M), from the latent space to the input.
         n_train: Training rows: draws times training points.
+        train_index: Which training points went through the spaces, ascending; None: all did.
         positions: v of each space, (V,).
         header: With a sha256 of each shard, which is checked when its space is first read.
     """
@@ -109,6 +114,7 @@ class Spaces:
     folder: Path
     array: zarr.Array
     n_train: int
+    train_index: Tensor | None
     positions: Tensor
     header: dict[str, Any]
     _verified: set[int] = field(default_factory=set)
@@ -156,6 +162,7 @@ def create_spaces(
     n_features: int,
     dtype: str,
     chunk_rows: int,
+    train_index: Tensor | None = None,
 ) -> None:
     """Make an empty store of spaces; :func:`seal_spaces` completes it.
 
@@ -167,6 +174,7 @@ def create_spaces(
         n_features: M.
         dtype: "float32", or "float16" for half the size.
         chunk_rows: Rows of a chunk within a space's shard.
+        train_index: Which training points they are drawn from; None: all.
 
     Raises:
         ValueError: If ``dtype`` is not one of the two.
@@ -187,18 +195,50 @@ def create_spaces(
         fill_value=float("nan"),  # so that a missing shard cannot pass for data
         dimension_names=("space", "row", "feature"),
     )
+    if train_index is not None:
+        group.create_array(
+            "train_index",
+            data=train_index.numpy(),
+            chunks=(len(train_index),),
+            compressors=Crc32cCodec(),
+            dimension_names=("point",),
+        )
     group.attrs.update({"n_train": n_train, "positions": positions.tolist()})
 
 
-def write_space(folder: Path, index: int, rows: Tensor) -> None:
-    """Write all rows of one space, (rows, M), as one shard."""
-    zarr.open_group(folder, mode="r+")["u"][index] = rows.cpu().numpy()
-
-
-def seal_spaces(folder: Path, mark: str) -> None:
-    """Seal a store whose spaces have all been written; ``mark`` is its fingerprint."""
+def measure_spaces(folder: Path) -> tuple[int, int]:
+    """Bytes and number of files of a store that was created, once it is whole."""
     array = zarr.open_group(folder, mode="r")["u"]
-    seal_folder(folder, "spaces", {"fingerprint": mark}, {"u": describe_tensor(array)})
+    last = ("statistics.csv", "spaces.json")  # a few KB
+    besides = sum(
+        path.is_file() and not path.is_relative_to(folder / "u" / "c") and path.name not in last
+        for path in folder.rglob("*")
+    )
+    n_spaces = array.shape[0]
+    size = n_spaces * math.prod(array.shards) * array.dtype.itemsize
+    return size, n_spaces + besides + len(last)
+
+
+def write_space(folder: Path, index: int, rows: Tensor) -> dict[str, str]:
+    """Write all rows of one space, (rows, M), as one shard; return its name and sha256."""
+    zarr.open_group(folder, mode="r+")["u"][index] = rows.cpu().numpy()
+    name = f"u/c/{index}/0/0"
+    return {name: file_digest(folder / name)}
+
+
+def seal_spaces(folder: Path, mark: str, shards: dict[str, str]) -> None:
+    """Seal a store whose spaces have all been written.
+
+    Args:
+        folder: The store.
+        mark: Its fingerprint.
+        shards: sha256 of each shard, from :func:`write_space`: gigabytes that are not read again.
+    """
+    group = zarr.open_group(folder, mode="r")
+    names = [name for name in ("train_index", "u") if name in group]
+    tensors = {name: describe_tensor(group[name]) for name in names}
+    files = digest_folder(folder, "spaces", shards)
+    seal_folder(folder, "spaces", {"fingerprint": mark}, tensors, files)
 
 
 def open_spaces(folder: Path, mark: str | None = None) -> Spaces:
@@ -216,31 +256,66 @@ def open_spaces(folder: Path, mark: str | None = None) -> Spaces:
     metadata = {name for name in header["files"] if not name.startswith("u/c/")}
     verify_files(folder, header, metadata | {"zarr.json", "u/zarr.json"})
     group = zarr.open_group(folder, mode="r")
+    arrays = {name: group[name] for name in header["tensors"]}
+    got = {name: describe_tensor(array) for name, array in arrays.items()}
     array, positions = group["u"], torch.tensor(group.attrs["positions"], dtype=torch.float64)
-    if header["tensors"] != {"u": describe_tensor(array)} or array.shape[0] != len(positions):
+    if header["tensors"] != got or array.shape[0] != len(positions):
         raise ValueError(
-            f"{folder} holds {describe_tensor(array)} at {len(positions)} positions, its header announces "
+            f"{folder} holds {got} at {len(positions)} positions, its header announces "
             f"{header['tensors']}: {REMEDY}"
         )
-    return Spaces(folder, array, group.attrs["n_train"], positions, header)
+    index = arrays.get("train_index")
+    index = None if index is None else torch.from_numpy(np.asarray(index[:]))
+    return Spaces(folder, array, group.attrs["n_train"], index, positions, header)
 
 
-def save_progress(
-    scratch: Path, state: Tensor, done: int, statistics: list[dict[str, float]]
-) -> None:
-    """Note how many spaces are done, and the points where the flow goes on from."""
-    header = {"done": done, "statistics": statistics}
-    save_artifact(scratch, "progress", {"state": state}, header)
+@dataclass
+class Extraction:
+    """How far the extraction of the spaces has got.
+
+    Attributes:
+        done: Spaces that are written.
+        state: The points where the flow goes on from, float32, (rows, M); None where none is needed.
+        statistics: Of each space that is done.
+        shards: sha256 of each shard that is written.
+    """
+
+    done: int = 0
+    state: Tensor | None = None
+    statistics: list[dict[str, float]] = field(default_factory=list)
+    shards: dict[str, str] = field(default_factory=dict)
 
 
-def load_progress(scratch: Path, start: Tensor) -> tuple[Tensor, int, list[dict[str, float]]]:
-    """Read the points, the number of spaces done and their statistics; ``start`` if none is."""
+def save_extraction(scratch: Path, extraction: Extraction) -> None:
+    """Note how far the extraction has got; killed at any moment, the last note or this one is whole."""
+    header = {name: getattr(extraction, name) for name in ("done", "statistics", "shards")}
+    files, tensors = {}, {}
+    if extraction.state is not None:
+        name = f"state-{extraction.done}.safetensors"
+        tensors = {"state": extraction.state}
+        replace_file(scratch / name, lambda temporary: save_file(tensors, temporary))
+        files[name] = file_digest(scratch / name)
+    described = {name: describe_tensor(value) for name, value in tensors.items()}
+    seal_folder(scratch, "progress", header, described, files)
+    for path in scratch.glob("state-*.safetensors"):
+        if path.name not in files:
+            path.unlink()
+
+
+def load_extraction(scratch: Path) -> Extraction:
+    """Read how far the extraction has got; without a whole note it starts afresh."""
     try:
-        tensors, header = load_artifact(scratch, "progress")
-    except (FileNotFoundError, ValueError):  # nothing done yet, or killed between the two files
+        header = load_header(scratch, "progress")
+        verify_files(scratch, header, header["files"])
+        shards = {"kind": "progress", "files": header["shards"]}
+        verify_files(scratch / "spaces", shards, header["shards"])
+    except (FileNotFoundError, ValueError):
         shutil.rmtree(scratch / "spaces", ignore_errors=True)
-        return start, 0, []
-    return tensors["state"], header["done"], header["statistics"]
+        return Extraction()
+    state = [load_file(scratch / name)["state"] for name in header["files"]]
+    return Extraction(
+        header["done"], state[0] if state else None, header["statistics"], header["shards"]
+    )
 
 
 def write_json(path: Path, value: object) -> None:

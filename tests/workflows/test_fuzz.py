@@ -791,7 +791,7 @@ ENDS = {
     **{f"teacher.field.{k}": v for k, v in FIELD.items()}, **{f"teacher.solver.{k}": v for k, v in SOLVER.items()},
     "teacher.exact_trace_up_to": [0, 1, 10**6], "teacher.flow_matching_epochs": [0, 1, 2], "teacher.likelihood_epochs": [0, 1], "teacher.kinetic_weight": [1, 1e9], "teacher.jacobian_weight": [1, 1e9],
     "teacher.n_draws": [1, 3], "teacher.batch_size": BATCH, "teacher.learning_rate": RATE, "teacher.n_warmup_epochs": [0, 10**6], "teacher.gradient_clip": [0, 1e-300, 1e9],
-    "spaces.kind": ["teacher", "noise"], "spaces.n_spaces": [2, 3, 20], "spaces.n_draws": [1, 3], "spaces.batch_size": BATCH, "spaces.dtype": ["float16", "float32"], "spaces.chunk_rows": [1, 10**6],
+    "spaces.kind": ["teacher", "noise"], "spaces.n_spaces": [2, 3, 20], "spaces.n_draws": [1, 3], "spaces.n_train": [None, 2, 3, 2**40], "spaces.n_validation": [None, 2, 3, 2**40], "spaces.batch_size": BATCH, "spaces.dtype": ["float16", "float32"], "spaces.chunk_rows": [1, 10**6],
     "cpmm.n_clusters": [1, 2, 7, 60, 100, 10**6], "cpmm.n_factors": [1, 2, 3, 10**6], "cpmm.augmentation": [0, 0.1, 2.5, 20], "cpmm.diagonal": ["variable", "constant"],
     "cpmm.learned_weight": [True, False], "cpmm.learned_cluster_weight": [True, False], "cpmm.log_diagonal_floor": [-60, 0, 20], "cpmm.ode": ["shared", "separate"],
     **{f"cpmm.field.{k}": v for k, v in FIELD.items()}, **{f"cpmm.solver.{k}": v for k, v in SOLVER.items()},

@@ -124,11 +124,13 @@ class SharedSpaces:
     Attributes:
         arrays: A reference to each space, (rows, M).
         n_train: Training rows of a space.
+        train_index: Which training points went through the spaces; None: all did.
         fingerprint: Of the store they were read from.
     """
 
     arrays: tuple[Any, ...]
     n_train: int
+    train_index: Tensor | None
     fingerprint: str
 
     def __len__(self) -> int:
@@ -179,9 +181,8 @@ def share(located: Located) -> SharedInputs:
     for index in range(len(spaces)):
         parts = [spaces.train(index).numpy(), spaces.validation(index).numpy()]
         arrays.append(ray.put(np.concatenate(parts).astype(dtype)))
-    return SharedInputs(
-        ray.put(data), SharedSpaces(tuple(arrays), spaces.n_train, spaces.fingerprint)
-    )
+    shared = SharedSpaces(tuple(arrays), spaces.n_train, spaces.train_index, spaces.fingerprint)
+    return SharedInputs(ray.put(data), shared)
 
 
 def size_of(located: Located) -> int:

@@ -120,7 +120,7 @@ class Solver:
         s = (position - left).reshape(-1, *[1] * (states.ndim - 1)).to(states)
         below, above = states[left], states[left + 1]
         if self.interpolation == "linear":
-            return below + s * (above - below)
+            return torch.lerp(below, above, s)
         slopes = torch.stack([field(t, h) for t, h in zip(knots, states, strict=True)]) * width
         return (
             (1 + 2 * s) * (1 - s) ** 2 * below

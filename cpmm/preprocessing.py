@@ -1,18 +1,20 @@
 r"""Maps between data as it comes and the space that densities are modelled in.
 
 Grey levels k are dequantized, :math:`x = (k + u) / \text{levels}`, and squeezed through the logit,
-:math:`z = \operatorname{logit}(\alpha + (1 - 2 \alpha) x)`; real-valued tables are taken as they
-are. An affine map may follow. Every log-determinant is kept, so densities of any space can be
-compared in units of the data.
+:math:`z = \operatorname{logit}(\alpha + (1 - 2 \alpha) x)`; a learned monotone map may follow, the same
+for all pixels. Real-valued tables are taken as they are. An affine map may come last. Every
+log-determinant is kept, so densities of any space can be compared in units of the data.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
+
+from cpmm.elementwise import ElementwiseMap
 
 STANDARDIZATIONS = ("none", "shared", "feature")
 
@@ -27,12 +29,30 @@ class Preprocessing:
             figure states it. None for real-valued tables.
         shift: Subtracted last, M numbers.
         scale: Divided by last, M positive numbers.
+        map: Applied after the logit, before shift and scale; None leaves the plain logit.
     """
 
     levels: int | None
     alpha: float | None
     shift: tuple[float, ...]
     scale: tuple[float, ...]
+    map: ElementwiseMap | None = None
+
+    def __post_init__(self) -> None:
+        """Check the options that depend on each other.
+
+        Raises:
+            ValueError: If grey levels have no margin in (0, 0.5), or real values have a map.
+        """
+        if self.levels is not None and (self.alpha is None or not 0 < self.alpha < 0.5):
+            raise ValueError(
+                f"data.alpha, the margin of the logit, is {self.alpha}: expected 0 < alpha < 0.5"
+            )
+        if self.levels is None and self.map is not None:
+            raise ValueError(
+                "real-valued data take no elementwise map, which follows the logit of grey levels: set "
+                "data.map.kind to none"
+            )
 
     @classmethod
     def fit(
@@ -43,6 +63,7 @@ class Preprocessing:
         standardize: str,
         generator: torch.Generator,
         feature_names: tuple[str, ...] = (),
+        map: ElementwiseMap | None = None,
     ) -> Preprocessing:
         """Choose the affine part from training data.
 
@@ -54,20 +75,17 @@ class Preprocessing:
                 the mean of each feature and one deviation for all.
             generator: Source of the dequantization noise.
             feature_names: Used in messages.
+            map: Comes between the logit and the affine part.
 
         Raises:
-            ValueError: If an option is unknown, or a feature has no variance or is not finite.
+            ValueError: If an option is unknown or out of range, or a feature has no variance or is not finite.
         """
         if standardize not in STANDARDIZATIONS:
             raise ValueError(
                 f"data.standardize is {standardize!r}: choose one of {', '.join(STANDARDIZATIONS)}"
             )
-        if levels is not None and (alpha is None or not 0 < alpha < 0.5):
-            raise ValueError(
-                f"data.alpha, the margin of the logit, is {alpha}: expected 0 < alpha < 0.5"
-            )
-        n_features = raw.shape[1]
-        plain = cls(levels, alpha if levels else None, (0.0,) * n_features, (1.0,) * n_features)
+        m = raw.shape[1]
+        plain = cls(levels, None if levels is None else alpha, (0.0,) * m, (1.0,) * m, map)
         z, _ = plain.forward(plain.dequantize(raw, generator))
         spread = z.std(0)
         usable = spread > 1e-12 * (1 + z.abs().amax(0))  # False for NaN too
@@ -75,16 +93,14 @@ class Preprocessing:
             idle = (~usable).nonzero().flatten().tolist()
             names = [feature_names[i] if feature_names else str(i) for i in idle[:5]]
             raise ValueError(
-                f"{len(idle)} of {n_features} features have no variance, or values that are not "
+                f"{len(idle)} of {m} features have no variance, or values that are not "
                 f"finite, in the training split ({', '.join(names)}"
                 f"{', ...' if len(idle) > 5 else ''}): drop them, their density is not defined"
             )
         if standardize == "none":
             return plain
-        scale = (
-            spread if standardize == "feature" else spread.square().mean().sqrt().expand(n_features)
-        )
-        return cls(plain.levels, plain.alpha, tuple(z.mean(0).tolist()), tuple(scale.tolist()))
+        scale = spread if standardize == "feature" else spread.square().mean().sqrt().expand(m)
+        return replace(plain, shift=tuple(z.mean(0).tolist()), scale=tuple(scale.tolist()))
 
     @property
     def n_features(self) -> int:
@@ -97,6 +113,20 @@ class Preprocessing:
         if self.levels is None:
             return "nats per dimension", 1.0, 0.0
         return "bits per dimension", 1 / math.log(2), math.log2(self.levels)
+
+    @property
+    def description(self) -> str:
+        """The way from data to the model's space, in one sentence without its full stop."""
+        affine = "each feature shifted and scaled"
+        if self.levels is None:
+            return f"z = x as it comes, {affine}"
+        logit = f"logit(a + (1 - 2a) x) with x = (k + u)/{self.levels}, a = {self.alpha:g}"
+        if self.map is None:
+            return f"z = {logit}, {affine}"
+        return (
+            f"z = f({logit}), f a monotone rational-quadratic spline of {self.map.n_bins} bins shared by "
+            f"all features, fitted to training data by likelihood, {affine}"
+        )
 
     def dequantize(self, raw: Tensor, generator: torch.Generator) -> Tensor:
         """Add uniform noise to grey levels and rescale to [0, 1] (Appendix B), float64.
@@ -124,9 +154,10 @@ class Preprocessing:
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         r"""Map dequantized data to the model's space.
 
-        .. math:: \log |dz/dx| = \sum \log(1 - 2\alpha) - \log s - \log(1 - s) - \log \text{scale}
+        .. math:: \log |dz/dx| = \sum \log(1 - 2\alpha) - \log s - \log(1 - s)
+            + \log f'(\operatorname{logit} s) - \log \text{scale}
 
-        with :math:`s = \alpha + (1 - 2\alpha) x` (rule 1 of the evaluation).
+        with :math:`s = \alpha + (1 - 2\alpha) x` (rule 1 of the evaluation) and the map f, if any.
 
         Args:
             x: In [0, 1] for grey levels, real values otherwise, (N, M).
@@ -148,6 +179,9 @@ class Preprocessing:
             s = self.alpha + (1 - 2 * self.alpha) * x
             log_det = log_det + (math.log1p(-2 * self.alpha) - s.log() - torch.log1p(-s)).sum(1)
             x = torch.logit(s)
+        if self.map is not None:
+            x, log_slope = self.map.forward(x)
+            log_det = log_det + log_slope.sum(1)
         return (x - shift) / scale, log_det
 
     def inverse(self, z: Tensor) -> Tensor:
@@ -155,17 +189,26 @@ class Preprocessing:
         x = z * z.new_tensor(self.scale) + z.new_tensor(self.shift)
         if self.levels is None:
             return x
+        if self.map is not None:
+            x = self.map.inverse(x)
         return ((torch.sigmoid(x) - self.alpha) / (1 - 2 * self.alpha)).clamp(0, 1)
 
     def to_dict(self) -> dict:
         """Return what JSON can hold; :meth:`from_dict` undoes it."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return plain | {"map": None if self.map is None else self.map.to_dict()}
 
     @classmethod
     def from_dict(cls, values: dict) -> Preprocessing:
         """Build from what :meth:`to_dict` returned."""
+        # Artifacts from before there were maps have no word of it.
+        learned = dict(values).get("map")
         return cls(
-            values["levels"], values["alpha"], tuple(values["shift"]), tuple(values["scale"])
+            values["levels"],
+            values["alpha"],
+            tuple(values["shift"]),
+            tuple(values["scale"]),
+            None if learned is None else ElementwiseMap.from_dict(learned),
         )
 
 

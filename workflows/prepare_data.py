@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from workflows.marks import mark_prepared
 from workflows.stage import Config, pick, publish, run_stage, scratch_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cpmm.elementwise import ElementwiseMap
 
 
 def main(folder: Path, config: Config) -> str:
@@ -25,6 +32,7 @@ def main(folder: Path, config: Config) -> str:
         len(raw), **pick(options, "n_train", "n_validation", "n_test"), official_test=source.official_test,
         seed=options["split_seed"],
     )  # fmt: skip
+    learned = _fit_map(raw[index["train"]], raw[index["validation"]], source.levels, options)
     data = DataSplits(
         raw={split: raw[index[split]] for split in SPLITS},
         label=None
@@ -36,6 +44,7 @@ def main(folder: Path, config: Config) -> str:
             **pick(options, "alpha", "standardize"),
             generator=seeded_generator(options["noise_seed"], len(SPLITS)),
             feature_names=source.feature_names,
+            map=learned,
         ),
         augmentation=Augmentation(**options["augmentation"], image_shape=source.image_shape),
         noise_seed=options["noise_seed"],
@@ -49,6 +58,43 @@ def main(folder: Path, config: Config) -> str:
     publish(scratch, "prepared", folder / "prepared")
     sizes = ", ".join(f"{len(index[split])} {split}" for split in SPLITS)
     return f"{sizes} points with {data.n_features} features -> {folder / 'prepared'}"
+
+
+def _fit_map(
+    raw: Tensor, validation: Tensor, levels: int | None, options: Config
+) -> ElementwiseMap | None:
+    """Fit the elementwise map that is asked for, with a progress line; None for the plain logit."""
+    import math
+
+    from cpmm.data import SPLITS
+    from cpmm.map_fitting import fit_elementwise_map
+    from cpmm.seeds import seeded_generator
+
+    if options["map"]["kind"] == "none":
+        return None
+    started = time.monotonic()
+
+    def show(row: dict[str, float]) -> None:
+        rate = row["step"] / (time.monotonic() - started)
+        bits = " ".join(
+            f"{short} {row[name] / math.log(2) + math.log2(levels):.4f}"
+            for short, name in (("train", "train"), ("val", "validation"))
+        )
+        print(
+            f"prepare_data | step {row['step']}/{row['n_steps']} | elementwise map | {bits} bits/dim | "
+            f"{rate:.0f} it/s | eta {(row['n_steps'] - row['step']) / rate / 60:.1f}m",
+            flush=True,
+        )
+
+    return fit_elementwise_map(
+        raw,
+        validation,
+        levels,
+        **pick(options, "alpha", "standardize"),
+        **{name: value for name, value in options["map"].items() if name != "kind"},
+        generator=seeded_generator(options["noise_seed"], len(SPLITS) + 1),
+        listener=show,
+    )
 
 
 if __name__ == "__main__":

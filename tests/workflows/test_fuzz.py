@@ -786,6 +786,8 @@ ENDS = {
     "seed": [0, 2**32 - 1],
     "data.n_train": [None, 2, 3, 10], "data.n_validation": [2, 3, 60, 2**40], "data.n_test": [0, 1, 2, 60], "data.split_seed": [2**32 - 1], "data.noise_seed": [2**32 - 1],
     "data.alpha": [None, 1e-300, 1e-9, 0.499999999], "data.standardize": ["none", "feature", "shared"], "data.augmentation.noise": [0, 1, 1e9], "data.augmentation.translate": [1, 10_000], "data.augmentation.flip": [True],
+    "data.map.kind": ["none", "spline"], "data.map.n_bins": [2, 3, 1000], "data.map.n_points": [2, 3, 10**6], "data.map.n_components": [1, 2, 50, 10**6], "data.map.n_factors": [1, 2, 1000],
+    "data.map.log_diagonal_floor": [-60, 0, 20], "data.map.n_steps": [1, 3, 21], "data.map.batch_size": [1, 7], "data.map.learning_rate": [1e-300, 1e-3, 1, 1e9], "data.map.map_rate_factor": [1e-300, 1, 1e9],
     "data.options.n": [1, 2, 42, 45, 60], "data.options.seed": [2**32 - 1], "data.options.radius": [1e-300, 1e-9, 1e9], "data.options.ratio": [1 + 1e-9, 1e9],
     "data.options.thickness": [0, 1e9], "data.options.gaps": [[0, 0], [-1e9, 1e9]], "data.options.gap_width": [0, 359.999999], "data.options.levels": [1, 2, 256], "data.options.label_path": [None],
     **{f"teacher.field.{k}": v for k, v in FIELD.items()}, **{f"teacher.solver.{k}": v for k, v in SOLVER.items()},

@@ -4,6 +4,7 @@ import re
 import pytest
 from conftest import ROOT
 
+from cpmm.elementwise import MAPS
 from cpmm.fields import ACTIVATIONS
 from cpmm.initialization import INITIALIZATIONS
 from cpmm.odes import ADAPTIVE, FIXED_STEP, GRADIENTS
@@ -43,6 +44,7 @@ def test_the_table_holds_every_option_of_conf_and_no_other():
     [
         ("data.source", SOURCES),
         ("data.standardize", STANDARDIZATIONS),
+        ("data.map.kind", MAPS),
         ("teacher.field.activation", ACTIVATIONS),
         ("cpmm.solver.method", FIXED_STEP + ADAPTIVE),
         ("teacher.solver.gradient", GRADIENTS),

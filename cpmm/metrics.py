@@ -6,7 +6,12 @@ import math
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
-from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+from sklearn.metrics import (
+    adjusted_rand_score,
+    average_precision_score,
+    normalized_mutual_info_score,
+    roc_auc_score,
+)
 from sklearn.metrics.cluster import contingency_matrix
 from torch import Tensor
 
@@ -88,4 +93,31 @@ def clustering_scores(label: np.ndarray, cluster: np.ndarray, n_clusters: int) -
         "purity": float(contingency_matrix(label, cluster).max(0).sum() / len(label)),
         "nmi": float(normalized_mutual_info_score(label, cluster)),
         "ari": float(adjusted_rand_score(label, cluster)),
+    }
+
+
+def detection_scores(inside: np.ndarray, outside: np.ndarray) -> dict[str, float]:
+    """Tell points of a distribution from others by a score that is higher inside (Table 3).
+
+    Args:
+        inside: Scores of its points, such as log-densities, (N,).
+        outside: Scores of other points, (N',).
+
+    Returns:
+        ``auroc``, area under the receiver operating characteristic; ``aupr``, average precision of
+        the points inside; ``aupr_out``, average precision of those outside; all in [0, 1].
+
+    Raises:
+        ValueError: If either has no point.
+    """
+    if not (len(inside) and len(outside)):
+        raise ValueError(
+            f"detection takes points inside and outside: got {len(inside)} and {len(outside)}"
+        )
+    score = np.concatenate([inside, outside])
+    member = np.repeat([True, False], [len(inside), len(outside)])
+    return {
+        "auroc": float(roc_auc_score(member, score)),
+        "aupr": float(average_precision_score(member, score)),
+        "aupr_out": float(average_precision_score(~member, -score)),
     }

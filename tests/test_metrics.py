@@ -13,6 +13,7 @@ from cpmm.metrics import (
     bits_per_dimension,
     clustering_scores,
     confusion,
+    detection_scores,
     match_clusters,
     nats_per_dimension,
 )
@@ -105,3 +106,25 @@ def test_bits_are_the_cost_of_a_dequantized_level():
     np.testing.assert_allclose(bits, -np.log2(density / 8))
     # Per dimension: two equal ones cost the same.
     np.testing.assert_allclose(bits_per_dimension(2 * log_prob, 2 * log_det, 2, 8), bits)
+
+
+def test_detection_is_the_share_of_pairs_in_order_and_the_mean_precision(generator):
+    inside = torch.randn(80, generator=generator).numpy() + 0.7
+    outside = torch.randn(50, generator=generator).numpy()
+    got = detection_scores(inside, outside)
+    pairs = inside[:, None] > outside
+    assert got["auroc"] == pytest.approx(pairs.mean())
+
+    def precision(own, others):  # at each of the own points, from the highest score down
+        return np.mean([(own >= t).sum() / ((own >= t).sum() + (others >= t).sum()) for t in own])
+
+    assert got["aupr"] == pytest.approx(precision(inside, outside))
+    assert got["aupr_out"] == pytest.approx(precision(-outside, -inside))
+    assert detection_scores(outside, inside)["auroc"] == pytest.approx(1 - got["auroc"])
+
+
+def test_detection_of_equal_scores_is_chance():
+    got = detection_scores(np.zeros(30), np.zeros(10))
+    assert got == {"auroc": 0.5, "aupr": 0.75, "aupr_out": 0.25}
+    with pytest.raises(ValueError, match="got 30 and 0"):
+        detection_scores(np.zeros(30), np.zeros(0))

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
+import sys
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from workflows.stage import Config, publish, run_stage, scratch_folder
 
 if TYPE_CHECKING:
     import pandas as pd
+    import torch
     from torch import Tensor
 
     from cpmm.data import DataSplits
     from cpmm.mixture import Mixture
+    from cpmm.teacher import Flow
+    from workflows.outside import Outside
     from workflows.score import Scorer
     from workflows.store import Spaces
 
@@ -31,6 +37,7 @@ def main(folder: Path, config: Config) -> str:
         mark_spaces,
         needs_teacher,
     )
+    from workflows.outside import read_outside
     from workflows.score import Scorer
     from workflows.store import load_prepared, open_spaces, write_json
 
@@ -40,6 +47,7 @@ def main(folder: Path, config: Config) -> str:
     spaces = open_spaces(folder / "spaces", mark_spaces(config))
     history = _read_history(folder, config)
     options, seed = config["evaluation"], config["seed"]
+    outside = None if options["ood"] is None else read_outside(options["ood"], data)
     mark = mark_evaluation(config)
     scratch = scratch_folder(folder, "evaluate", mark)
     out = scratch / "evaluation"
@@ -73,14 +81,22 @@ def main(folder: Path, config: Config) -> str:
             },
             "kmeans": {
                 "name": f"k-means, {mixture.n_clusters} clusters",
-                **_kmeans(score, mixture, seed),
+                **_kmeans(score, mixture, options["kmeans_restarts"], seed),
             },
         }
-        if needs_teacher(config):
-            models["teacher"] = {
-                "name": "teacher (continuous normalizing flow)",
-                **_score_teacher(folder, config, data, score),
+        told = {}
+        if outside is not None:
+            densities = {
+                "cpmm": mixture,
+                "direct_mixture": direct,
+                "matched_mixture": matched,
+                "full_gaussian": gaussian,
             }
+            for name, model in densities.items():
+                found = (model.log_prob(score.z), model.log_prob(outside.z))
+                told[name] = outside.scores(score, *found)
+        if needs_teacher(config):
+            models["teacher"], told["teacher"] = _score_teacher(folder, config, data, outside)
         discretization = _discretize(folder, config, data, score)
     unit, _, _ = data.preprocessing.density_unit
     metrics = {
@@ -91,8 +107,16 @@ def main(folder: Path, config: Config) -> str:
         "models": models,
         "discretization": discretization,
     }
-    write_json(out / "rules.json", _rules(config, data))
-    _write_tables(out, score, mixture, discretization)
+    if outside is not None:
+        metrics["ood"] = {
+            "name": outside.name,
+            "n_outside": len(outside.z),
+            "models": {
+                name: {"name": models[name]["name"], **found} for name, found in told.items()
+            },
+        }
+    write_json(out / "rules.json", _rules(config, data, outside))
+    _write_tables(out, score, mixture, discretization, metrics.get("ood"))
     _draw_figures(out, config, data, mixture, metrics, spaces, history)
     write_json(folder / "metrics.json", metrics)
     header = {"fingerprint": mark, "metrics": file_digest(folder / "metrics.json")}
@@ -115,10 +139,10 @@ def _train_direct(
     import torch
 
     from cpmm.baselines.direct import DirectMixture
-    from cpmm.initialization import kmeans, local_factor_analyzers
+    from cpmm.initialization import group_axes, kmeans, shrunk_factor_analyzers
     from cpmm.seeds import seeded_generator
     from cpmm.spaces import Curriculum
-    from cpmm.training import EpochData, MixtureTraining
+    from cpmm.training import EpochData, MixtureTraining, Rows
     from workflows.fit import fit
     from workflows.stage import pick
 
@@ -129,14 +153,10 @@ def _train_direct(
     generator = seeded_generator(seed, 30)
     x = data.points("train")[0].float()
     validation = data.points("validation")[0].float()
-    label = kmeans(x, n_components, generator)
+    label = kmeans(x, n_components, generator, options["kmeans_restarts"], options["kmeans_points"])
+    groups = group_axes(x, label, n_components, config["cpmm"]["n_factors"])
     starts = [
-        DirectMixture(
-            local_factor_analyzers(
-                x, label, n_components, config["cpmm"]["n_factors"], floor, shrinkage
-            ),
-            floor,
-        )
+        DirectMixture(shrunk_factor_analyzers(groups, floor, shrinkage), floor)
         for shrinkage in options["shrinkages"]
     ]
     with torch.no_grad():
@@ -150,12 +170,14 @@ def _train_direct(
         n_extracted=1,
         entropy_weight=0.0,
         path_weight=0.0,
+        consistency_weight=0.0,
+        temperature=1.0,
         initial_rate_factor=1.0,
         **pick(options, "noise", "learning_rate", "n_warmup_epochs"),
         seed=seed,
     )
     rows = EpochData(
-        lambda epoch, draws: data.draw(options["n_draws"], draws),
+        lambda epoch, draws: Rows(x=data.draw(options["n_draws"], draws)),
         lambda epoch: validation,
         options["batch_size"],
         seed,
@@ -169,39 +191,82 @@ def _train_direct(
         return module.model.cpu().mixture().to(torch.float64)
 
 
-def _kmeans(score: Scorer, mixture: Mixture, seed: int) -> dict[str, float]:
+def _kmeans(score: Scorer, mixture: Mixture, n_init: int, seed: int) -> dict[str, float]:
     """Score k-means on the same split, in the mixture's space."""
     from sklearn.cluster import KMeans
 
     if score.label is None:
         return {}
     train = score.data.points("train")[0].numpy()
-    model = KMeans(mixture.n_clusters, n_init=10, random_state=seed).fit(train)
+    model = KMeans(mixture.n_clusters, n_init=n_init, random_state=seed).fit(train)
     return score.clusters(model.predict(score.z.numpy()).astype(int), mixture.n_clusters)
 
 
 def _score_teacher(
-    folder: Path, config: Config, data: DataSplits, score: Scorer
-) -> dict[str, float]:
-    """Density of the teacher by a solve at the stated tolerance."""
-    import torch
-
+    folder: Path, config: Config, data: DataSplits, outside: Outside | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Density of the teacher by a solve at the stated tolerance, and how it tells points outside."""
     from cpmm.odes import Solver
     from cpmm.seeds import seeded_generator
     from workflows.marks import mark_teacher
     from workflows.models import make_teacher
+    from workflows.score import Scorer
     from workflows.store import load_model
 
     teacher = make_teacher(config["teacher"], data, config["seed"])
     load_model(folder / "teacher", "teacher", teacher, mark_teacher(config))
     teacher.solver = Solver(**config["evaluation"]["teacher_solver"])
-    generator = seeded_generator(config["seed"], 31)
-    parts = score.z.float().split(config["evaluation"]["batch_size"])
-    log_prob = torch.cat([teacher.log_prob(part, generator) for part in parts]).double()
-    return {
-        **score.density(lambda _: log_prob),
+    n_points = config["evaluation"]["teacher_points"]
+    score = Scorer(data, "test", n_points)
+    batches = score.z.float().split(config["evaluation"]["batch_size"])
+    inside = _solve(teacher, batches, seeded_generator(config["seed"], 31), "test")
+    told = {}
+    if outside is not None:
+        batches = outside.z[:n_points].float().split(config["evaluation"]["batch_size"])
+        found = _solve(teacher, batches, seeded_generator(config["seed"], 34), outside.name)
+        told = outside.scores(score, inside, found)
+    name = "teacher (continuous normalizing flow)"
+    if len(inside) < len(data.raw["test"]):
+        name += f", first {len(inside)} test points"
+    row = {
+        "name": name,
+        **score.density(lambda _: inside),
+        "n_points": len(inside),
         "n_parameters": sum(p.numel() for p in teacher.parameters()),
     }
+    return row, told
+
+
+def _solve(
+    teacher: Flow, batches: tuple[Tensor, ...], generator: torch.Generator, what: str
+) -> Tensor:
+    """Log-density of points, batch by batch, with one progress line; nats, (N,), float64."""
+    import torch
+
+    n, done, n_calls = sum(map(len, batches)), 0, 0
+    started = printed = time.monotonic()
+    terminal = sys.stdout.isatty()
+
+    def count(*_: object) -> None:
+        nonlocal n_calls
+        n_calls += 1
+
+    hook = teacher.field.register_forward_hook(count)
+    log_prob = []
+    for i, batch in enumerate(batches):
+        log_prob.append(teacher.log_prob(batch, generator).double())
+        done, now = done + len(batch), time.monotonic()
+        if now - printed >= (0.2 if terminal else 15.0) or done == n:
+            printed = now
+            eta = (now - started) * (n - done) / done / 60
+            line = (
+                f"evaluate teacher | {done}/{n} points of {what} | {math.ceil(n_calls / (i + 1))} calls of "
+                f"the field a batch | eta {eta:.1f}m"
+            )
+            end = "\n" if done == n or not terminal else "\r"
+            print(f"\x1b[2K{line}" if terminal else line, end=end, flush=True)
+    hook.remove()
+    return torch.cat(log_prob)
 
 
 def _discretize(folder: Path, config: Config, data: DataSplits, score: Scorer) -> dict[str, float]:
@@ -220,7 +285,7 @@ def _discretize(folder: Path, config: Config, data: DataSplits, score: Scorer) -
     }
 
 
-def _rules(config: Config, data: DataSplits) -> dict[str, str]:
+def _rules(config: Config, data: DataSplits, outside: Outside | None) -> dict[str, str]:
     """One sentence for each figure: the rule that made it."""
     from workflows.marks import needs_teacher
 
@@ -232,10 +297,7 @@ def _rules(config: Config, data: DataSplits) -> dict[str, str]:
     if pre.levels is None:
         density = f"-(log p(z) + log|dz/dx|) / M, nats, in units of the data; {common}"
     else:
-        density = (
-            f"-(log p(z) + log|dz/dx|) / (M ln 2) + log2 {pre.levels} with x = (k + u)/{pre.levels}, "
-            f"z = logit(a + (1 - 2a) x), a = {pre.alpha:g}; {common}"
-        )
+        density = f"-(log p(z) + log|dz/dx|) / (M ln 2) + log2 {pre.levels} with {pre.description}; {common}"
     rules = {
         "density": density + ". Lower is better.",
         "density_standard_error": "Standard deviation over the test points divided by the root of their number.",
@@ -258,13 +320,31 @@ def _rules(config: Config, data: DataSplits) -> dict[str, str]:
             else "Hutchinson, fixed seed"
         )
         rules["teacher"] = (
-            f"{solver['method']}, tolerances {solver['rtol']:g}/{solver['atol']:g}; trace: {trace}."
+            f"{solver['method']}, tolerances {solver['rtol']:g}/{solver['atol']:g}; trace: {trace}"
+        )
+        n_points = options["teacher_points"]
+        if n_points is not None and n_points < len(data.raw["test"]):
+            rules["teacher"] += (
+                f"; scored on the first {n_points} test points alone, its standard error is theirs"
+            )
+        rules["teacher"] += "."
+    if outside is not None:
+        rules["ood"] = (
+            f"The test points are told from the {len(outside.z)} points of {outside.name}, mapped by the "
+            "preprocessing of the data that the models know with one noise sample of the same seed, by their "
+            "log-density, higher for those known: area under the ROC curve, and average precision of the "
+            "points known and of those outside. In units of the data, log p(z) + log|dz/dx|, and in the "
+            "models' space, log p(z)."
         )
     return rules
 
 
 def _write_tables(
-    out: Path, score: Scorer, mixture: Mixture, discretization: dict[str, float]
+    out: Path,
+    score: Scorer,
+    mixture: Mixture,
+    discretization: dict[str, float],
+    ood: dict[str, Any] | None,
 ) -> None:
     import pandas as pd
 
@@ -286,6 +366,13 @@ def _write_tables(
             out / "confusion.csv", index_label="class"
         )
     points.to_csv(out / "clusters.csv", index=False)
+    if ood is not None:
+        rows = [
+            {"model": model, "outside": ood["name"], "space": space, **row[space]}
+            for model, row in ood["models"].items()
+            for space in ("data", "mixture")
+        ]
+        pd.DataFrame(rows).to_csv(out / "ood.csv", index=False)
 
 
 def _read_history(folder: Path, config: Config) -> pd.DataFrame:

@@ -23,6 +23,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from workflows.marks import mark_evaluation
+from workflows.published import data_of, printed_ood
 from workflows.stage import run_stage
 
 MIME = {".svg": "image/svg+xml", ".png": "image/png"}
@@ -124,6 +125,9 @@ COLUMNS: tuple[tuple[str, str, Callable[[float], str], int], ...] = (
     ("n_parameters", "Parameters", _count, 0),
     ("seconds", "Training", _seconds, 0),
 )
+# Of the table of another data set: key, heading.
+DETECTION = (("auroc", "AUROC"), ("aupr", "AUPR in"), ("aupr_out", "AUPR out"))
+SPACES = (("data", "units of the data"), ("mixture", "the models' space"))
 CLUSTERING = ("accuracy", "nmi", "ari", "purity")
 
 
@@ -197,6 +201,7 @@ def write_report(folder: Path, config: dict) -> Path:
         ],
         table=tabulate(models),
         rules={names.get(key, key.replace("_", " ")): str(rule) for key, rule in rules.items()},
+        ood=tabulate_ood(metrics),
         figures=figures,
         absent=absent,
         confusion=read_confusion(evaluation / "confusion.csv"),
@@ -319,6 +324,34 @@ def tabulate(models: dict) -> dict[str, Any]:
             cells.append({"heading": heading, "text": text, "note": note, "best": is_best})
         rows.append({"name": model.get("name", name), "cells": cells})
     return {"headings": [heading for _, heading, _, _ in columns], "rows": rows, "notes": notes}
+
+
+def tabulate_ood(metrics: dict) -> dict[str, Any] | None:
+    """Lay out how the models tell another data set apart, with the paper's figures where it has any.
+
+    Returns:
+        ``name`` of that data set, ``headings``, ``rows`` of a name and cells, ``paper``, whether the
+        paper has the pair; None if there is no other data set.
+    """
+    ood = metrics.get("ood")
+    if not ood:
+        return None
+    data, name = data_of(str(metrics.get("preset"))), ood["name"]
+    columns = [(space, key) for space, _ in SPACES for key, _ in DETECTION]
+    rows, has_paper = [], False
+    for model, row in ood["models"].items():
+        cells = [_show(row.get(space, {}), key, _percent) for space, key in columns]
+        for key, _ in DETECTION[:2]:
+            figure = printed_ood(data, name, model, key)
+            has_paper = has_paper or figure is not None
+            cells.append("–" if figure is None else _percent(figure / 100))
+        rows.append({"name": row.get("name", model), "cells": cells})
+    headings = [f"{title}, {where}" for _, where in SPACES for _, title in DETECTION]
+    if has_paper:
+        headings += [f"{title}, paper" for _, title in DETECTION[:2]]
+    else:
+        rows = [row | {"cells": row["cells"][: len(headings)]} for row in rows]
+    return {"name": name, "headings": headings, "rows": rows, "paper": has_paper}
 
 
 def inline_figures(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:

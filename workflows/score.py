@@ -19,12 +19,13 @@ class Scorer:
     Args:
         data: The splits.
         split: Which of them is scored.
+        n_points: The first so many points of it, with the noise that they have among all; None: all.
     """
 
-    def __init__(self, data: DataSplits, split: str) -> None:
+    def __init__(self, data: DataSplits, split: str, n_points: int | None = None) -> None:
         self.data = data
-        self.z, self.log_det = data.points(split)
-        self.label = None if data.label is None else data.label[split].numpy()
+        self.z, self.log_det = (part[:n_points] for part in data.points(split))
+        self.label = None if data.label is None else data.label[split][:n_points].numpy()
         _, self.factor, self.offset = data.preprocessing.density_unit
 
     def density(self, log_prob: Any) -> dict[str, float]:

@@ -1,0 +1,396 @@
+"""Write the paper's tables and figures as far as presets were evaluated, small files to be committed.
+
+    python workflows/paper.py                        what data/ holds of MNIST and Fashion-MNIST
+    python workflows/paper.py mnist fashion_mnist --out docs/results/paper
+
+Tables 1 and 3 have the paper's column, that of small measured anchors, and one for each preset; "-" stands where
+nothing was measured. Figures 2, 4 and 5 are those that evaluate drew. A sweep of a preset that has a single row,
+such as one over seeds, is a column of its own, with mean and standard deviation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import csv
+import io
+import json
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from workflows.published import DATA, Figure, data_of, published
+from workflows.report import SPACES, verify_evaluation
+from workflows.stage import EXPECTED_ERRORS, Config, describe, load_config, write_text
+
+LARGEST_FIGURE = 300_000  # bytes
+TITLES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST"}
+# Number in the paper, name of evaluate's figure, data set.
+FIGURES = (
+    (2, "spaces", "mnist"),
+    (2, "spaces", "fashion_mnist"),
+    (4, "trajectories", "mnist"),
+    (5, "trajectories", "fashion_mnist"),
+)
+PERCENT = ("accuracy", "auroc", "aupr", "aupr_out")
+DETECTION = {"auroc": "AUROC", "aupr": "AUPR", "aupr_out": "AUPR out"}
+
+
+@dataclass(frozen=True)
+class Column:
+    """What was measured in one evaluation, or in a sweep's row over seeds.
+
+    Attributes:
+        name: Of the preset, and of the sweep if there is one.
+        data: Data set of the paper.
+        values: Value and spread by model and metric, or by model, space and metric of Table 3.
+        outside: Data set that was told apart; None if none was.
+        note: How it was made, one sentence.
+    """
+
+    name: str
+    data: str
+    values: Mapping[tuple[str, ...], tuple[float, float | None]]
+    outside: str | None
+    note: str
+
+
+def read_preset(folder: Path) -> Column:
+    """Read the evaluation of a preset, checked against its seal and its configuration.
+
+    Raises:
+        FileNotFoundError: If it was not evaluated, or a file is missing.
+        ValueError: If a file is damaged or of another configuration, or the preset is no image set
+            of the paper's.
+    """
+    data = data_of(folder.name)
+    if data is None:
+        raise ValueError(
+            f"{folder.name} is no preset of the paper's images: its name must begin with {' or '.join(DATA)}"
+        )
+    if not (folder / "metrics.json").is_file():
+        raise FileNotFoundError(
+            f"{folder / 'metrics.json'} is missing: `dvc repro` evaluates the preset"
+        )
+    config = load_config(folder / "config.yaml")
+    verify_evaluation(folder, config)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    if metrics["unit"] != "bits per dimension":
+        raise ValueError(
+            f"{folder / 'metrics.json'} is in {metrics['unit']}, the paper's images are in bits per dimension"
+        )
+    values = {}
+    for model, row in metrics["models"].items():
+        for metric in ("density", "accuracy"):
+            if metric in row:
+                values[model, metric] = (row[metric], row.get(f"{metric}_standard_error"))
+    ood = metrics.get("ood")
+    for model, row in ood["models"].items() if ood else ():
+        for space, _ in SPACES:
+            for metric in DETECTION:
+                values[model, space, metric] = (row[space][metric], None)
+    return Column(
+        folder.name, data, values, ood["name"] if ood else None, _describe_preset(config, metrics)
+    )
+
+
+def read_sweeps(folder: Path) -> list[Column]:
+    """Read the sweeps of a preset that have a single row: the same options over seeds.
+
+    Raises:
+        ValueError: If a table is damaged, or not the one that its metrics were written with.
+    """
+    columns = []
+    for path in sorted((folder / "sweep").glob("*.csv")):
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        if len(rows) != 1:
+            continue
+        row = rows[0]
+        try:
+            told = json.loads(path.with_suffix(".json").read_text())["rows"][row["row"]]
+            values = {
+                ("cpmm", metric): (float(row[f"{metric}_mean"]), _number(row[f"{metric}_sd"]))
+                for metric in ("density", "accuracy")
+                if row.get(f"{metric}_mean")
+            }
+            agree = all(told[f"{key[1]}_mean"] == value for key, (value, _) in values.items())
+            done = int(row["n"]) - int(row["n_failed"]) - int(row["n_stopped"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} and its .json are no table of a sweep ({error!r}): run the sweep again"
+            ) from error
+        if not agree:
+            raise ValueError(
+                f"{path} is not what {path.with_suffix('.json')} was written with: run the sweep again"
+            )
+        if values:
+            name = f"{folder.name}, sweep {path.stem}"
+            note = f"mean ± standard deviation over {done} seeds of the CPMM, test points"
+            columns.append(Column(name, data_of(folder.name), values, None, note))
+    return columns
+
+
+def table_1(columns: Sequence[Column]) -> tuple[str, str]:
+    """Density and clustering accuracy, as Markdown and CSV."""
+    lines = [
+        "# Table 1: bits per dimension (BPD, lower is better) and clustering accuracy (Acc., %)",
+        "",
+        "Paper: as printed there. Anchor: small runs of another implementation, one seed, untuned, alpha 1e-6. "
+        "The others are this project's, from sealed evaluations; ± is the standard error over test points, for sweeps "
+        'the standard deviation over seeds. "-": the paper has none, or it was not measured.',
+    ]
+    records = []
+    for data, title in TITLES.items():
+        figures = [figure for figure in published() if figure.table == 1 and figure.data == data]
+        own = [column for column in columns if column.data == data]
+        header = ["model", "paper BPD", "paper Acc.", "anchor BPD"]
+        header += [f"{column.name} {short}" for column in own for short in ("BPD", "Acc.")]
+        rows = []
+        for name, group in _by_row(figures).items():
+            of = {figure.metric: figure for figure in group}
+            model, density, accuracy = group[0].model, of.get("density"), of.get("accuracy")
+            cells = [
+                _cell(density and density.paper, "", 2),
+                _cell(accuracy and accuracy.paper, "", 2),
+                _cell(density and density.anchor, "", 3),
+            ]
+            for figure in group:
+                records += _printed(figure)
+            for column in own:
+                for metric in ("density", "accuracy"):
+                    value, spread = column.values.get((model, metric), (None, None))
+                    cells.append(_cell(value, metric, 3, spread))
+                    if value is not None:
+                        records.append([data, "", name, column.name, "", metric, value, spread])
+            rows.append([name, *cells])
+        lines += ["", f"## {title}", "", *_markdown(header, rows), *_notes(own)]
+    return "\n".join([*lines, ""]), _csv(records)
+
+
+def table_3(columns: Sequence[Column]) -> tuple[str, str]:
+    """How well densities tell the other data set apart, as Markdown and CSV."""
+    lines = [
+        "# Table 3: telling another data set apart by log-density, %, higher is better",
+        "",
+        "AUROC and AUPR have the points of the data set that is modelled as positives, AUPR out those of the other one. "
+        "The paper does not state the space of its densities, and its CNF is FFJORD. Anchor: small runs of another "
+        'implementation. "-": the paper has none, or it was not measured.',
+    ]
+    records = []
+    for data, outside in (("mnist", "fashion_mnist"), ("fashion_mnist", "mnist")):
+        figures = [f for f in published() if (f.table, f.data, f.outside) == (3, data, outside)]
+        own = [column for column in columns if (column.data, column.outside) == (data, outside)]
+        header = ["model", "space", "paper AUROC", "paper AUPR", "anchor AUROC", "anchor AUPR"]
+        header += [f"{column.name} {short}" for column in own for short in DETECTION.values()]
+        rows = []
+        for name, group in _by_row(figures).items():
+            model = group[0].model
+            for figure in group:
+                records += _printed(figure)
+            for space, where in SPACES:
+                told = [
+                    _cell(_stated(group, source, space, metric), "", 2)
+                    for source in ("paper", "anchor")
+                    for metric in ("auroc", "aupr")
+                ]
+                cells = [where, *told]
+                for column in own:
+                    for metric in DETECTION:
+                        value, _ = column.values.get((model, space, metric), (None, None))
+                        cells.append(_cell(value, metric, 2))
+                        if value is not None:
+                            records.append(
+                                [data, outside, name, column.name, space, metric, value, None]
+                            )
+                rows.append([name, *cells])
+        title = f"## {TITLES[data]} known, {TITLES[outside]} told apart"
+        lines += ["", title, "", *_markdown(header, rows), *_notes(own)]
+    return "\n".join([*lines, ""]), _csv(records)
+
+
+def shrink_svg(text: str) -> str:
+    """Store the grey and opaque images inside an SVG in one channel instead of four."""
+    from PIL import Image
+
+    def shrink(found: re.Match) -> str:
+        image = Image.open(io.BytesIO(base64.b64decode(found[2])))
+        channels = image.convert("RGBA").split()
+        red = channels[0].tobytes()
+        is_grey = all(channel.tobytes() == red for channel in channels[1:3])
+        if not is_grey or channels[3].getextrema() != (255, 255):
+            return found[0]
+        packed = io.BytesIO()
+        channels[0].save(packed, "PNG", optimize=True)
+        return found[1] + base64.b64encode(packed.getvalue()).decode()
+
+    return re.sub(r"(data:image/png;base64,)([A-Za-z0-9+/=\s]+)", shrink, text)
+
+
+def write_paper(folders: Iterable[Path], out: Path) -> list[str]:
+    """Write the tables and figures.
+
+    Args:
+        folders: ``data/<preset>`` of each evaluated preset.
+        out: Made if missing.
+
+    Returns:
+        What was written, and what could not be, a line each.
+
+    Raises:
+        FileNotFoundError: As :func:`read_preset`.
+        ValueError: As :func:`read_preset` and :func:`read_sweeps`, or if a figure is too large.
+    """
+    folders = list(folders)
+    columns = [column for f in folders for column in (read_preset(f), *read_sweeps(f))]
+    texts = {}
+    for number, table in ((1, table_1), (3, table_3)):
+        texts[f"table{number}.md"], texts[f"table{number}.csv"] = table(columns)
+    said = []
+    for folder in folders:
+        for number, figure, data in FIGURES:
+            path = folder / "evaluation" / "figures" / f"{figure}.svg"
+            if data != data_of(folder.name):
+                continue
+            if not path.is_file():
+                said.append(f"no figure {number} of {folder.name}: evaluate drew no {figure}")
+                continue
+            name = f"figure{number}_{folder.name}.svg"
+            texts[name] = shrink_svg(path.read_text(encoding="utf-8"))
+            size = len(texts[name].encode())
+            if size > LARGEST_FIGURE:
+                raise ValueError(
+                    f"{path} has {size} bytes in its smallest form, more than the {LARGEST_FIGURE} that are "
+                    f"committed: leave {folder.name} out"
+                )
+    out.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        write_text(out / name, text)
+    return [*said, f"{', '.join(texts)} -> {out}"]
+
+
+def evaluated_presets(root: Path) -> list[Path]:
+    """Folders of the presets of the paper's images that have metrics.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    folders = [path.parent for path in sorted(root.glob("*/metrics.json"))]
+    folders = [folder for folder in folders if data_of(folder.name)]
+    if not folders:
+        raise FileNotFoundError(
+            f"{root} holds no evaluated preset of {' or '.join(TITLES.values())}: name one in params.yaml, say "
+            "where its files are, and run `dvc repro report`"
+        )
+    return folders
+
+
+def _describe_preset(config: Config, metrics: Mapping[str, Any]) -> str:
+    data, models = config["data"], metrics["models"]
+    kind = data.get("map", {}).get("kind", "none")
+    learned = "no learned map"
+    if kind != "none":
+        learned = f"learned map: {kind} of {data['map']['n_bins']} bins"
+    parts = [
+        f"alpha {data['alpha']:g}",
+        f"noise seed {data['noise_seed']}",
+        f"floor of log d {config['cpmm']['log_diagonal_floor']:g}",
+        learned,
+        f"seed {metrics['seed']}",
+        f"{metrics['n_test']} test points",
+        models["cpmm"]["name"],
+    ]
+    if "teacher" in models:
+        parts.append(models["teacher"]["name"])
+    return ", ".join(parts)
+
+
+def _by_row(figures: Iterable[Figure]) -> dict[str, list[Figure]]:
+    rows: dict[str, list[Figure]] = {}
+    for figure in figures:
+        rows.setdefault(figure.row, []).append(figure)
+    return rows
+
+
+def _stated(group: Iterable[Figure], source: str, space: str, metric: str) -> float | None:
+    """The figure of a row of Table 3 by ``source``, paper or anchor, in a space or in none."""
+    found = [
+        getattr(figure, source)
+        for figure in group
+        if figure.metric == metric and figure.space in ("", space)
+    ]
+    return found[0] if found else None
+
+
+def _printed(figure: Figure) -> list[list[Any]]:
+    """Records of the paper's figure and the anchor, percent as shares like our own."""
+    factor = 100 if figure.metric in PERCENT else 1
+    start = [figure.data, figure.outside, figure.row]
+    return [
+        [*start, source, figure.space, figure.metric, round(value / factor, 6), None]
+        for source in ("paper", "anchor")
+        if (value := getattr(figure, source)) is not None
+    ]
+
+
+def _cell(value: float | None, metric: str, digits: int, spread: float | None = None) -> str:
+    """Write a value; those of PERCENT are shares."""
+    if value is None:
+        return "-"
+    factor, digits = (100, 2) if metric in PERCENT else (1, digits)
+    text = f"{factor * value:.{digits}f}"
+    return text if spread is None else f"{text} ± {factor * spread:.{digits}f}"
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def _notes(columns: Sequence[Column]) -> list[str]:
+    if not columns:
+        return ["", "Not measured yet."]
+    return ["", *(f"- {column.name}: {column.note}." for column in columns)]
+
+
+def _csv(records: Sequence[Sequence[Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["data", "outside", "row", "source", "space", "metric", "value", "spread"])
+    writer.writerows(records)
+    return text.getvalue()
+
+
+def _number(text: str) -> float | None:
+    return float(text) if text else None
+
+
+def main() -> None:
+    """Write the paper's tables and figures from the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "presets", nargs="*", help="whose names begin with mnist or fashion_mnist; all if none"
+    )
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the presets")
+    parser.add_argument("--out", type=Path, default=Path("docs/results/paper"), help="%(default)s")
+    arguments = parser.parse_args()
+    try:
+        folders = [arguments.data / preset for preset in arguments.presets]
+        lines = write_paper(folders or evaluated_presets(arguments.data), arguments.out)
+    except EXPECTED_ERRORS as error:
+        print(f"paper: error: {describe(error, arguments.out)}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except (KeyError, TypeError) as error:
+        print(f"paper: error: metrics or configuration lack {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    for line in lines:
+        print(f"paper: {line}")
+
+
+if __name__ == "__main__":
+    main()

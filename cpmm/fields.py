@@ -112,6 +112,9 @@ class ConvField(nn.Module):
         last_layer_scale: The last layer's initial weights are multiplied by this.
         kernel_size: Odd side of the square kernels.
         coordinates: Whether two channels carry the row and column, each in [-1, 1].
+        squeeze: Side of the square blocks of pixels that become channels for the network (RealNVP's
+            squeezing, undone at its end): 2 takes a quarter of the places, so half the time or less
+            for the same width, with twice the reach.
     """
 
     def __init__(
@@ -124,6 +127,7 @@ class ConvField(nn.Module):
         last_layer_scale: float = 1.0,
         kernel_size: int = 3,
         coordinates: bool = False,
+        squeeze: int = 1,
     ) -> None:
         super().__init__()
         if depth < 1 or width < 1:
@@ -131,6 +135,12 @@ class ConvField(nn.Module):
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd to keep the image's size: got {kernel_size}")
         channels, height, columns = self.shape = tuple(shape)
+        if squeeze < 1 or height % squeeze or columns % squeeze:
+            raise ValueError(
+                f"field.squeeze is {squeeze}: expected a divisor of the image's sides, {height} and {columns}"
+            )
+        self.squeeze = squeeze
+        channels, height, columns = channels * squeeze**2, height // squeeze, columns // squeeze
         self.time = TimeFeatures(n_frequencies)
         grid = torch.stack(
             torch.meshgrid(
@@ -151,10 +161,11 @@ class ConvField(nn.Module):
 
     def forward(self, t: Tensor, h: Tensor) -> Tensor:
         """Velocity of states ``h``, (B, S), at time ``t``, a scalar or (B,)."""
-        image = h.unflatten(1, self.shape)
+        image = nn.functional.pixel_unshuffle(h.unflatten(1, self.shape), self.squeeze)
         time = self.time(_batch_of_times(t, h))[:, :, None, None]
-        extra = [time.expand(-1, -1, *self.shape[1:]), self.grid.expand(len(h), -1, -1, -1)]
-        return self.layers(torch.cat([image, *extra], 1)).flatten(1)
+        extra = [time.expand(-1, -1, *image.shape[2:]), self.grid.expand(len(h), -1, -1, -1)]
+        velocity = self.layers(torch.cat([image, *extra], 1))
+        return nn.functional.pixel_shuffle(velocity, self.squeeze).flatten(1)
 
 
 class SeparateFields(nn.Module):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cpmm.factor_analyzers import FactorAnalyzers, component_log_prob
 from cpmm.trajectory import StateLayout
 
-PARTITIONS = ("kmeans", "analyzers", "linkage")
+PARTITIONS = ("kmeans", "analyzers", "linkage", "neighbours")
 INITIALIZATIONS = ("gaussian", "random", *PARTITIONS)
 
 

@@ -7,14 +7,14 @@ a run resumed at an epoch's end goes on exactly as if it had never stopped.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 
 from cpmm.mixture import Mixture
 from cpmm.seeds import seeded_generator
@@ -23,12 +23,27 @@ from cpmm.teacher import Flow, flow_matching_loss
 from cpmm.trajectory import draw_pseudotimes, pseudotime_grid
 
 
+class Rows(Dataset):
+    """Tensors of N rows that stay together, by name; an index is a list of rows, a whole batch."""
+
+    def __init__(self, **tensors: Tensor) -> None:
+        self.tensors = tensors
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self.tensors["x"])
+
+    def __getitem__(self, index: list[int]) -> dict[str, Tensor]:
+        """Rows of each tensor."""
+        return {name: tensor[index] for name, tensor in self.tensors.items()}
+
+
 class EpochData(pl.LightningDataModule):
     """Batches of rows that are made anew for every epoch; the trainer must reload each epoch.
 
     Args:
-        rows: Gives the training rows of an epoch, (N, M), from the epoch and a generator; or
-            several tensors of N rows, which stay together.
+        rows: Gives the training rows of an epoch from the epoch and a generator: points ``x``, (N,
+            M), and what the module knows to use beside them.
         validation_rows: Gives the validation rows of an epoch, (N, M).
         batch_size: Rows of a batch.
         seed: Of the order of rows and what ``rows`` draws.
@@ -36,7 +51,7 @@ class EpochData(pl.LightningDataModule):
 
     def __init__(
         self,
-        rows: Callable[[int, torch.Generator], Tensor | tuple[Tensor, ...]],
+        rows: Callable[[int, torch.Generator], Rows],
         validation_rows: Callable[[int], Tensor],
         batch_size: int,
         seed: int,
@@ -51,15 +66,14 @@ class EpochData(pl.LightningDataModule):
         """Batches of the current epoch, shuffled."""
         epoch = self.trainer.current_epoch
         generator = seeded_generator(self.seed, 0, epoch)
-        rows = self.rows(epoch, generator)
-        data = TensorDataset(*(rows if isinstance(rows, tuple) else (rows,)))
+        data = self.rows(epoch, generator)
         order = RandomSampler(data, generator=generator)
         batches = BatchSampler(order, self.batch_size, False)
         return DataLoader(data, sampler=self._share(batches), batch_size=None)
 
     def val_dataloader(self) -> DataLoader:
         """Validation rows, in order."""
-        data = TensorDataset(self.validation_rows(self.trainer.current_epoch))
+        data = Rows(x=self.validation_rows(self.trainer.current_epoch))
         batches = BatchSampler(range(len(data)), 4 * self.batch_size, False)
         return DataLoader(data, sampler=self._share(batches), batch_size=None)
 
@@ -245,27 +259,27 @@ class TeacherTraining(Recorded):
         costs = self.kinetic_weight * kinetic + self.jacobian_weight * jacobian
         return (-log_prob / x.shape[1] + costs).mean()
 
-    def training_step(self, batch: Sequence[Tensor], batch_index: int) -> Tensor:
+    def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
         """One step of the current objective."""
         with self.located():
-            loss = self.loss(batch[0], self._generator)
+            loss = self.loss(batch["x"], self._generator)
             if not bool(torch.isfinite(loss)):
                 raise FloatingPointError(
                     f"the teacher's loss is {loss.item()}: lower teacher.learning_rate or "
                     "teacher.gradient_clip"
                 )
-        self._record("train", loss, len(batch[0]))
+        self._record("train", loss, len(batch["x"]))
         return loss
 
     def on_validation_epoch_start(self) -> None:
         """The same draws for every validation, so that epochs can be compared."""
         self._validation_generator = seeded_generator(self.seed, 2, device=self.device)
 
-    def validation_step(self, batch: Sequence[Tensor], batch_index: int) -> None:
+    def validation_step(self, batch: Mapping[str, Tensor], batch_index: int) -> None:
         """Loss of held-out rows."""
         with self.located():
-            loss = self.loss(batch[0], self._validation_generator)
-        self._record("validation", loss, len(batch[0]))
+            loss = self.loss(batch["x"], self._validation_generator)
+        self._record("validation", loss, len(batch["x"]))
 
 
 def path_cost(mixture: Mixture) -> Tensor:
@@ -278,6 +292,27 @@ def path_cost(mixture: Mixture) -> Tensor:
         for mean in mixture.components.mean.split(mixture.cluster_sizes)
     ]
     return torch.stack(costs).mean()
+
+
+def posterior_disagreement(own: Tensor, seen: Tensor, temperature: float) -> Tensor:
+    r"""How far the clusters' posterior of points is from that of their views.
+
+    .. math:: \frac{1}{2 N} \sum_n KL(p_n \| q_n) + KL(q_n \| p_n), \quad
+        p_n \propto \exp(\log \eta_c p(x_n | c) / T)
+
+    with q of the views. At T = 1 posteriors in hundreds of dimensions are zero or one, and their
+    gradients nothing or huge.
+
+    Args:
+        own: Log of weight times density of the points, nats, (N, C).
+        seen: The same of their views.
+        temperature: T, in nats.
+
+    Returns:
+        Nats, a scalar.
+    """
+    p, q = (own / temperature).log_softmax(1), (seen / temperature).log_softmax(1)
+    return 0.5 * ((p.exp() - q.exp()) * (p - q)).sum(1).mean()
 
 
 class HasMixture(Protocol):
@@ -302,6 +337,8 @@ class MixtureTraining(Recorded):
         entropy_weight: Weight of the entropy of the clusters' mean responsibilities, nats.
         path_weight: Weight of the kinetic cost of the means, see :func:`path_cost`; keeps a
             trajectory from wandering over several groups of the data.
+        consistency_weight: Weight of :func:`posterior_disagreement` between points and their views.
+        temperature: Of those posteriors, nats.
         learning_rate: Adam's.
         initial_rate_factor: The initial states' learning rate in units of the field's.
         n_warmup_epochs: Epochs of linear warm-up.
@@ -319,6 +356,8 @@ class MixtureTraining(Recorded):
         noise: float,
         entropy_weight: float,
         path_weight: float,
+        consistency_weight: float,
+        temperature: float,
         learning_rate: float,
         initial_rate_factor: float,
         n_warmup_epochs: int,
@@ -333,6 +372,8 @@ class MixtureTraining(Recorded):
             seed,
         )
         self.path_weight = path_weight
+        self.consistency_weight = consistency_weight
+        self.temperature = temperature
         self.initial_rate_factor = initial_rate_factor
         self.curriculum = curriculum
         self.told_epochs = min(told_spaces, curriculum.n_spaces) * curriculum.epochs_per_space
@@ -369,9 +410,13 @@ class MixtureTraining(Recorded):
         """Only weights trained on the input space may be chosen."""
         return self.curriculum.space(self.current_epoch) is None
 
-    def training_step(self, batch: Sequence[Tensor], batch_index: int) -> Tensor:
-        """One step up the likelihood; a batch holds points and, while they are told, groups."""
-        x = batch[0]
+    def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
+        """One step up the likelihood.
+
+        A batch holds points ``x``; while they are told, their ``group``; and for the consistency, if
+        it has a weight, a ``view`` of each.
+        """
+        x = batch["x"]
         if self.noise:
             x = x + self.noise * torch.randn(x.shape, generator=self._generator, device=x.device)
         times = draw_pseudotimes(self.pseudotimes, self.n_pseudotimes, self._generator)
@@ -379,8 +424,8 @@ class MixtureTraining(Recorded):
             mixture = self.model.mixture(times.to(x))
             by_cluster = mixture.cluster_joint_log_prob(x)
             log_prob = by_cluster.logsumexp(1)
-            if len(batch) > 1:  # of points and groups
-                log_prob = by_cluster.gather(1, batch[1][:, None]).squeeze(1)
+            if "group" in batch:  # of points and groups
+                log_prob = by_cluster.gather(1, batch["group"][:, None]).squeeze(1)
             loss = -log_prob.mean() / x.shape[1]
             if not bool(torch.isfinite(loss)):
                 raise FloatingPointError(self._diagnosis(log_prob, mixture))
@@ -391,6 +436,11 @@ class MixtureTraining(Recorded):
             loss = loss - self.entropy_weight * entropy
         if self.path_weight:
             loss = loss + self.path_weight * path_cost(mixture)
+        if "view" in batch:
+            seen = mixture.cluster_joint_log_prob(batch["view"])
+            disagreement = posterior_disagreement(by_cluster, seen, self.temperature)
+            self._record("disagreement", disagreement, len(x))
+            loss = loss + self.consistency_weight * disagreement
         return loss
 
     def on_validation_epoch_start(self) -> None:
@@ -399,9 +449,9 @@ class MixtureTraining(Recorded):
         with self.located():
             self._mixture = self.model.mixture(pseudotime_grid(self.n_extracted, like))
 
-    def validation_step(self, batch: Sequence[Tensor], batch_index: int) -> None:
+    def validation_step(self, batch: Mapping[str, Tensor], batch_index: int) -> None:
         """Nats per dimension of held-out rows, without noise."""
-        x = batch[0]
+        x = batch["x"]
         with self.located():
             log_prob = self._mixture.log_prob(x)
         self._record("validation", -log_prob.mean() / x.shape[1], len(x))

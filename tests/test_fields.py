@@ -69,6 +69,29 @@ def test_the_last_layers_scale_scales_the_velocity(kind, h):
     torch.testing.assert_close(small, 0.01 * whole)
 
 
+def test_squeezing_is_a_convolution_over_blocks_of_pixels():
+    torch.manual_seed(0)
+    field = ConvField((3, 6, 4), 5, 1, squeeze=2).double()
+    plain = ConvField((12, 3, 2), 5, 1).double()
+    plain.load_state_dict(field.state_dict())
+    h = torch.randn(2, 72, dtype=torch.float64)
+    t = torch.tensor(0.4, dtype=torch.float64)
+
+    def blocks(
+        state: torch.Tensor,
+    ) -> torch.Tensor:  # channel, row, column of the block before its place
+        image = state.reshape(2, 3, 3, 2, 2, 2)
+        return image.permute(0, 1, 3, 5, 2, 4).reshape(2, 72)
+
+    torch.testing.assert_close(blocks(field(t, h)), plain(t, blocks(h)))
+
+
+@pytest.mark.parametrize("squeeze", [0, 2, 4])
+def test_blocks_must_divide_the_image(squeeze):
+    with pytest.raises(ValueError, match="divisor of the image's sides, 6 and 9"):
+        ConvField((1, 6, 9), 4, 1, squeeze=squeeze)
+
+
 def test_a_convolution_sees_the_state_in_image_shape():
     # Circular in neither axis: a change at one pixel reaches depth + 1 pixels away, no farther.
     field = ConvField((1, 9, 11), 4, 1).double()

@@ -19,7 +19,15 @@ from cpmm.odes import Solver
 from cpmm.seeds import seeded_generator
 from cpmm.spaces import Curriculum
 from cpmm.teacher import Flow
-from cpmm.training import EpochData, MixtureTraining, Recorded, TeacherTraining, path_cost
+from cpmm.training import (
+    EpochData,
+    MixtureTraining,
+    Recorded,
+    Rows,
+    TeacherTraining,
+    path_cost,
+    posterior_disagreement,
+)
 from cpmm.trajectory import StateLayout, Trajectories, pseudotime_grid
 from tests.oracles import torch_mixture
 
@@ -51,6 +59,8 @@ def mixture_training(model: nn.Module | None = None, **changes) -> MixtureTraini
         "noise": 0.01,
         "entropy_weight": 0.0,
         "path_weight": 0.0,
+        "consistency_weight": 0.0,
+        "temperature": 1.0,
         "learning_rate": 0.01,
         "initial_rate_factor": 2.0,
         "n_warmup_epochs": 1,
@@ -74,12 +84,16 @@ def teacher_training(flow: Flow | None = None, **changes) -> TeacherTraining:
     return TeacherTraining(flow, **(options | changes))
 
 
-def random_rows(epoch: int, generator: torch.Generator) -> Tensor:
+def random_points(generator: torch.Generator) -> Tensor:
     return torch.randn(50, M, generator=generator) * torch.tensor([1.0, 0.3])
 
 
+def random_rows(epoch: int, generator: torch.Generator) -> Rows:
+    return Rows(x=random_points(generator))
+
+
 def validation_rows(epoch: int) -> Tensor:
-    return random_rows(epoch, torch.Generator().manual_seed(99))
+    return random_points(torch.Generator().manual_seed(99))
 
 
 def true_loss(x: Tensor) -> float:
@@ -169,13 +183,13 @@ def test_the_learning_rate_warms_up_stays_and_decays():
 def test_each_epoch_sees_each_row_once_in_an_order_of_its_own():
     calls, seen = [], []
 
-    def rows(epoch: int, generator: torch.Generator) -> Tensor:
+    def rows(epoch: int, generator: torch.Generator) -> Rows:
         calls.append(epoch)
-        return torch.stack([torch.arange(50.0), torch.full((50,), float(epoch))], 1)
+        return Rows(x=torch.stack([torch.arange(50.0), torch.full((50,), float(epoch))], 1))
 
     class See(Callback):
         def on_train_batch_start(self, trainer, module, batch, batch_index) -> None:
-            seen.append(batch[0])
+            seen.append(batch["x"])
 
     fit(mixture_training(noise=0.0), rows, callbacks=(See(),))
     n = CURRICULUM.n_epochs
@@ -193,9 +207,8 @@ def test_each_epoch_sees_each_row_once_in_an_order_of_its_own():
 def data_of_rank(rank: int, size: int, epoch: int = 0, n_rows: int = 50) -> EpochData:
     """Rows as one of several processes sees them."""
 
-    def rows(epoch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        x = torch.randn(n_rows, M, generator=generator)
-        return x, torch.arange(n_rows)
+    def rows(epoch: int, generator: torch.Generator) -> Rows:
+        return Rows(x=torch.randn(n_rows, M, generator=generator), index=torch.arange(n_rows))
 
     data = EpochData(rows, lambda epoch: torch.arange(90.0)[:, None], batch_size=16, seed=3)
     data.trainer = SimpleNamespace(current_epoch=epoch, global_rank=rank, world_size=size)
@@ -208,10 +221,10 @@ def test_a_process_alone_takes_every_batch_whole(epoch):
     x = torch.randn(50, M, generator=generator)
     order = torch.randperm(50, generator=generator)
     data = data_of_rank(0, 1, epoch)
-    for (got, index), part in zip(data.train_dataloader(), order.split(16), strict=True):
-        assert torch.equal(index, part)
-        assert torch.equal(got, x[part])
-    got = [batch[0].flatten() for batch in data.val_dataloader()]
+    for batch, part in zip(data.train_dataloader(), order.split(16), strict=True):
+        assert torch.equal(batch["index"], part)
+        assert torch.equal(batch["x"], x[part])
+    got = [batch["x"].flatten() for batch in data.val_dataloader()]
     assert [len(batch) for batch in got] == [64, 26]
     assert torch.equal(torch.cat(got), torch.arange(90.0))
 
@@ -221,9 +234,10 @@ def test_processes_share_each_batch_without_overlap(size):
     alone = data_of_rank(0, 1)
     ranks = [data_of_rank(rank, size) for rank in range(size)]
     for loader in ("train_dataloader", "val_dataloader"):
-        whole = [batch[-1] for batch in getattr(alone, loader)()]
+        name = "index" if loader == "train_dataloader" else "x"
+        whole = [batch[name] for batch in getattr(alone, loader)()]
         whole = [batch for batch in whole if len(batch) >= size]  # 50 rows end in a batch of two
-        parts = [[batch[-1] for batch in getattr(data, loader)()] for data in ranks]
+        parts = [[batch[name] for batch in getattr(data, loader)()] for data in ranks]
         assert [len(part) for part in parts] == [len(whole)] * size  # or some would wait for ever
         for batch, *shares in zip(whole, *parts, strict=True):
             assert max(map(len, shares)) - min(map(len, shares)) <= 1
@@ -319,7 +333,7 @@ def test_validation_scores_the_rows_of_its_epoch_in_order():
         def on_validation_batch_start(
             self, trainer, module, batch, batch_index, dataloader_idx=0
         ) -> None:
-            seen.append(batch[0])
+            seen.append(batch["x"])
 
     def validation(epoch: int) -> Tensor:
         return torch.stack([torch.arange(70.0), torch.full((70,), float(epoch))], 1)
@@ -333,7 +347,7 @@ def test_history_holds_the_losses_in_nats_per_dimension():
     # Without noise, draws and progress every batch is scored by the same mixture.
     module = mixture_training(learning_rate=0.0, noise=0.0, pseudotimes="grid", n_extracted=3)
     rows = {epoch: validation_rows(epoch) * (epoch + 1) for epoch in range(CURRICULUM.n_epochs)}
-    fit(module, lambda epoch, _: rows[epoch], lambda epoch: rows[epoch][:7])
+    fit(module, lambda epoch, _: Rows(x=rows[epoch]), lambda epoch: rows[epoch][:7])
     with torch.no_grad():
         mixture = torch_mixture(module.model.mixture(pseudotime_grid(3)).components)
     for row in module.history:
@@ -356,7 +370,7 @@ def test_the_best_weights_are_those_of_an_input_space_epoch():
     scale = [0.01, 0.01, 3.0, 2.0, 9.0]
     module = fit(
         mixture_training(),
-        lambda epoch, generator: scale[epoch] * random_rows(epoch, generator),
+        lambda epoch, generator: Rows(x=scale[epoch] * random_points(generator)),
         lambda epoch: scale[epoch] * validation_rows(epoch),
         callbacks=(Keep(),),
     )
@@ -402,7 +416,7 @@ def test_the_loss_is_likelihood_entropy_and_path(entropy_weight, path_weight):
 
     class See(Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_index) -> None:
-            losses.append((outputs["loss"].item(), batch[0]))
+            losses.append((outputs["loss"].item(), batch["x"]))
 
     module = mixture_training(
         learning_rate=0.0,
@@ -429,9 +443,9 @@ def test_while_told_the_loss_is_the_likelihood_of_points_and_groups():
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_index) -> None:
             losses.append((module.current_epoch, outputs["loss"].item(), batch))
 
-    def rows(epoch: int, generator: torch.Generator) -> Tensor | tuple[Tensor, ...]:
-        x = random_rows(epoch, generator)
-        return (x, (x[:, 0] > 0).long()) if epoch < module.told_epochs else x
+    def rows(epoch: int, generator: torch.Generator) -> Rows:
+        x = random_points(generator)
+        return Rows(x=x, group=(x[:, 0] > 0).long()) if epoch < module.told_epochs else Rows(x=x)
 
     module = mixture_training(
         curriculum=Curriculum(3, 2, 1),
@@ -445,15 +459,59 @@ def test_while_told_the_loss_is_the_likelihood_of_points_and_groups():
     with torch.no_grad():
         fa = module.model.mixture(pseudotime_grid(3)).components
     for epoch, loss, batch in losses:
-        x = batch[0]
+        x = batch["x"]
         joint = fa.log_weight + torch_mixture(fa).component_distribution.log_prob(x[:, None])
         joint = joint.reshape(len(x), 2, 3).logsumexp(2)
         assert len(batch) == (2 if epoch < 4 else 1)
         log_prob = joint.logsumexp(1)
         if epoch < 4:
-            assert torch.equal(batch[1], (x[:, 0] > 0).long())  # rows stay together
-            log_prob = joint[torch.arange(len(x)), batch[1]]
+            assert torch.equal(batch["group"], (x[:, 0] > 0).long())  # rows stay together
+            log_prob = joint[torch.arange(len(x)), batch["group"]]
         assert loss == pytest.approx(-float(log_prob.mean()) / M, rel=1e-5)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.4])
+def test_points_and_their_views_are_drawn_to_one_posterior(weight):
+    losses = []
+
+    class See(Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_index) -> None:
+            losses.append((outputs["loss"].item(), batch))
+
+    def rows(epoch: int, generator: torch.Generator) -> Rows:
+        x = random_points(generator)
+        return Rows(x=x, view=x + 1)
+
+    module = mixture_training(
+        learning_rate=0.0, noise=0.0, pseudotimes="grid", consistency_weight=weight, temperature=2.5
+    )
+    fit(module, rows, callbacks=(See(),))
+    with torch.no_grad():
+        fa = module.model.mixture(pseudotime_grid(3)).components
+    for loss, batch in losses:
+        assert torch.equal(batch["view"], batch["x"] + 1)
+        posteriors = []
+        for points in (batch["x"], batch["view"]):
+            joint = fa.log_weight + torch_mixture(fa).component_distribution.log_prob(
+                points[:, None]
+            )
+            density = joint.exp().reshape(len(points), 2, 3).sum(2).double().numpy() ** (1 / 2.5)
+            posteriors.append(density / density.sum(1, keepdims=True))
+        p, q = posteriors
+        divergence = ((p * np.log(p / q)).sum(1) + (q * np.log(q / p)).sum(1)).mean() / 2
+        expected = -float(torch_mixture(fa).log_prob(batch["x"]).mean()) / M + weight * divergence
+        assert loss == pytest.approx(expected, rel=1e-4)
+    assert all(row["disagreement"] > 0 for row in module.history)
+
+
+def test_equal_posteriors_do_not_disagree_however_far_their_densities_are(generator):
+    own = 300 * torch.randn(20, 4, generator=generator, dtype=torch.float64)
+    assert float(posterior_disagreement(own, own - 1000, 30.0)) == pytest.approx(0, abs=1e-12)
+    own = own.requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda seen: posterior_disagreement(own, seen, 30.0),
+        (own.detach().flip(0).requires_grad_(),),
+    )
 
 
 @pytest.mark.parametrize(("told_spaces", "epochs"), [(0, 0), (1, 2), (3, 6), (9, 6)])
@@ -463,12 +521,12 @@ def test_no_more_spaces_are_told_than_there_are(told_spaces, epochs):
 
 
 def test_entropy_regularization_raises_the_entropy_of_the_clusters():
-    def rows(epoch: int, generator: torch.Generator) -> Tensor:  # nine in ten on one side
+    def rows(epoch: int, generator: torch.Generator) -> Rows:  # nine in ten on one side
         side = torch.where(torch.rand(50, 1, generator=generator) < 0.9, -3.0, 3.0)
-        return side + 0.3 * torch.randn(50, M, generator=generator)
+        return Rows(x=side + 0.3 * torch.randn(50, M, generator=generator))
 
     entropy = []
-    x = torch.cat([rows(0, torch.Generator().manual_seed(s)) for s in range(4)])
+    x = torch.cat([rows(0, torch.Generator().manual_seed(s)).tensors["x"] for s in range(4)])
     for weight in (0.0, 5.0):
         module = mixture_training(
             curriculum=Curriculum(0, 1, 15), learning_rate=0.03, entropy_weight=weight
@@ -508,11 +566,11 @@ def test_a_teachers_loss_that_is_not_finite_says_where(epoch):
 
 
 def broken_at(epoch: int) -> Callable:
-    def rows(now: int, generator: torch.Generator) -> Tensor:
-        x = random_rows(now, generator)
+    def rows(now: int, generator: torch.Generator) -> Rows:
+        x = random_points(generator)
         if now == epoch:
             x[:] = float("nan")
-        return x
+        return Rows(x=x)
 
     return rows
 

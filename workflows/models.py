@@ -15,12 +15,14 @@ from cpmm.data import DataSplits
 from cpmm.fields import ConvField, MLPField, SeparateFields
 from cpmm.initialization import PARTITIONS, initial_states, partition
 from cpmm.mixture import Mixture
+from cpmm.neighbours import neighbour_groups
 from cpmm.odes import Solver
 from cpmm.seeds import seeded_generator
 from cpmm.spaces import Curriculum
 from cpmm.teacher import Flow
-from cpmm.training import EpochData, MixtureTraining
+from cpmm.training import EpochData, MixtureTraining, Rows
 from cpmm.trajectory import StateLayout, Trajectories, pseudotime_grid
+from cpmm.views import AffineViews
 from workflows.marks import mark_cpmm
 from workflows.stage import pick
 from workflows.store import Spaces, load_model
@@ -46,7 +48,7 @@ def make_field(config: Mapping[str, Any], data: DataSplits, maps: int) -> nn.Mod
             raise ValueError("field.kind is 'conv', but the data are no images: choose mlp")
         channels, height, width = data.image_shape
         shape = (maps * channels, height, width)
-        return ConvField(shape, **options, **pick(config, "kernel_size", "coordinates"))
+        return ConvField(shape, **options, **pick(config, "kernel_size", "coordinates", "squeeze"))
 
     return choose("field.kind", config["kind"], {"mlp": mlp, "conv": conv})()
 
@@ -85,15 +87,34 @@ def make_groups(
     options = config["initialization"]
     if options["kind"] not in PARTITIONS:
         return None
+    generator = seeded_generator(config["seed"], 13)
+    if options["kind"] == "neighbours":
+        raw = data.raw["train"] if index is None else data.raw["train"][index]
+        return neighbour_groups(
+            raw,
+            make_views(config, data),
+            config["n_clusters"],
+            generator,
+            **pick(options, "n_points", "n_views", "n_neighbours"),
+        )
     x = data.points("train")[0].float()
     return partition(
         options["kind"],
         x if index is None else x[index],
         config["n_clusters"],
         make_layout(config, data),
-        seeded_generator(config["seed"], 13),
+        generator,
         **pick(options, "restarts", "outlier_share"),
     )
+
+
+def make_views(config: Mapping[str, Any], data: DataSplits) -> AffineViews:
+    """Build the changes of the section ``cpmm.views``.
+
+    Raises:
+        ValueError: If the data are no images of grey levels.
+    """
+    return AffineViews(**config["views"], image_shape=data.image_shape)
 
 
 def make_trajectories(
@@ -206,7 +227,7 @@ def make_mixture_training(
         n_extracted=mixture["n_pseudotimes"],
         **pick(
             config, "told_spaces", "n_pseudotimes", "pseudotimes", "noise", "entropy_weight", "learning_rate",
-            "path_weight", "initial_rate_factor",
+            "path_weight", "consistency_weight", "temperature", "initial_rate_factor",
             "n_warmup_epochs", "seed",
         ),
     )  # fmt: skip
@@ -215,17 +236,36 @@ def make_mixture_training(
     def guided(index: int) -> Tensor:
         return spaces.train(index)
 
-    def rows(epoch: int, generator: torch.Generator) -> Tensor | tuple[Tensor, ...]:
+    def rows(epoch: int, generator: torch.Generator) -> Rows:
         index = curriculum.space(epoch)
         if index is None:
-            return data.draw(config["n_draws"], generator)
-        return (guided(index), group) if epoch < module.told_epochs else guided(index)
+            return _fine_tuning_rows(config, data, generator)
+        if epoch < module.told_epochs:
+            return Rows(x=guided(index), group=group)
+        return Rows(x=guided(index))
 
     def validation_rows(epoch: int) -> Tensor:
         index = curriculum.space(epoch)
         return fine_tuning if index is None else spaces.validation(index)
 
     return module, EpochData(rows, validation_rows, config["batch_size"], config["seed"])
+
+
+def _fine_tuning_rows(
+    config: Mapping[str, Any], data: DataSplits, generator: torch.Generator
+) -> Rows:
+    n, n_points = len(data.raw["train"]), config["n_points"]
+    if n_points is not None and n_points > n:
+        raise ValueError(
+            f"cpmm.n_points is {n_points}: expected at most {n}, the training points, or null for all"
+        )
+    index = None if n_points is None else torch.randperm(n, generator=generator)[:n_points]
+    x = data.draw(config["n_draws"], generator, index)
+    if not config["consistency_weight"]:
+        return Rows(x=x)
+    views = make_views(config, data)
+    seen = [data.draw_views(views, generator, index) for _ in range(config["n_draws"])]
+    return Rows(x=x, view=torch.cat(seen))
 
 
 def choose(name: str, value: str, variants: Mapping[str, T]) -> T:

@@ -13,7 +13,7 @@ def main(folder: Path, config: Config) -> str:
     import pandas as pd
 
     from cpmm.artifact import save_artifact
-    from cpmm.training import EpochData, TeacherTraining
+    from cpmm.training import EpochData, Rows, TeacherTraining
     from workflows.fit import fit
     from workflows.models import make_teacher
     from workflows.store import load_prepared, save_model
@@ -35,7 +35,7 @@ def main(folder: Path, config: Config) -> str:
         seed=seed,
     )  # fmt: skip
     rows = EpochData(
-        lambda epoch, generator: data.draw(options["n_draws"], generator),
+        lambda epoch, generator: Rows(x=data.draw(options["n_draws"], generator)),
         lambda epoch: validation,
         options["batch_size"],
         seed,

@@ -83,9 +83,8 @@ def fit_elementwise_map(
 
     raw = raw[torch.randperm(len(raw), generator=generator)[:n_points]]
     order = torch.randperm(len(validation), generator=generator)[: max(2, n_points // 10)]
-    held_out = list(
-        zip(*(rows.split(batch_size) for rows in points(validation[order])), strict=True)
-    )
+    parts = (rows.split(batch_size) for rows in points(validation[order]))
+    held_out = list(zip(*parts, strict=True))
     if n_components > len(raw):
         raise ValueError(
             f"data.map.n_components is {n_components}: expected at most {len(raw)}, the number of points "
@@ -96,62 +95,47 @@ def fit_elementwise_map(
     space = Space(raw, logit, standardize)
     with torch.no_grad():
         z, _ = space.forward(learned, x)
-    label = kmeans(z, n_components, generator, n_init=1)
-    start = local_factor_analyzers(z, label, n_components, n_factors, log_diagonal_floor)
-    model = DirectMixture(start, log_diagonal_floor)
-    del x, z
-
-    def losses(x: Tensor, log_det: Tensor) -> Tensor:
-        z, log_slope = space.forward(learned, x)
-        return -(model.mixture().log_prob(z) + log_slope + log_det) / n_features
-
-    parameters = [*model.parameters(), *learned.parameters()]
-    optimizer = torch.optim.Adam(
-        [
-            {"params": list(model.parameters())},
-            {"params": list(learned.parameters()), "lr": map_rate_factor * learning_rate},
-        ],
-        lr=learning_rate,
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: (
-            min(1.0, (step + 1) / 20)
-            * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * step / n_steps)))
-        ),
-    )
-    best, best_value, total, since = None, math.inf, 0.0, 0
+    group = kmeans(z, n_components, generator, n_init=1)
+    start = local_factor_analyzers(z, group, n_components, n_factors, log_diagonal_floor)
+    joint = MappedMixture(learned, DirectMixture(start, log_diagonal_floor), space)
+    optimizer, schedule = joint.optimizer(learning_rate, map_rate_factor, n_steps)
+    best, best_value, seen = None, math.inf, []
     checks = {math.ceil(n_steps * (i + 1) / 20) for i in range(20)}
     for step in range(1, n_steps + 1):
         batch = raw[torch.randint(len(raw), (batch_size,), generator=generator)]
-        loss = losses(*points(batch)).mean()
-        if not bool(torch.isfinite(loss)):
-            raise FloatingPointError(
-                f"the fit of the elementwise map diverged (step {step}/{n_steps}): lower "
-                "data.map.learning_rate or data.map.map_rate_factor"
-            )
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        total, since = total + float(loss.detach()), since + 1
+        value = math.inf
+        try:
+            loss = joint(*points(batch)).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            if not bool(torch.isfinite(nn.utils.clip_grad_norm_(joint.parameters(), 1.0))):
+                raise _diverged(step, n_steps)
+            optimizer.step()
+            schedule.step()
+            seen.append(float(loss.detach()))
+            if step in checks:
+                with torch.no_grad():
+                    value = float(torch.cat([joint(*part) for part in held_out]).double().mean())
+                if value < best_value:
+                    best, best_value = learned.freeze(), value
+        # A covariance that broke, or a spline: they would name other options.
+        except (FloatingPointError, ValueError) as error:
+            raise _diverged(step, n_steps) from error
         if step in checks:
-            with torch.no_grad():
-                value = float(torch.cat([losses(*part) for part in held_out]).double().mean())
-            if value < best_value:
-                best, best_value = learned.freeze(), value
+            if not math.isfinite(value):
+                raise _diverged(step, n_steps)
             if listener is not None:
-                listener(
-                    {"step": step, "n_steps": n_steps, "train": total / since, "validation": value}
-                )
-            total, since = 0.0, 0
-    if best is None:
-        raise FloatingPointError(
-            "the fit of the elementwise map never had a finite validation likelihood: lower "
-            "data.map.learning_rate or data.map.map_rate_factor"
-        )
+                train = sum(seen) / len(seen)
+                listener({"step": step, "n_steps": n_steps, "train": train, "validation": value})
+            seen.clear()
     return best
+
+
+def _diverged(step: int, n_steps: int) -> FloatingPointError:
+    return FloatingPointError(
+        f"the fit of the elementwise map diverged (step {step}/{n_steps}): lower data.map.learning_rate or "
+        "data.map.map_rate_factor, or raise data.map.log_diagonal_floor"
+    )
 
 
 class LearnedMap(nn.Module):
@@ -228,6 +212,46 @@ class Space:
         return (z - shift) / scale, log_slope.sum(1) - scale.log().sum()
 
 
+class MappedMixture(nn.Module):
+    """A mixture behind the map, both free.
+
+    Args:
+        learned: The map.
+        direct: In the space that standardization makes of the map's values.
+        space: How it does so.
+    """
+
+    def __init__(self, learned: LearnedMap, direct: DirectMixture, space: Space) -> None:
+        super().__init__()
+        self.learned, self.direct, self.space = learned, direct, space
+
+    def forward(self, x: Tensor, log_det: Tensor) -> Tensor:
+        """Return minus the log-density of data, nats per dimension, (N,).
+
+        Args:
+            x: Their logits, (N, M).
+            log_det: Log-determinant of the way from the data to these, (N,).
+        """
+        z, log_slope = self.space.forward(self.learned, x)
+        return -(self.direct.mixture().log_prob(z) + log_slope + log_det) / x.shape[1]
+
+    def optimizer(
+        self, learning_rate: float, map_rate_factor: float, n_steps: int
+    ) -> tuple[torch.optim.Adam, torch.optim.lr_scheduler.LambdaLR]:
+        """Adam, warmed up for 20 steps and decayed along a cosine to a thirtieth."""
+        groups = [
+            {"params": list(self.direct.parameters()), "lr": learning_rate},
+            {"params": list(self.learned.parameters()), "lr": map_rate_factor * learning_rate},
+        ]
+
+        def factor(step: int) -> float:
+            cosine = 0.5 * (1 + math.cos(math.pi * step / n_steps))
+            return min(1.0, (step + 1) / 20) * (0.03 + 0.97 * cosine)
+
+        adam = torch.optim.Adam(groups)
+        return adam, torch.optim.lr_scheduler.LambdaLR(adam, factor)
+
+
 def initial_knots(x: Tensor, raw: Tensor, logit: Preprocessing, n_bins: int) -> Tensor:
     """Spread knots: half at quantiles of all pixels, half at those of pixels that are not black.
 
@@ -239,9 +263,17 @@ def initial_knots(x: Tensor, raw: Tensor, logit: Preprocessing, n_bins: int) -> 
 
     Returns:
         Increasing, (B + 1,), float32.
+
+    Raises:
+        ValueError: If the margin is too small for the logit to have a range.
     """
     ends = logit.forward(torch.tensor([[0.0], [1.0]], dtype=torch.float64).expand(2, x.shape[1]))
     low, high = ends[0][:, 0].float()
+    if not bool(torch.isfinite(high - low)):
+        raise ValueError(
+            f"data.alpha is {logit.alpha:g}, the logit of a white pixel is {float(high):g}: raise it, to 1e-9 "
+            "for instance; the map needs a range"
+        )
     bright = x[raw > 0]
     bright = bright if len(bright) else x.flatten()
     n_bright = n_bins // 2

@@ -145,6 +145,7 @@ def test_a_new_map_is_the_identity():
         ),
         ({"n_components": 501}, r"data\.map\.n_components is 501: expected at most 500"),
         ({"alpha": 0.5}, r"data\.alpha"),
+        ({"alpha": 1e-300}, r"data\.alpha is 1e-300, the logit of a white pixel is inf: raise it"),
     ],
 )
 def test_options_that_do_not_fit_are_named(pictures, changes, message):
@@ -153,5 +154,5 @@ def test_options_that_do_not_fit_are_named(pictures, changes, message):
 
 
 def test_a_fit_that_diverges_says_so(pictures):
-    with pytest.raises(FloatingPointError, match="lower"):
+    with pytest.raises(FloatingPointError, match=r"diverged \(step \d+/120\): lower data\.map"):
         fitted(pictures, learning_rate=1e9)

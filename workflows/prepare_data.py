@@ -82,7 +82,7 @@ def _fit_map(
         )
         print(
             f"prepare_data | step {row['step']}/{row['n_steps']} | elementwise map | {bits} bits/dim | "
-            f"{rate:.0f} it/s | eta {(row['n_steps'] - row['step']) / rate / 60:.1f}m",
+            f"{rate:.1f} it/s | eta {(row['n_steps'] - row['step']) / rate / 60:.1f}m",
             flush=True,
         )
 

@@ -330,6 +330,8 @@ class MixtureTraining(Recorded):
         curriculum: Which space each epoch trains on.
         told_spaces: In so many first spaces a trajectory is told which points are its own, those of
             its group, and maximizes the likelihood of points and groups; afterwards that of points.
+        told_weight: Weight, afterwards, of the cross-entropy of the groups under the clusters'
+            posterior at ``temperature``.
         n_pseudotimes: G of a training step.
         pseudotimes: How they are chosen, see :func:`draw_pseudotimes`.
         n_extracted: G at validation: that of the extracted mixture.
@@ -338,7 +340,7 @@ class MixtureTraining(Recorded):
         path_weight: Weight of the kinetic cost of the means, see :func:`path_cost`; keeps a
             trajectory from wandering over several groups of the data.
         consistency_weight: Weight of :func:`posterior_disagreement` between points and their views.
-        temperature: Of those posteriors, nats.
+        temperature: Of the posteriors in both, nats.
         learning_rate: Adam's.
         initial_rate_factor: The initial states' learning rate in units of the field's.
         n_warmup_epochs: Epochs of linear warm-up.
@@ -350,6 +352,7 @@ class MixtureTraining(Recorded):
         model: HasMixture,
         curriculum: Curriculum,
         told_spaces: int,
+        told_weight: float,
         n_pseudotimes: int,
         pseudotimes: str,
         n_extracted: int,
@@ -377,6 +380,7 @@ class MixtureTraining(Recorded):
         self.initial_rate_factor = initial_rate_factor
         self.curriculum = curriculum
         self.told_epochs = min(told_spaces, curriculum.n_spaces) * curriculum.epochs_per_space
+        self.told_weight = told_weight
         self.n_pseudotimes = n_pseudotimes
         self.pseudotimes = pseudotimes
         self.n_extracted = n_extracted
@@ -413,8 +417,8 @@ class MixtureTraining(Recorded):
     def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
         """One step up the likelihood.
 
-        A batch holds points ``x``; while they are told, their ``group``; and for the consistency, if
-        it has a weight, a ``view`` of each.
+        A batch holds points ``x``; if they are told, their ``group``; and for the consistency, if it
+        has a weight, a ``view`` of each.
         """
         x = batch["x"]
         if self.noise:
@@ -424,7 +428,8 @@ class MixtureTraining(Recorded):
             mixture = self.model.mixture(times.to(x))
             by_cluster = mixture.cluster_joint_log_prob(x)
             log_prob = by_cluster.logsumexp(1)
-            if "group" in batch:  # of points and groups
+            told = self.current_epoch < self.told_epochs
+            if told:  # of points and groups
                 log_prob = by_cluster.gather(1, batch["group"][:, None]).squeeze(1)
             loss = -log_prob.mean() / x.shape[1]
             if not bool(torch.isfinite(loss)):
@@ -436,6 +441,12 @@ class MixtureTraining(Recorded):
             loss = loss - self.entropy_weight * entropy
         if self.path_weight:
             loss = loss + self.path_weight * path_cost(mixture)
+        if "group" in batch and not told:
+            cross_entropy = nn.functional.cross_entropy(
+                by_cluster / self.temperature, batch["group"]
+            )
+            self._record("cross_entropy", cross_entropy, len(x))
+            loss = loss + self.told_weight * cross_entropy
         if "view" in batch:
             seen = mixture.cluster_joint_log_prob(batch["view"])
             disagreement = posterior_disagreement(by_cluster, seen, self.temperature)

@@ -53,6 +53,7 @@ def mixture_training(model: nn.Module | None = None, **changes) -> MixtureTraini
     options = {
         "curriculum": CURRICULUM,
         "told_spaces": 0,
+        "told_weight": 0.0,
         "n_pseudotimes": 3,
         "pseudotimes": "uniform",
         "n_extracted": 4,
@@ -436,7 +437,8 @@ def test_the_loss_is_likelihood_entropy_and_path(entropy_weight, path_weight):
         assert loss == pytest.approx(expected, rel=1e-5)
 
 
-def test_while_told_the_loss_is_the_likelihood_of_points_and_groups():
+@pytest.mark.parametrize("later", [0.0, 0.7])
+def test_while_told_the_loss_is_the_likelihood_of_points_and_groups(later):
     losses = []
 
     class See(Callback):
@@ -445,11 +447,14 @@ def test_while_told_the_loss_is_the_likelihood_of_points_and_groups():
 
     def rows(epoch: int, generator: torch.Generator) -> Rows:
         x = random_points(generator)
-        return Rows(x=x, group=(x[:, 0] > 0).long()) if epoch < module.told_epochs else Rows(x=x)
+        group = (x[:, 0] > 0).long()
+        return Rows(x=x, group=group) if epoch < module.told_epochs or later else Rows(x=x)
 
     module = mixture_training(
         curriculum=Curriculum(3, 2, 1),
         told_spaces=2,
+        told_weight=later,
+        temperature=1.5,
         learning_rate=0.0,
         noise=0.0,
         pseudotimes="grid",
@@ -462,12 +467,16 @@ def test_while_told_the_loss_is_the_likelihood_of_points_and_groups():
         x = batch["x"]
         joint = fa.log_weight + torch_mixture(fa).component_distribution.log_prob(x[:, None])
         joint = joint.reshape(len(x), 2, 3).logsumexp(2)
-        assert len(batch) == (2 if epoch < 4 else 1)
-        log_prob = joint.logsumexp(1)
+        assert batch.keys() == ({"x", "group"} if epoch < 4 or later else {"x"})
+        log_prob, cross_entropy = joint.logsumexp(1), torch.zeros(())
         if epoch < 4:
             assert torch.equal(batch["group"], (x[:, 0] > 0).long())  # rows stay together
             log_prob = joint[torch.arange(len(x)), batch["group"]]
-        assert loss == pytest.approx(-float(log_prob.mean()) / M, rel=1e-5)
+        elif later:
+            posterior = (joint / 1.5).softmax(1)
+            cross_entropy = -posterior[torch.arange(len(x)), batch["group"]].log().mean()
+        expected = -float(log_prob.mean()) / M + later * float(cross_entropy)
+        assert loss == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.4])

@@ -165,6 +165,7 @@ def _train_direct(
         best,
         Curriculum(0, 0, options["epochs"]),
         told_spaces=0,
+        told_weight=0.0,
         n_pseudotimes=1,
         pseudotimes="grid",
         n_extracted=1,

@@ -212,13 +212,16 @@ def make_mixture_training(
     curriculum = make_curriculum(config, len(spaces) if spaces else 0)
     fine_tuning = data.points("validation")[0].float()
     start = spaces.train(0) if spaces else data.points("train")[0].float()
-    group = make_groups(config, data, spaces.train_index if spaces else None)
+    index = spaces.train_index if spaces else None
+    tells_later = config["told_weight"] > 0
+    of_all = make_groups(config, data) if tells_later else None  # training points
+    group = make_groups(config, data, index) if of_all is None else of_all[_all_or(index)]
     if group is not None:  # the spaces hold their training points draw by draw
         group = group.repeat(len(start) // len(group))
     trajectories = make_trajectories(config, data, start, group)
-    if config["told_spaces"] and group is None:
+    if (config["told_spaces"] or tells_later) and group is None:
         raise ValueError(
-            f"cpmm.told_spaces is {config['told_spaces']}, but cpmm.initialization.kind "
+            f"cpmm.told_spaces is {config['told_spaces']}, cpmm.told_weight {config['told_weight']}, but cpmm.initialization.kind "
             f"{config['initialization']['kind']!r} makes no groups: choose one of {', '.join(PARTITIONS)}"
         )
     module = MixtureTraining(
@@ -226,7 +229,7 @@ def make_mixture_training(
         curriculum,
         n_extracted=mixture["n_pseudotimes"],
         **pick(
-            config, "told_spaces", "n_pseudotimes", "pseudotimes", "noise", "entropy_weight", "learning_rate",
+            config, "told_spaces", "told_weight", "n_pseudotimes", "pseudotimes", "noise", "entropy_weight", "learning_rate",
             "path_weight", "consistency_weight", "temperature", "initial_rate_factor",
             "n_warmup_epochs", "seed",
         ),
@@ -237,12 +240,12 @@ def make_mixture_training(
         return spaces.train(index)
 
     def rows(epoch: int, generator: torch.Generator) -> Rows:
-        index = curriculum.space(epoch)
-        if index is None:
-            return _fine_tuning_rows(config, data, generator)
-        if epoch < module.told_epochs:
-            return Rows(x=guided(index), group=group)
-        return Rows(x=guided(index))
+        space = curriculum.space(epoch)
+        if space is None:
+            return _fine_tuning_rows(config, data, of_all, generator)
+        if tells_later or epoch < module.told_epochs:
+            return Rows(x=guided(space), group=group)
+        return Rows(x=guided(space))
 
     def validation_rows(epoch: int) -> Tensor:
         index = curriculum.space(epoch)
@@ -251,21 +254,27 @@ def make_mixture_training(
     return module, EpochData(rows, validation_rows, config["batch_size"], config["seed"])
 
 
+def _all_or(index: Tensor | None) -> Tensor | slice:
+    return slice(None) if index is None else index
+
+
 def _fine_tuning_rows(
-    config: Mapping[str, Any], data: DataSplits, generator: torch.Generator
+    config: Mapping[str, Any], data: DataSplits, group: Tensor | None, generator: torch.Generator
 ) -> Rows:
-    n, n_points = len(data.raw["train"]), config["n_points"]
+    n, n_points, n_draws = len(data.raw["train"]), config["n_points"], config["n_draws"]
     if n_points is not None and n_points > n:
         raise ValueError(
             f"cpmm.n_points is {n_points}: expected at most {n}, the training points, or null for all"
         )
     index = None if n_points is None else torch.randperm(n, generator=generator)[:n_points]
-    x = data.draw(config["n_draws"], generator, index)
-    if not config["consistency_weight"]:
-        return Rows(x=x)
-    views = make_views(config, data)
-    seen = [data.draw_views(views, generator, index) for _ in range(config["n_draws"])]
-    return Rows(x=x, view=torch.cat(seen))
+    rows = {"x": data.draw(n_draws, generator, index)}
+    if group is not None:
+        rows["group"] = group[_all_or(index)].repeat(n_draws)
+    if config["consistency_weight"]:
+        views = make_views(config, data)
+        seen = [data.draw_views(views, generator, index) for _ in range(n_draws)]
+        rows["view"] = torch.cat(seen)
+    return Rows(**rows)
 
 
 def choose(name: str, value: str, variants: Mapping[str, T]) -> T:

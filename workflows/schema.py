@@ -259,6 +259,7 @@ OPTIONS: dict[str, Rule] = {
     "cpmm.views.scale": number(0, 0.99),
     "cpmm.views.translate": number(0, 1e6),
     "cpmm.told_spaces": COUNT_OR_NONE,
+    "cpmm.told_weight": WEIGHT,
     "cpmm.curriculum": flag(),
     "cpmm.epochs_per_space": COUNT_OR_NONE,
     "cpmm.fine_tune_epochs": COUNT_OR_NONE,

@@ -217,6 +217,11 @@ def make_mixture_training(
     of_all = make_groups(config, data) if tells_later else None  # training points
     group = make_groups(config, data, index) if of_all is None else of_all[_all_or(index)]
     if group is not None:  # the spaces hold their training points draw by draw
+        if index is not None and len(found := group.unique()) < config["n_clusters"]:
+            raise ValueError(
+                f"{len(found)} of {config['n_clusters']} groups of the training points have points among "
+                f"the {len(group)} in the spaces: raise spaces.n_train, or lower cpmm.n_clusters"
+            )
         group = group.repeat(len(start) // len(group))
     trajectories = make_trajectories(config, data, start, group)
     if (config["told_spaces"] or tells_later) and group is None:

@@ -135,7 +135,8 @@ def test_trajectories_are_told_the_groups_of_the_points_in_the_spaces(kind, fold
     data, spaces = build(folder, *overrides)
     config = configure(*overrides)
     module, rows = models.make_mixture_training(config["cpmm"], config["mixture"], data, spaces)
-    x, group = rows.rows(0, torch.Generator())
+    drawn = rows.rows(0, torch.Generator())
+    x, group = drawn.tensors["x"], drawn.tensors["group"]
     assert torch.equal(x, spaces.train(0))
     assert group.shape == (180,)
     assert torch.equal(group[:60], group[60:120])
@@ -151,6 +152,26 @@ def test_trajectories_are_told_the_groups_of_the_points_in_the_spaces(kind, fold
     others = torch.stack([points[mixed == c].mean(0) for c in range(3)])
     assert within < 0.95 * (points - others[mixed]).square().sum()
     assert torch.isfinite(module.model.initial).all()
+
+
+def test_groups_of_all_points_that_the_spaces_miss_are_named(folder):
+    """Where fine-tuning tells the groups too, they are those of all training points."""
+    overrides = [
+        "cpmm.initialization.kind=kmeans", "cpmm.told_spaces=1", "cpmm.told_weight=0.1", "cpmm.n_clusters=20",
+    ]  # fmt: skip
+    config = configure(*overrides, "spaces.n_train=25")
+    with pytest.raises(
+        ValueError, match=r"\d+ of 20 groups .* the 25 in the spaces: raise spaces\.n_train"
+    ):
+        models.make_mixture_training(
+            config["cpmm"], config["mixture"], *build(folder, *overrides, "spaces.n_train=25")
+        )
+    enough = [*overrides, "spaces.n_train=118"]
+    config = configure(*enough)
+    data, spaces = build(folder, *enough)
+    _, rows = models.make_mixture_training(config["cpmm"], config["mixture"], data, spaces)
+    of_all = models.make_groups(config["cpmm"], data)
+    assert torch.equal(rows.rows(0, torch.Generator()).tensors["group"], of_all[spaces.train_index])
 
 
 def lines_of(capsys):

@@ -52,8 +52,9 @@ servers: setup ## tests with real ssh and S3 servers, and what they need
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[servers]'
 	pytest tests/workflows/test_remotes.py tests/workflows/test_sweep_nodes.py
 
-bench: setup ## time the log-density beside its peers
-	python benchmarks/log_density.py
+bench: setup ## time the log-density, training steps and spaces beside peers (a few minutes)
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[benchmarks]'
+	python benchmarks/speed.py
 
 clean: ## remove the environment and scratch folders; artifacts stay
 	rm -rf $(VENV) data/*/.scratch

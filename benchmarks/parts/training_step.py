@@ -1,0 +1,108 @@
+"""A training step of the method, part by part, and what other ways of computing the field change."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from copy import deepcopy
+
+import torch
+
+from cpmm.factor_analyzers import FactorAnalyzers
+from cpmm.fields import ConvField
+from cpmm.odes import Solver
+from cpmm.trajectory import StateLayout, Trajectories, pseudotime_grid
+from parts.timing import Row, time_in_turns
+
+PARTS = ("solve", "likelihood", "likelihood backward", "solve backward", "optimizer")
+SETTINGS = {  # width, augmentation, midpoint steps
+    "the paper's field": (64, 4, 12),
+    "a small field": (32, 1, 6),
+}
+N_CLUSTERS, N_PSEUDOTIMES, BATCH = 10, 25, 512
+
+
+class Step:
+    """One step up the likelihood of random points; remembers the shortest time of each part."""
+
+    def __init__(
+        self, trajectories: Trajectories, x: torch.Tensor, dtype: torch.dtype | None
+    ) -> None:
+        self.trajectories, self.x, self.dtype = trajectories, x, dtype
+        self.optimizer = torch.optim.Adam(trajectories.parameters(), lr=1e-4)
+        self.times = pseudotime_grid(N_PSEUDOTIMES)
+        self.seconds = dict.fromkeys(PARTS, float("inf"))
+
+    def __call__(self) -> None:
+        """Take the step."""
+        clock = [time.perf_counter()]
+        with torch.autocast("cpu", self.dtype) if self.dtype else nullcontext():
+            mixture = self.trajectories.mixture(self.times)
+            clock.append(time.perf_counter())
+            # The same numbers cut off from the ODE: its gradients are then taken apart.
+            solved = vars(mixture.components)
+            cut = {name: value.detach().requires_grad_() for name, value in solved.items()}
+            components = FactorAnalyzers(**cut)
+            mixture = type(mixture)(components, mixture.cluster_sizes)
+            loss = -mixture.cluster_joint_log_prob(self.x).logsumexp(1).mean() / self.x.shape[1]
+        clock.append(time.perf_counter())
+        loss.backward()
+        clock.append(time.perf_counter())
+        torch.autograd.backward(list(solved.values()), [value.grad for value in cut.values()])
+        clock.append(time.perf_counter())
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        clock.append(time.perf_counter())
+        for name, start, end in zip(PARTS, clock, clock[1:], strict=False):
+            self.seconds[name] = min(self.seconds[name], end - start)
+
+
+def time_training_step(quick: bool, repeats: int, compiled: bool) -> list[Row]:
+    """Time both settings; with ``compiled``, torch.compile of the field too."""
+    rows = []
+    for name, (width, augmentation, n_steps) in SETTINGS.items():
+        side = 14 if quick else 28
+        generator = torch.Generator().manual_seed(0)
+        layout = StateLayout(side**2, 6, augmentation)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            field = ConvField(
+                (layout.n_maps, side, side), width, 2, last_layer_scale=0.1, coordinates=True
+            )
+        initial = 0.1 * torch.randn(N_CLUSTERS, layout.size, generator=generator)
+        trajectories = Trajectories(layout, field, initial, Solver("midpoint", n_steps))
+        x = torch.randn(BATCH, layout.n_features, generator=generator)
+        rows.append(
+            Row(
+                f"{name}: width {width}, {layout.n_maps} maps of {side} x {side}, {n_steps} steps, "
+                f"batch {BATCH}"
+            )
+        )
+        rows += _time_variants(trajectories, x, repeats, compiled)
+    return rows
+
+
+def _time_variants(
+    trajectories: Trajectories, x: torch.Tensor, repeats: int, compiled: bool
+) -> list[Row]:
+    def variant(change: Callable[[Trajectories], object], dtype: torch.dtype | None = None) -> Step:
+        other = deepcopy(trajectories)
+        change(other)
+        return Step(other, x, dtype)
+
+    steps = {
+        "plain": variant(lambda other: None),
+        "channels_last": variant(lambda other: other.field.to(memory_format=torch.channels_last)),
+        "bfloat16 autocast": variant(lambda other: None, torch.bfloat16),
+    }
+    if compiled:  # needs a C++ compiler
+        steps["torch.compile of the field"] = variant(lambda other: other.field.compile())
+    seconds = time_in_turns(steps, repeats)
+    whole = seconds["plain"]
+    rows = [Row("whole step", whole, 1 / whole, "steps a second")]
+    for part, of_part in steps["plain"].seconds.items():
+        rows.append(Row(f"  {part}", of_part, 100 * of_part / whole, "% of the step"))
+    for name in list(steps)[1:]:
+        rows.append(Row(f"step with {name}", seconds[name], seconds[name] / whole, "x plain time"))
+    return rows

@@ -29,6 +29,7 @@ def main(folder: Path, config: Config) -> str:
 
     from cpmm.artifact import file_digest, seal_folder
     from cpmm.baselines.gaussian import fit_full_gaussian
+    from cpmm.initialization import PARTITIONS
     from cpmm.mixture import Mixture
     from workflows.marks import (
         mark_evaluation,
@@ -38,6 +39,7 @@ def main(folder: Path, config: Config) -> str:
         needs_teacher,
     )
     from workflows.outside import read_outside
+    from workflows.rivals import train_direct, train_on
     from workflows.score import Scorer
     from workflows.store import load_prepared, open_spaces, write_json
 
@@ -54,14 +56,19 @@ def main(folder: Path, config: Config) -> str:
     (out / "figures").mkdir(parents=True, exist_ok=True)
     score = Scorer(data, "test")
 
-    direct = _train_direct(config, data, mixture, scratch)
-    matched = _train_direct(config, data, mixture, scratch, matched=True)
+    direct = train_direct(config, data, mixture, scratch)
+    matched = train_direct(config, data, mixture, scratch, matched=True)
+    refined = train_on(config, data, mixture, scratch)
     with torch.no_grad():
         gaussian = fit_full_gaussian(_draws(data, options["gaussian_draws"], seed))
         models = {
             "cpmm": {
                 "name": f"CPMM: {_sizes(mixture)}",
                 **score.mixture(mixture),
+            },
+            "refined_mixture": {
+                "name": f"CPMM's components trained on, free of their trajectories: {_sizes(refined)}",
+                **score.mixture(refined),
             },
             "direct_mixture": {
                 "name": f"direct mixture of factor analyzers: {_sizes(direct)}",
@@ -84,29 +91,26 @@ def main(folder: Path, config: Config) -> str:
                 **_kmeans(score, mixture, options["kmeans_restarts"], seed),
             },
         }
+        if config["cpmm"]["initialization"]["kind"] in PARTITIONS:
+            models["groups"] = {
+                "name": f"groups that initialize the trajectories ({config['cpmm']['initialization']['kind']}), "
+                "of training points",
+                **_groups(config, data),
+            }
         told = {}
         if outside is not None:
             densities = {
                 "cpmm": mixture,
+                "refined_mixture": refined,
                 "direct_mixture": direct,
                 "matched_mixture": matched,
                 "full_gaussian": gaussian,
             }
-            for name, model in densities.items():
-                found = (model.log_prob(score.z), model.log_prob(outside.z))
-                told[name] = outside.scores(score, *found)
+            told = {name: _tell_apart(model, score, outside) for name, model in densities.items()}
         if needs_teacher(config):
             models["teacher"], told["teacher"] = _score_teacher(folder, config, data, outside)
         discretization = _discretize(folder, config, data, score)
-    unit, _, _ = data.preprocessing.density_unit
-    metrics = {
-        "preset": config["name"],
-        "seed": seed,
-        "unit": unit,
-        "n_test": len(data.raw["test"]),
-        "models": models,
-        "discretization": discretization,
-    }
+    metrics = _metrics(config, data, models, discretization)
     if outside is not None:
         metrics["ood"] = {
             "name": outside.name,
@@ -122,74 +126,45 @@ def main(folder: Path, config: Config) -> str:
     header = {"fingerprint": mark, "metrics": file_digest(folder / "metrics.json")}
     seal_folder(out, "evaluation", header, {})
     publish(scratch, "evaluation", folder / "evaluation")
+    return f"{_summarize(metrics)} -> {folder / 'evaluation'}"
+
+
+def _metrics(
+    config: Config, data: DataSplits, models: dict[str, Any], discretization: dict[str, float]
+) -> dict[str, Any]:
+    return {
+        "preset": config["name"],
+        "seed": config["seed"],
+        "unit": data.preprocessing.density_unit[0],
+        "n_test": len(data.raw["test"]),
+        "models": models,
+        "discretization": discretization,
+    }
+
+
+def _summarize(metrics: dict[str, Any]) -> str:
+    models = metrics["models"]
     parts = [f"{name} {row['density']:.3f}" for name, row in models.items() if "density" in row]
     accuracy = models["cpmm"].get("accuracy")
     tail = "" if accuracy is None else f"; clustering accuracy {100 * accuracy:.1f} %"
-    return f"test {unit}: {', '.join(parts)}{tail} -> {folder / 'evaluation'}"
+    return f"test {metrics['unit']}: {', '.join(parts)}{tail}"
 
 
-def _train_direct(
-    config: Config, data: DataSplits, mixture: Mixture, scratch: Path, matched: bool = False
-) -> Mixture:
-    """Train a direct mixture with the K, R and floor of the extracted one, on the same likelihood.
+def _tell_apart(model: Any, score: Scorer, outside: Outside) -> dict[str, Any]:
+    return outside.scores(score, model.log_prob(score.z), model.log_prob(outside.z))
 
-    ``matched`` gives each cluster a single component. Of the shrinkages of the local covariances, the
-    one with the best validation likelihood starts the run.
-    """
-    import torch
 
-    from cpmm.baselines.direct import DirectMixture
-    from cpmm.initialization import group_axes, kmeans, shrunk_factor_analyzers
-    from cpmm.seeds import seeded_generator
-    from cpmm.spaces import Curriculum
-    from cpmm.training import EpochData, MixtureTraining, Rows
-    from workflows.fit import fit
-    from workflows.stage import pick
+def _groups(config: Config, data: DataSplits) -> dict[str, float]:
+    """Score the groups that the trajectories are told, on the training points that they are of."""
+    from cpmm.metrics import clustering_scores
+    from workflows.models import make_groups
 
-    options, seed = config["evaluation"]["direct"], config["seed"]
-    floor = config["cpmm"]["log_diagonal_floor"]
-    n_components = mixture.n_clusters if matched else mixture.components.n_components
-    name = "matched" if matched else "direct"
-    generator = seeded_generator(seed, 30)
-    x = data.points("train")[0].float()
-    validation = data.points("validation")[0].float()
-    label = kmeans(x, n_components, generator, options["kmeans_restarts"], options["kmeans_points"])
-    groups = group_axes(x, label, n_components, config["cpmm"]["n_factors"])
-    starts = [
-        DirectMixture(shrunk_factor_analyzers(groups, floor, shrinkage), floor)
-        for shrinkage in options["shrinkages"]
-    ]
-    with torch.no_grad():
-        best = max(starts, key=lambda model: float(model.mixture().log_prob(validation).mean()))
-    module = MixtureTraining(
-        best,
-        Curriculum(0, 0, options["epochs"]),
-        told_spaces=0,
-        told_weight=0.0,
-        n_pseudotimes=1,
-        pseudotimes="grid",
-        n_extracted=1,
-        entropy_weight=0.0,
-        path_weight=0.0,
-        consistency_weight=0.0,
-        temperature=1.0,
-        initial_rate_factor=1.0,
-        **pick(options, "noise", "learning_rate", "n_warmup_epochs"),
-        seed=seed,
+    if data.label is None:
+        return {}
+    group = make_groups(config["cpmm"], data)
+    return clustering_scores(
+        data.label["train"].numpy(), group.numpy(), config["cpmm"]["n_clusters"]
     )
-    rows = EpochData(
-        lambda epoch, draws: Rows(x=data.draw(options["n_draws"], draws)),
-        lambda epoch: validation,
-        options["batch_size"],
-        seed,
-    )
-    (scratch / name).mkdir(exist_ok=True)
-    fit(
-        f"evaluate {name} mixture", module, rows, config["trainer"], scratch / name,
-        options["gradient_clip"],
-    )  # fmt: skip
-    with torch.no_grad():
-        return module.model.cpu().mixture().to(torch.float64)
 
 
 def _kmeans(score: Scorer, mixture: Mixture, n_init: int, seed: int) -> dict[str, float]:
@@ -305,6 +280,7 @@ def _rules(config: Config, data: DataSplits, outside: Outside | None) -> dict[st
         "selection": "Weights are those of the fine-tuning epoch with the best validation likelihood.",
         "direct_mixture": "k-means and local factor analysis, shrinkage by validation likelihood, then Adam "
         f"for {options['direct']['epochs']} epochs; best epoch by validation.",
+        "refined_mixture": "The extracted components as the start of the same Adam, for as many epochs.",
     }
     if data.label is not None:
         rules["accuracy"] = (

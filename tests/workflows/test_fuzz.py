@@ -773,7 +773,7 @@ IMAGES = [
 ]  # fmt: skip
 FIELD = {
     "kind": ["mlp", "conv"], "width": [1], "depth": [1, 4], "activation": ["tanh", "softplus", "silu", "sin"], "n_frequencies": [0, 1, 24],
-    "last_layer_scale": [0, -1, 1e9, 1e-30], "kernel_size": [1, 5, 15], "coordinates": [True, False],
+    "last_layer_scale": [0, -1, 1e9, 1e-30], "kernel_size": [1, 5, 15], "coordinates": [True, False], "squeeze": [1, 2, 3],
 }  # fmt: skip
 SOLVER = {
     "method": ["euler", "midpoint", "heun2", "heun3", "rk4", "dopri5", "adaptive_heun"], "n_steps": [1, 3], "interpolation": ["linear", "cubic"],
@@ -797,20 +797,24 @@ ENDS = {
     "cpmm.n_clusters": [1, 2, 7, 60, 100, 10**6], "cpmm.n_factors": [1, 2, 3, 10**6], "cpmm.augmentation": [0, 0.1, 2.5, 20], "cpmm.diagonal": ["variable", "constant"],
     "cpmm.learned_weight": [True, False], "cpmm.learned_cluster_weight": [True, False], "cpmm.log_diagonal_floor": [-60, 0, 20], "cpmm.ode": ["shared", "separate"],
     **{f"cpmm.field.{k}": v for k, v in FIELD.items()}, **{f"cpmm.solver.{k}": v for k, v in SOLVER.items()},
-    "cpmm.initialization.kind": ["gaussian", "random", "kmeans", "analyzers", "linkage"], "cpmm.initialization.mean_scale": [0, 1e9], "cpmm.initialization.loading_scale": [0, 1e9],
+    "cpmm.initialization.kind": ["gaussian", "random", "kmeans", "analyzers", "linkage", "neighbours"], "cpmm.initialization.mean_scale": [0, 1e9], "cpmm.initialization.loading_scale": [0, 1e9],
     "cpmm.initialization.free_scale": [0, 1e9], "cpmm.initialization.restarts": [1, 3], "cpmm.initialization.outlier_share": [0, 0.5, 0.99, 0.999999],
+    "cpmm.initialization.n_points": [1, 20, 10**6], "cpmm.initialization.n_views": [0, 2], "cpmm.initialization.n_neighbours": [1, 3, 10**6],
+    "cpmm.views.rotate": [0, 180], "cpmm.views.shear": [0, 89], "cpmm.views.scale": [0, 0.99], "cpmm.views.translate": [0, 1e6],
+    "cpmm.told_weight": [0, 1, 1e9], "cpmm.n_points": [1, 20, 10**6], "cpmm.consistency_weight": [0, 1, 1e9], "cpmm.temperature": [1e-300, 1, 1e9],
     "cpmm.told_spaces": [0, 1, 10**6], "cpmm.curriculum": [True, False], "cpmm.epochs_per_space": [0, 1, 2], "cpmm.fine_tune_epochs": [0, 1, 2], "cpmm.n_draws": [1, 3],
     "cpmm.n_pseudotimes": [1, 2, 30], "cpmm.pseudotimes": ["grid", "uniform", "stratified"], "cpmm.noise": [0, 1, 1e9], "cpmm.entropy_weight": [-1, 1, 1e9, -1e9], "cpmm.path_weight": [1, 1e9],
     "cpmm.seed": [0, 2**32 - 1], "cpmm.batch_size": BATCH, "cpmm.learning_rate": RATE, "cpmm.initial_rate_factor": [0, 1e9], "cpmm.n_warmup_epochs": [0, 10**6], "cpmm.gradient_clip": [0, 1e-300, 1e9],
     "mixture.n_pseudotimes": [1, 2, 30, 100], "mixture.drop_idle": [True, False],
     "evaluation.batch_size": BATCH, "evaluation.discretizations": [[1], [3, 3], [50, 1]], "evaluation.gaussian_draws": [1, 2], **{f"evaluation.teacher_solver.{k}": SOLVER[k] for k in ("method", "rtol", "atol")},
+    "evaluation.teacher_points": [None, 1, 2, 10**6], "evaluation.kmeans_restarts": [1, 2], "evaluation.direct.kmeans_points": [None, 1, 20, 10**6], "evaluation.direct.kmeans_restarts": [1, 2],
     "evaluation.direct.shrinkages": [[0], [1e9], [5, 5]], "evaluation.direct.epochs": [1, 2], "evaluation.direct.n_draws": [1, 2], "evaluation.direct.batch_size": BATCH, "evaluation.direct.learning_rate": RATE,
     "evaluation.direct.n_warmup_epochs": [0, 10**6], "evaluation.direct.gradient_clip": [0, 1e-300, 1e9], "evaluation.direct.noise": [0, 1e9],
     "trainer.precision": ["32-true", "tf32", "bf16-mixed", "64-true"], "trainer.deterministic": [False, True], "trainer.threads": [1, 2], "trainer.checkpoint_every_n_epochs": [1, 10**6],
     "trainer.accelerator": ["auto", "cpu", "gpu"],
 }  # fmt: skip
 # Not drawn: where the data lie is the fixture's.
-NOT_RUN = {"name", "data.source", "data.options.path", "trainer.devices"}
+NOT_RUN = {"name", "data.source", "data.options.path", "evaluation.ood", "trainer.devices"}
 
 
 def test_every_option_of_a_tiny_pipeline_is_fuzzed():

@@ -106,7 +106,8 @@ def test_every_figure_of_the_paper_is_there_once():
         assert len(found) == n
     assert sum(f.table == 3 and f.paper is not None for f in figures) == 8
     assert {f.model for f in figures} <= {
-        "", "cpmm", "teacher", "direct_mixture", "matched_mixture", "full_gaussian", "kmeans",
+        "", "cpmm", "teacher", "direct_mixture", "matched_mixture", "full_gaussian", "groups", "kmeans",
+        "refined_mixture",
     }  # fmt: skip
     assert data_of("fashion_mnist_map") == "fashion_mnist"
     assert data_of("mnist_small") == "mnist"

@@ -88,6 +88,7 @@ def test_metrics_hold_every_model(finished):
         "matched_mixture",
         "full_gaussian",
         "kmeans",
+        "refined_mixture",
         "teacher",
     } == set(models)
     assert all(np.isfinite(row["density"]) for name, row in models.items() if name != "kmeans")

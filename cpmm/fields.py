@@ -161,11 +161,15 @@ class ConvField(nn.Module):
 
     def forward(self, t: Tensor, h: Tensor) -> Tensor:
         """Velocity of states ``h``, (B, S), at time ``t``, a scalar or (B,)."""
-        image = nn.functional.pixel_unshuffle(h.unflatten(1, self.shape), self.squeeze)
+        image = h.unflatten(1, self.shape)
+        if self.squeeze > 1:
+            image = nn.functional.pixel_unshuffle(image, self.squeeze)
         time = self.time(_batch_of_times(t, h))[:, :, None, None]
         extra = [time.expand(-1, -1, *image.shape[2:]), self.grid.expand(len(h), -1, -1, -1)]
         velocity = self.layers(torch.cat([image, *extra], 1))
-        return nn.functional.pixel_shuffle(velocity, self.squeeze).flatten(1)
+        if self.squeeze > 1:
+            velocity = nn.functional.pixel_shuffle(velocity, self.squeeze)
+        return velocity.flatten(1)
 
 
 class SeparateFields(nn.Module):

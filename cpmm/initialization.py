@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from cpmm.factor_analyzers import FactorAnalyzers, component_log_prob
 from cpmm.trajectory import StateLayout
 
-PARTITIONS = ("kmeans", "analyzers", "linkage", "neighbours")
-INITIALIZATIONS = ("gaussian", "random", *PARTITIONS)
+PARTITIONS = ("kmeans", "analyzers", "linkage")
+GROUPINGS = (*PARTITIONS, "neighbours")  # the last is of images, see cpmm/neighbours.py
+INITIALIZATIONS = ("gaussian", "random", *GROUPINGS)
 
 
 def initial_states(

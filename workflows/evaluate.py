@@ -29,7 +29,7 @@ def main(folder: Path, config: Config) -> str:
 
     from cpmm.artifact import file_digest, seal_folder
     from cpmm.baselines.gaussian import fit_full_gaussian
-    from cpmm.initialization import PARTITIONS
+    from cpmm.initialization import GROUPINGS
     from cpmm.mixture import Mixture
     from workflows.marks import (
         mark_evaluation,
@@ -91,7 +91,7 @@ def main(folder: Path, config: Config) -> str:
                 **_kmeans(score, mixture, options["kmeans_restarts"], seed),
             },
         }
-        if config["cpmm"]["initialization"]["kind"] in PARTITIONS:
+        if config["cpmm"]["initialization"]["kind"] in GROUPINGS:
             models["groups"] = {
                 "name": f"groups that initialize the trajectories ({config['cpmm']['initialization']['kind']}), "
                 "of training points",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cpmm.data import DataSplits
 from cpmm.fields import ConvField, MLPField, SeparateFields
-from cpmm.initialization import PARTITIONS, initial_states, partition
+from cpmm.initialization import GROUPINGS, initial_states, partition
 from cpmm.mixture import Mixture
 from cpmm.neighbours import neighbour_groups
 from cpmm.odes import Solver
@@ -85,7 +85,7 @@ def make_groups(
         (N,), none of the C groups empty; None if the initialization needs no groups.
     """
     options = config["initialization"]
-    if options["kind"] not in PARTITIONS:
+    if options["kind"] not in GROUPINGS:
         return None
     generator = seeded_generator(config["seed"], 13)
     if options["kind"] == "neighbours":
@@ -227,7 +227,7 @@ def make_mixture_training(
     if (config["told_spaces"] or tells_later) and group is None:
         raise ValueError(
             f"cpmm.told_spaces is {config['told_spaces']}, cpmm.told_weight {config['told_weight']}, but cpmm.initialization.kind "
-            f"{config['initialization']['kind']!r} makes no groups: choose one of {', '.join(PARTITIONS)}"
+            f"{config['initialization']['kind']!r} makes no groups: choose one of {', '.join(GROUPINGS)}"
         )
     module = MixtureTraining(
         trajectories,

@@ -807,7 +807,7 @@ ENDS = {
     "cpmm.seed": [0, 2**32 - 1], "cpmm.batch_size": BATCH, "cpmm.learning_rate": RATE, "cpmm.initial_rate_factor": [0, 1e9], "cpmm.n_warmup_epochs": [0, 10**6], "cpmm.gradient_clip": [0, 1e-300, 1e9],
     "mixture.n_pseudotimes": [1, 2, 30, 100], "mixture.drop_idle": [True, False],
     "evaluation.batch_size": BATCH, "evaluation.discretizations": [[1], [3, 3], [50, 1]], "evaluation.gaussian_draws": [1, 2], **{f"evaluation.teacher_solver.{k}": SOLVER[k] for k in ("method", "rtol", "atol")},
-    "evaluation.teacher_points": [None, 1, 2, 10**6], "evaluation.kmeans_restarts": [1, 2], "evaluation.direct.kmeans_points": [None, 1, 20, 10**6], "evaluation.direct.kmeans_restarts": [1, 2],
+    "evaluation.teacher_points": [None, 2, 10**6], "evaluation.kmeans_restarts": [1, 2], "evaluation.direct.kmeans_points": [None, 1, 20, 10**6], "evaluation.direct.kmeans_restarts": [1, 2],
     "evaluation.direct.shrinkages": [[0], [1e9], [5, 5]], "evaluation.direct.epochs": [1, 2], "evaluation.direct.n_draws": [1, 2], "evaluation.direct.batch_size": BATCH, "evaluation.direct.learning_rate": RATE,
     "evaluation.direct.n_warmup_epochs": [0, 10**6], "evaluation.direct.gradient_clip": [0, 1e-300, 1e9], "evaluation.direct.noise": [0, 1e9],
     "trainer.precision": ["32-true", "tf32", "bf16-mixed", "64-true"], "trainer.deterministic": [False, True], "trainer.threads": [1, 2], "trainer.checkpoint_every_n_epochs": [1, 10**6],

@@ -22,7 +22,9 @@ from workflows.score import Scorer
 from workflows.stage import load_config
 from workflows.store import load_prepared
 
-MODELS = ("cpmm", "direct_mixture", "matched_mixture", "full_gaussian", "teacher")
+MODELS = (
+    "cpmm", "direct_mixture", "matched_mixture", "refined_mixture", "full_gaussian", "teacher",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -48,10 +48,12 @@ def train_on(config: Config, data: DataSplits, mixture: Mixture, scratch: Path) 
     """Train the extracted components on, each free of its trajectory, as the direct mixture is."""
     from dataclasses import replace
 
+    import torch
+
     from cpmm.baselines.direct import DirectMixture
 
     floor = config["cpmm"]["log_diagonal_floor"]
-    start = mixture.components.to(data.points("validation")[0].float().dtype)
+    start = mixture.components.to(torch.float32)
     start = replace(start, log_diagonal=start.log_diagonal.clamp(min=floor + 1e-3))
     model = DirectMixture(start, floor, mixture.cluster_sizes)
     return _optimize(config, data, model, scratch, "refined")

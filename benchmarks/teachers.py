@@ -1,0 +1,425 @@
+"""Compare three ways to train a preset's teacher: flow matching, maximum likelihood, one after the other.
+
+    python benchmarks/teachers.py digits
+    python benchmarks/teachers.py mnist_cpu --trained --out teachers.json teacher.solver.n_steps=10
+
+The data and the options of the teacher are those of a folder that the pipeline has made, which is
+only read. A step of likelihood backpropagates through a solve of the ODE (teacher.solver) and takes
+tens of times as long as one of flow matching: its epochs are of some training points, drawn anew for
+each. The weights are those of the epoch with the best validation loss; the third way starts Adam and
+its schedule afresh from those of the first. Test points are scored as by workflows/evaluate.py.
+Progress goes to stderr, a table in Markdown to stdout; an arm that diverges is reported as failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from workflows.compose import ROOT, compose_preset, flatten
+from workflows.marks import mark_prepared, mark_teacher
+from workflows.stage import EXPECTED_ERRORS, Config, describe, load_config, pick
+
+if TYPE_CHECKING:
+    from cpmm.data import DataSplits
+    from cpmm.teacher import Flow
+    from cpmm.training import EpochData
+
+MATCHED = "flow matching"
+LIKELIHOOD = "maximum likelihood"
+REFINED = "flow matching, then maximum likelihood"
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """How the likelihood is maximized.
+
+    Attributes:
+        epochs: Of a run.
+        points: Training points of an epoch, each drawn once; all of them if there are fewer.
+        batch_size: Of a step.
+        validation_points: The first so many validation points choose the epoch.
+    """
+
+    epochs: int
+    points: int
+    batch_size: int
+    validation_points: int
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What training on one objective took.
+
+    Attributes:
+        objective: Which.
+        learning_rate: Adam's, at its highest.
+        epochs: Of the run.
+        steps: Of Adam.
+        seconds: Of the clock, with the validation after each epoch; None: not known.
+        cpu_seconds: The same of all threads: what the run would take on an idle core, roughly.
+        best: Validation loss and epoch of the weights.
+    """
+
+    objective: str
+    learning_rate: float
+    epochs: int
+    steps: int
+    seconds: float | None
+    cpu_seconds: float | None
+    best: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A teacher with the best weights of its last phase."""
+
+    flow: Flow
+    phases: tuple[Phase, ...]
+
+
+def match_flow(config: Config, data: DataSplits) -> Trained:
+    """Train a teacher by flow matching alone, as the stage ``train_teacher`` does."""
+    from cpmm.training import EpochData, Rows
+    from workflows.models import make_teacher
+
+    options, seed = config["teacher"], config["seed"]
+    validation = data.points("validation")[0].float()
+    rows = EpochData(
+        lambda epoch, generator: Rows(x=data.draw(options["n_draws"], generator)),
+        lambda epoch: validation,
+        options["batch_size"],
+        seed,
+    )
+    flow = make_teacher(options, data, seed)
+    epochs = {"flow_matching_epochs": options["flow_matching_epochs"], "likelihood_epochs": 0}
+    phase = _train(MATCHED, flow, rows, config, epochs, options["learning_rate"])
+    return Trained(flow, (phase,))
+
+
+def maximize_likelihood(
+    config: Config,
+    data: DataSplits,
+    likelihood: Likelihood,
+    learning_rate: float,
+    start: Trained | None = None,
+) -> Trained:
+    """Train a teacher by likelihood, from the weights of ``start`` or from those the seed draws."""
+    import torch
+
+    from cpmm.training import EpochData, Rows
+    from workflows.models import make_teacher
+
+    options, seed, n = config["teacher"], config["seed"], len(data.raw["train"])
+    validation = data.points("validation")[0][: likelihood.validation_points].float()
+
+    def rows(epoch: int, generator: torch.Generator) -> Rows:
+        index = torch.randperm(n, generator=generator)[: likelihood.points]
+        return Rows(x=data.draw(1, generator, index))
+
+    flow = make_teacher(options, data, seed)
+    if start is not None:
+        flow.load_state_dict(start.flow.state_dict())
+    epoch_data = EpochData(rows, lambda epoch: validation, likelihood.batch_size, seed)
+    epochs = {"flow_matching_epochs": 0, "likelihood_epochs": likelihood.epochs}
+    phase = _train(LIKELIHOOD, flow, epoch_data, config, epochs, learning_rate)
+    return Trained(flow, (*(start.phases if start else ()), phase))
+
+
+def _train(
+    objective: str,
+    flow: Flow,
+    rows: EpochData,
+    config: Config,
+    epochs: Mapping[str, int],
+    learning_rate: float,
+) -> Phase:
+    """Train ``flow`` in place."""
+    from cpmm.training import TeacherTraining
+    from workflows.fit import fit
+
+    options = config["teacher"]
+    module = TeacherTraining(
+        flow,
+        **epochs,
+        **pick(options, "kinetic_weight", "jacobian_weight", "n_warmup_epochs"),
+        learning_rate=learning_rate,
+        seed=config["seed"],
+    )
+    started, cpu_started = time.monotonic(), time.process_time()
+    with TemporaryDirectory() as scratch:
+        fit(objective, module, rows, config["trainer"], Path(scratch), options["gradient_clip"])
+    flow.cpu()
+    return Phase(
+        objective,
+        learning_rate,
+        module.n_epochs,
+        module.history[-1]["step"],
+        time.monotonic() - started,
+        time.process_time() - cpu_started,
+        module.best_summary(),
+    )
+
+
+def read_trained(folder: Path, made: Config, config: Config, data: DataSplits) -> Trained:
+    """Read the teacher that the pipeline has trained; how long that took is not on record.
+
+    Args:
+        folder: ``data/<preset>``.
+        made: The configuration that it was made with.
+        config: That of the comparison, with the same field.
+        data: The splits.
+
+    Raises:
+        ValueError: If it was not trained by flow matching, or is of another field.
+    """
+    import pandas as pd
+
+    from cpmm.artifact import load_header, verify_files
+    from workflows.models import make_teacher
+    from workflows.store import load_model
+
+    mark, options = mark_teacher(made), made["teacher"]
+    if mark is None or options["likelihood_epochs"]:
+        raise ValueError(
+            f"{folder} has no teacher trained by flow matching alone: leave out --trained"
+        )
+    if config["teacher"]["field"] != options["field"]:
+        raise ValueError(
+            f"teacher.field is not that of {folder}: leave out --trained, or the override"
+        )
+    flow = make_teacher(config["teacher"], data, config["seed"])
+    load_model(folder / "teacher", "teacher", flow, mark)
+    header = load_header(folder / "teacher", "teacher", mark)
+    verify_files(folder / "teacher", header, {"history.csv"})
+    history = pd.read_csv(folder / "teacher" / "history.csv")
+    steps = int(history["step"].iloc[-1])
+    phase = Phase(
+        MATCHED, options["learning_rate"], len(history), steps, None, None, header["best"]
+    )
+    return Trained(flow, (phase,))
+
+
+def score(flow: Flow, config: Config, data: DataSplits) -> dict[str, Any]:
+    """Density of the first test points by a solve at the stated tolerance, as evaluate's teacher row.
+
+    Raises:
+        FloatingPointError: If the solve gives up, or a density is not finite.
+    """
+    import torch
+
+    from cpmm.odes import Solver
+    from cpmm.seeds import seeded_generator
+    from workflows.evaluate import _solve
+    from workflows.score import Scorer
+
+    options, n_calls = config["evaluation"], 0
+
+    def count(*_: object) -> None:
+        nonlocal n_calls
+        n_calls += 1
+
+    scorer = Scorer(data, "test", options["teacher_points"])
+    batches = scorer.z.float().split(options["batch_size"])
+    training_solver, flow.solver = flow.solver, Solver(**options["teacher_solver"])
+    hook = flow.field.register_forward_hook(count)
+    try:
+        with torch.no_grad():
+            log_prob = _solve(flow, batches, seeded_generator(config["seed"], 31), "test")
+    finally:
+        hook.remove()
+        flow.solver = training_solver
+    density = scorer.density(lambda _: log_prob)
+    if not math.isfinite(density["density"]):
+        raise FloatingPointError("the density of the test points is not finite")
+    return {**density, "n_points": len(log_prob), "calls_per_batch": n_calls / len(batches)}
+
+
+def compare(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train and score the three teachers; return the settings and the results by arm."""
+    folder = arguments.data or ROOT / "data" / arguments.preset
+    made, config = _configure(folder, arguments)
+
+    import torch
+
+    from workflows.store import load_prepared, write_json
+
+    torch.set_num_threads(config["trainer"]["threads"] or torch.get_num_threads())
+    data = load_prepared(folder / "prepared", mark_prepared(config))
+    rate = config["teacher"]["learning_rate"]
+    refine_rate = 0.1 * rate if arguments.refine_rate is None else arguments.refine_rate
+    likelihood = Likelihood(
+        arguments.likelihood_epochs,
+        min(arguments.likelihood_points, len(data.raw["train"])),
+        arguments.likelihood_batch,
+        min(arguments.validation_points, len(data.raw["validation"])),
+    )
+    trained: dict[str, Trained] = {}
+
+    def matched() -> Trained:
+        if arguments.trained:
+            return read_trained(folder, made, config, data)
+        return match_flow(config, data)
+
+    def refined() -> Trained:
+        if MATCHED not in trained:
+            raise FloatingPointError("there is no flow-matched teacher to start from")
+        return maximize_likelihood(config, data, likelihood, refine_rate, trained[MATCHED])
+
+    arms = {
+        MATCHED: matched,
+        LIKELIHOOD: lambda: maximize_likelihood(config, data, likelihood, rate),
+        REFINED: refined,
+    }
+    exact = data.n_features <= config["teacher"]["exact_trace_up_to"]
+    record: dict[str, Any] = {
+        **pick(vars(arguments), "preset", "overrides", "trained"),
+        "data": str(folder),
+        "prepared": mark_prepared(config),
+        "seed": config["seed"],
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "unit": data.preprocessing.density_unit[0],
+        "trace": "exact" if exact else "Hutchinson, fixed seed",
+        "scoring_solver": config["evaluation"]["teacher_solver"],
+        "scoring_batch_size": config["evaluation"]["batch_size"],
+        "teacher": config["teacher"],
+        "likelihood": asdict(likelihood) | {"learning_rate": rate, "refine_rate": refine_rate},
+        "n_parameters": None,
+        "arms": {},
+    }
+    for name, train in arms.items():
+        print(f"teachers | {name}", flush=True)
+        try:
+            trained[name] = train()
+            flow, phases = trained[name].flow, map(asdict, trained[name].phases)
+            record["n_parameters"] = sum(p.numel() for p in flow.parameters())
+            result = {**score(flow, config, data), "phases": list(phases)}
+            record["arms"][name] = {"status": "finished", **result}
+        except FloatingPointError as error:
+            record["arms"][name] = {"status": "failed", "reason": str(error)}
+            print(f"teachers | {name} failed: {error}", flush=True)
+        if arguments.out:
+            write_json(arguments.out, record)
+    return record
+
+
+def _configure(folder: Path, arguments: argparse.Namespace) -> tuple[Config, Config]:
+    """Configuration that the folder was made with, and that of the comparison."""
+    made = load_config(folder / "config.yaml")
+    if made.get("name") != arguments.preset:
+        raise ValueError(f"{folder} is of preset {made.get('name')!r}, not {arguments.preset!r}")
+    base = flatten(pick(made, "seed", "data", "teacher"))
+    chosen = [*base, *arguments.overrides]
+    for option, value in (
+        ("teacher.flow_matching_epochs", arguments.flow_matching_epochs),
+        ("evaluation.teacher_points", arguments.points),
+    ):
+        if value is not None:
+            chosen.append(f"{option}={value}")
+    return made, compose_preset(arguments.preset, chosen)
+
+
+def tabulate(record: Mapping[str, Any]) -> str:
+    """Write the results as Markdown: the settings, a table, and why an arm failed."""
+    arms, solver, likelihood = record["arms"], record["scoring_solver"], record["likelihood"]
+    points = {arm["n_points"] for arm in arms.values() if "n_points" in arm}
+    lines = [
+        f"{record['preset']}, seed {record['seed']}, {record['threads']} threads, torch {record['torch']}. Density of "
+        f"the first {' or '.join(map(str, points)) or '-'} test points: {solver['method']}, tolerances "
+        f"{solver['rtol']:g}/{solver['atol']:g}, trace {record['trace']}. Likelihood: {likelihood['epochs']} epochs of "
+        f"{likelihood['points']} points, batch {likelihood['batch_size']}, {record['teacher']['solver']['method']} with "
+        f"{record['teacher']['solver']['n_steps']} steps, learning rate {likelihood['learning_rate']:g}, after flow "
+        f"matching {likelihood['refine_rate']:g}.",
+        "",
+        f"| training | {record['unit']} | seconds | CPU seconds | steps | calls of the field a batch |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, arm in arms.items():
+        if arm["status"] == "failed":
+            lines.append(f"| {name} | failed | - | - | - | - |")
+            continue
+        phases = arm["phases"]
+        lines.append(
+            f"| {name} | {arm['density']:.4f} ± {arm['density_standard_error']:.4f} | {_sum(phases, 'seconds')} | "
+            f"{_sum(phases, 'cpu_seconds')} | {_sum(phases, 'steps')} | {arm['calls_per_batch']:.0f} |"
+        )
+    for name, arm in arms.items():
+        if arm["status"] == "failed":
+            lines += ["", f"{name} failed: {arm['reason']}"]
+    return "\n".join(lines)
+
+
+def _sum(phases: Sequence[Mapping[str, Any]], name: str) -> str:
+    values = (phase[name] for phase in phases)
+    return " + ".join("?" if value is None else f"{round(value, 1)}" for value in values)
+
+
+def _whole(least: int) -> Any:
+    def number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"expected {least} or more, got {text}")
+        return value
+
+    return number
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("preset", help="a file of conf/preset/, without .yaml")
+    add("overrides", nargs="*", help="in Hydra's syntax, such as teacher.solver.n_steps=10")
+    add("--data", type=Path, metavar="FOLDER", help="data/<preset> by default")
+    add("--trained", action="store_true", help="take that folder's flow-matched teacher")
+    add("--flow-matching-epochs", type=_whole(1), metavar="N", help="the folder's by default")
+    add("--likelihood-epochs", type=_whole(1), default=10, metavar="N", help="10 by default")
+    add(
+        "--likelihood-points", type=_whole(1), default=1024, metavar="N",
+        help="training points of an epoch of likelihood, at most; 1024 by default",
+    )  # fmt: skip
+    add("--likelihood-batch", type=_whole(1), default=128, metavar="N", help="128 by default")
+    add(
+        "--validation-points", type=_whole(1), default=512, metavar="N",
+        help="validation points that choose likelihood's epoch, at most; 512 by default",
+    )  # fmt: skip
+    add(
+        "--refine-rate", type=float, metavar="RATE",
+        help="learning rate of likelihood after flow matching; a tenth of teacher.learning_rate by default",
+    )  # fmt: skip
+    add(
+        "--points", type=_whole(2), metavar="N",
+        help="first so many test points that are scored; evaluation.teacher_points by default",
+    )  # fmt: skip
+    add("--out", type=Path, metavar="FILE.json", help="where to write the settings and the results")
+    arguments = parser.parse_intermixed_args()
+    if arguments.trained and arguments.flow_matching_epochs:
+        parser.error("--trained takes a teacher as it is: leave out --flow-matching-epochs")
+    if arguments.refine_rate is not None and not 0 < arguments.refine_rate < math.inf:
+        parser.error(f"--refine-rate is {arguments.refine_rate}: expected a number above 0")
+    try:
+        with redirect_stdout(sys.stderr):
+            record = compare(arguments)
+    except EXPECTED_ERRORS as error:
+        print(f"teachers: error: {describe(error)}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("teachers: interrupted; run it again from the start", file=sys.stderr)
+        raise SystemExit(130) from None
+    print(tabulate(record))
+    if arguments.out:
+        print(f"teachers: {len(record['arms'])} arms -> {arguments.out}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -282,7 +282,6 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     exact = data.n_features <= config["teacher"]["exact_trace_up_to"]
     record: dict[str, Any] = {
         **pick(vars(arguments), "preset", "overrides", "trained"),
-        "data": str(folder),
         "prepared": mark_prepared(config),
         "seed": config["seed"],
         "torch": torch.__version__,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpmm.artifact import load_header
+from cpmm.artifact import load_artifact
 from cpmm.mixture import Mixture
 from cpmm.preprocessing import Preprocessing
 
@@ -54,9 +54,9 @@ class FittedMixture:
                 its preprocessing.
         """
         mixture = Mixture.load(folder, device).to(dtype)
-        header = load_header(folder, "mixture")
+        tensors, header = load_artifact(folder, "mixture", device)
         try:
-            preprocessing = Preprocessing.from_dict(header["preprocessing"])
+            preprocessing = Preprocessing.from_dict(header["preprocessing"], tensors)
             shape, names = header["image_shape"], tuple(header["feature_names"])
         except (KeyError, TypeError) as error:
             raise ValueError(

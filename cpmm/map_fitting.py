@@ -201,7 +201,7 @@ class Space:
         mean, square = (z - centre).mean(1), (z - centre).square().mean(1)
         shift = self.share @ mean  # (M,)
         variance = self.share @ square - shift.square()
-        if self.standardize == "shared":
+        if self.standardize != "feature":
             variance = variance.mean().expand_as(variance)
         return centre + shift, variance.sqrt()
 

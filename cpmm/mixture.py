@@ -118,12 +118,18 @@ class Mixture:
             self, components=self.components.select(keep), cluster_sizes=tuple(sizes.tolist())
         )
 
-    def save(self, folder: str | os.PathLike, header: Mapping[str, Any] | None = None) -> None:
+    def save(
+        self,
+        folder: str | os.PathLike,
+        header: Mapping[str, Any] | None = None,
+        tensors: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Write ``mixture.safetensors`` and ``mixture.json`` into ``folder``.
 
         Args:
             folder: Made if missing.
             header: Anything JSON can hold, kept beside the sizes.
+            tensors: Of the preprocessing, kept beside the components'; their names have a dot.
         """
         fa = self.components
         sizes = {
@@ -132,7 +138,7 @@ class Mixture:
             "n_factors": fa.n_factors,
             "cluster_sizes": list(self.cluster_sizes),
         }
-        save_artifact(folder, "mixture", vars(fa), sizes | dict(header or {}))
+        save_artifact(folder, "mixture", vars(fa) | dict(tensors or {}), sizes | dict(header or {}))
 
     @classmethod
     def load(
@@ -154,6 +160,7 @@ class Mixture:
         """
         tensors, header = load_artifact(folder, "mixture", device, fingerprint)
         names = {field.name for field in fields(FactorAnalyzers)}
+        tensors = {name: value for name, value in tensors.items() if "." not in name}
         if set(tensors) != names:
             raise ValueError(f"{folder} holds tensors {sorted(tensors)}: expected {sorted(names)}")
         if not all(bool(torch.isfinite(value).all()) for value in tensors.values()):

@@ -2,34 +2,40 @@ r"""Maps between data as it comes and the space that densities are modelled in.
 
 Grey levels k are dequantized, :math:`x = (k + u) / \text{levels}`, and squeezed through the logit,
 :math:`z = \operatorname{logit}(\alpha + (1 - 2 \alpha) x)`; a learned monotone map may follow, the same
-for all pixels. Real-valued tables are taken as they are. An affine map may come last. Every
-log-determinant is kept, so densities of any space can be compared in units of the data.
+for all pixels. Real-valued tables are taken as they are. An affine map may come last: of each feature by
+itself, or one that whitens them together. Every log-determinant is kept, so densities of any space can be compared in units of the data.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from cpmm.elementwise import ElementwiseMap
 
-STANDARDIZATIONS = ("none", "shared", "feature")
+STANDARDIZATIONS = ("none", "shared", "feature", "whitened")
+WHITENING = "preprocessing.whitening"  # its name among the tensors of an artifact
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """An invertible elementwise map from data to the model's space, fitted on training data.
+    """An invertible map from data to the model's space, fitted on training data; elementwise, but for whitening.
 
     Attributes:
         levels: Number of grey levels of dequantized data; None for real-valued tables.
         alpha: Margin of the logit; it moves bits per dimension by more than one bit, so every
             figure states it. None for real-valued tables.
-        shift: Subtracted last, M numbers.
-        scale: Divided by last, M positive numbers.
+        shift: Subtracted after that, M numbers.
+        scale: Divided by after that, M positive numbers.
         map: Applied after the logit, before shift and scale; None leaves the plain logit.
+        whitening: Multiplied by last, the symmetric root of the inverse covariance of the training
+            points, (M, M), float64; None leaves the features to themselves. Factor analyzers behind it
+            share what covariance all points have (semi-tied covariances; Gales, 1999).
     """
 
     levels: int | None
@@ -37,6 +43,7 @@ class Preprocessing:
     shift: tuple[float, ...]
     scale: tuple[float, ...]
     map: ElementwiseMap | None = None
+    whitening: Tensor | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check the options that depend on each other.
@@ -72,13 +79,15 @@ class Preprocessing:
             levels: Number of grey levels, None for real-valued data.
             alpha: Margin of the logit, in [0, 0.5); None for real-valued data.
             standardize: "none"; "feature", zero mean and unit deviation for each feature; "shared",
-                the mean of each feature and one deviation for all.
+                the mean of each feature and one deviation for all; "whitened", as shared, and then the
+                symmetric root of the inverse covariance, so that it is the identity.
             generator: Source of the dequantization noise.
             feature_names: Used in messages.
             map: Comes between the logit and the affine part.
 
         Raises:
-            ValueError: If an option is unknown or out of range, or a feature has no variance or is not finite.
+            ValueError: If an option is unknown or out of range, a feature has no variance or is not finite,
+                or the covariance that is to be whitened is singular.
         """
         if standardize not in STANDARDIZATIONS:
             raise ValueError(
@@ -100,7 +109,10 @@ class Preprocessing:
         if standardize == "none":
             return plain
         scale = spread if standardize == "feature" else spread.square().mean().sqrt().expand(m)
-        return replace(plain, shift=tuple(z.mean(0).tolist()), scale=tuple(scale.tolist()))
+        shifted = replace(plain, shift=tuple(z.mean(0).tolist()), scale=tuple(scale.tolist()))
+        if standardize == "whitened":
+            return replace(shifted, whitening=_inverse_root(torch.cov(((z - z.mean(0)) / scale).T)))
+        return shifted
 
     @property
     def n_features(self) -> int:
@@ -118,6 +130,8 @@ class Preprocessing:
     def description(self) -> str:
         """The way from data to the model's space, in one sentence without its full stop."""
         affine = "each feature shifted and scaled"
+        if self.whitening is not None:
+            affine += ", then all whitened together by the covariance of training data"
         if self.levels is None:
             return f"z = x as it comes, {affine}"
         logit = f"logit(a + (1 - 2a) x) with x = (k + u)/{self.levels}, a = {self.alpha:g}"
@@ -155,9 +169,10 @@ class Preprocessing:
         r"""Map dequantized data to the model's space.
 
         .. math:: \log |dz/dx| = \sum \log(1 - 2\alpha) - \log s - \log(1 - s)
-            + \log f'(\operatorname{logit} s) - \log \text{scale}
+            + \log f'(\operatorname{logit} s) - \log \text{scale} + \log |W|
 
-        with :math:`s = \alpha + (1 - 2\alpha) x` (rule 1 of the evaluation) and the map f, if any.
+        with :math:`s = \alpha + (1 - 2\alpha) x` (rule 1 of the evaluation), the map f and the whitening W,
+        if any.
 
         Args:
             x: In [0, 1] for grey levels, real values otherwise, (N, M).
@@ -182,10 +197,23 @@ class Preprocessing:
         if self.map is not None:
             x, log_slope = self.map.forward(x)
             log_det = log_det + log_slope.sum(1)
-        return (x - shift) / scale, log_det
+        x = (x - shift) / scale
+        if self.whitening is not None:
+            x = x @ self.whitening.to(x)
+            log_det = log_det + torch.linalg.slogdet(self.whitening).logabsdet.to(x)
+        return x, log_det
+
+    def unwhiten(self, z: Tensor) -> Tensor:
+        """Undo the whitening alone, (N, M): where Euclidean distances tell groups of the data apart."""
+        return z if self.whitening is None else z @ self._coloring.to(z)
+
+    @cached_property
+    def _coloring(self) -> Tensor:
+        return torch.linalg.inv(self.whitening)
 
     def inverse(self, z: Tensor) -> Tensor:
         """Map back from the model's space: to [0, 1] for grey levels, to real values otherwise."""
+        z = self.unwhiten(z)
         x = z * z.new_tensor(self.scale) + z.new_tensor(self.shift)
         if self.levels is None:
             return x
@@ -194,22 +222,60 @@ class Preprocessing:
         return ((torch.sigmoid(x) - self.alpha) / (1 - 2 * self.alpha)).clamp(0, 1)
 
     def to_dict(self) -> dict:
-        """Return what JSON can hold; :meth:`from_dict` undoes it."""
-        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-        return plain | {"map": None if self.map is None else self.map.to_dict()}
+        """Return what JSON can hold; with :attr:`tensors` it is all that :meth:`from_dict` needs."""
+        return {
+            "levels": self.levels,
+            "alpha": self.alpha,
+            "shift": list(self.shift),
+            "scale": list(self.scale),
+            "map": None if self.map is None else self.map.to_dict(),
+            "whitened": self.whitening is not None,
+        }
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What is too large for JSON, by the name that it has in an artifact."""
+        return {} if self.whitening is None else {WHITENING: self.whitening}
 
     @classmethod
-    def from_dict(cls, values: dict) -> Preprocessing:
-        """Build from what :meth:`to_dict` returned."""
-        # Artifacts from before there were maps have no word of it.
-        learned = dict(values).get("map")
+    def from_dict(cls, values: Mapping, tensors: Mapping[str, Tensor]) -> Preprocessing:
+        """Build from what :meth:`to_dict` returned and the tensors of the same artifact.
+
+        Raises:
+            ValueError: If the whitening is missing, or does not fit the features.
+        """
+        # Artifacts from before there were maps and whitening have no word of them.
+        values = dict(values)
+        learned, whitening, m = values.get("map"), None, len(values["shift"])
+        if values.get("whitened"):
+            whitening = tensors.get(WHITENING)
+            if whitening is None or whitening.shape != (m, m):
+                got = "none" if whitening is None else f"one of shape {tuple(whitening.shape)}"
+                raise ValueError(f"expected a tensor {WHITENING} of shape {(m, m)}: got {got}")
         return cls(
             values["levels"],
             values["alpha"],
             tuple(values["shift"]),
             tuple(values["scale"]),
             None if learned is None else ElementwiseMap.from_dict(learned),
+            whitening,
         )
+
+
+def _inverse_root(covariance: Tensor) -> Tensor:
+    """Symmetric root of the inverse of a covariance, (M, M).
+
+    Raises:
+        ValueError: If the covariance is singular.
+    """
+    value, vector = torch.linalg.eigh(covariance)
+    if not bool(value[0] > 1e-10 * value[-1]):
+        raise ValueError(
+            f"the covariance of the training points has eigenvalues from {value[0]:.3g} to "
+            f"{value[-1]:.3g} and cannot be whitened: take more training points than features, drop "
+            "features that follow from others, or set data.standardize to shared"
+        )
+    return (vector * value.rsqrt()) @ vector.T
 
 
 @dataclass(frozen=True)

@@ -177,11 +177,11 @@ def test_json_can_hold_it(rough):
     assert ElementwiseMap.from_dict(values) == rough
     pre = Preprocessing(256, ALPHA, (0.0,), (1.0,), rough)
     values = json.loads(json.dumps(pre.to_dict(), allow_nan=False))
-    assert Preprocessing.from_dict(values) == pre
+    assert Preprocessing.from_dict(values, {}) == pre
     values["map"] = None
-    assert Preprocessing.from_dict(values).map is None
+    assert Preprocessing.from_dict(values, {}).map is None
     del values["map"]  # as written before there were maps
-    assert Preprocessing.from_dict(values).map is None
+    assert Preprocessing.from_dict(values, {}).map is None
 
 
 def test_the_description_says_what_comes_before_the_model(rough):

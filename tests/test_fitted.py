@@ -30,7 +30,8 @@ def save(folder, mixture, pre, shape, **changes):
         "image_shape": shape,
         "feature_names": [f"x{i}" for i in range(m)],
     }
-    mixture.save(folder, {k: v for k, v in (header | changes).items() if v != "absent"})
+    kept = {k: v for k, v in (header | changes).items() if v != "absent"}
+    mixture.save(folder, kept, pre.tensors)
     return folder
 
 
@@ -42,17 +43,31 @@ def table(tmp_path, generator):
 
 
 @pytest.fixture
+def whitened(tmp_path, generator):
+    """A mixture on a table that is shifted, scaled and whitened."""
+    root = torch.tensor([[1.0, 0.3], [0.3, 2.0]], dtype=torch.float64)
+    pre = Preprocessing(None, None, (1.0, -2.0), (0.5, 3.0), whitening=root)
+    return FittedMixture.load(save(tmp_path / "white", make_mixture(generator, 2), pre, None))
+
+
+@pytest.fixture
 def images(tmp_path, generator):
     pre = Preprocessing(8, 0.05, (0.1,) * 6, (1.5,) * 6)
     return FittedMixture.load(save(tmp_path / "images", make_mixture(generator, 6), pre, (1, 2, 3)))
 
 
-def test_the_density_of_a_table_is_that_of_the_dense_mixture_in_units_of_the_data(table, generator):
+@pytest.mark.parametrize("kind", ["table", "whitened"])
+def test_the_density_of_a_table_is_that_of_the_dense_mixture_in_units_of_the_data(
+    kind, request, generator
+):
+    table = request.getfixturevalue(kind)
     x = 3 * torch.randn(20, 2, generator=generator).double()
-    fa, scale = table.mixture.components, np.array([0.5, 3.0])
+    fa, back = table.mixture.components, np.diag([0.5, 3.0])
+    if kind == "whitened":
+        back = np.linalg.inv([[1.0, 0.3], [0.3, 2.0]]) @ back
     expected = sum(
         math.exp(weight)
-        * multivariate_normal(mean * scale + [1.0, -2.0], np.outer(scale, scale) * cov).pdf(x)
+        * multivariate_normal(mean @ back + [1.0, -2.0], back.T @ cov @ back).pdf(x)
         for weight, mean, cov in zip(
             fa.log_weight.tolist(), fa.mean.numpy(), fa.covariance().numpy(), strict=True
         )

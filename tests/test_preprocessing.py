@@ -12,7 +12,7 @@ from scipy.stats import norm
 from torch import Tensor
 
 from cpmm.metrics import bits_per_dimension
-from cpmm.preprocessing import STANDARDIZATIONS, Augmentation, Preprocessing
+from cpmm.preprocessing import STANDARDIZATIONS, WHITENING, Augmentation, Preprocessing
 from tests.oracles import log_abs_det_jacobian
 
 ALPHA = 1e-6
@@ -132,7 +132,44 @@ def test_json_can_hold_it(grey, table, generator, levels):
     raw, alpha = (table, None) if levels is None else (grey, ALPHA)
     preprocessing = Preprocessing.fit(raw, levels, alpha, "feature", generator)
     values = json.loads(json.dumps(preprocessing.to_dict(), allow_nan=False))
-    assert Preprocessing.from_dict(values) == preprocessing
+    assert Preprocessing.from_dict(values, {}) == preprocessing
+
+
+def test_whitened_points_have_the_identity_as_covariance_and_can_be_unwhitened(grey, generator):
+    whitened, shared = (
+        Preprocessing.fit(grey, 256, ALPHA, standardize, torch.Generator().manual_seed(3))
+        for standardize in ("whitened", "shared")
+    )
+    x = whitened.dequantize(grey, torch.Generator().manual_seed(3))
+    z, _ = whitened.forward(x)
+    torch.testing.assert_close(torch.cov(z.T), torch.eye(6, dtype=torch.float64))
+    assert float(z.mean(0).abs().max()) < 1e-12
+    torch.testing.assert_close(whitened.unwhiten(z), shared.forward(x)[0])
+    assert torch.equal(shared.unwhiten(z), z)
+
+
+def test_one_standard_normal_behind_the_whitening_is_the_full_gaussian(table, generator):
+    pre = Preprocessing.fit(table, None, None, "whitened", generator)
+    z, log_det = pre.forward(table)
+    gaussian = torch.distributions.MultivariateNormal(table.mean(0), torch.cov(table.T))
+    normal = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(1)
+    torch.testing.assert_close(normal + log_det, gaussian.log_prob(table))
+
+
+def test_a_whitening_is_kept_as_a_tensor_and_missed(table, generator):
+    pre = Preprocessing.fit(table, None, None, "whitened", generator)
+    values = json.loads(json.dumps(pre.to_dict(), allow_nan=False))
+    again = Preprocessing.from_dict(values, pre.tensors)
+    assert torch.equal(again.forward(table)[0], pre.forward(table)[0])
+    for tensors, got in (({}, "none"), ({WHITENING: torch.eye(2)}, r"one of shape \(2, 2\)")):
+        with pytest.raises(ValueError, match=rf"of shape \(3, 3\): got {got}"):
+            Preprocessing.from_dict(values, tensors)
+
+
+def test_a_singular_covariance_cannot_be_whitened(table, generator):
+    for x in (torch.cat([table, table[:, :1] + table[:, 1:2]], 1), table[:3]):
+        with pytest.raises(ValueError, match="cannot be whitened: take more training points"):
+            Preprocessing.fit(x, None, None, "whitened", generator)
 
 
 def test_features_without_variance_are_named(table, generator):

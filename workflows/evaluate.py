@@ -168,14 +168,15 @@ def _groups(config: Config, data: DataSplits) -> dict[str, float]:
 
 
 def _kmeans(score: Scorer, mixture: Mixture, n_init: int, seed: int) -> dict[str, float]:
-    """Score k-means on the same split, in the mixture's space."""
+    """Score k-means on the same split, in the mixture's space before any whitening."""
     from sklearn.cluster import KMeans
 
     if score.label is None:
         return {}
-    train = score.data.points("train")[0].numpy()
+    unwhiten = score.data.preprocessing.unwhiten
+    train = unwhiten(score.data.points("train")[0]).numpy()
     model = KMeans(mixture.n_clusters, n_init=n_init, random_state=seed).fit(train)
-    return score.clusters(model.predict(score.z.numpy()).astype(int), mixture.n_clusters)
+    return score.clusters(model.predict(unwhiten(score.z).numpy()).astype(int), mixture.n_clusters)
 
 
 def _score_teacher(

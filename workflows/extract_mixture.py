@@ -18,7 +18,8 @@ def main(folder: Path, config: Config) -> str:
     options, mark = config["mixture"], mark_mixture(config)
     scratch = scratch_folder(folder, "extract_mixture", mark)
     mixture = extract(trajectories, options, data)
-    mixture.save(scratch / "mixture", mixture_header(config, data, mark))
+    header = mixture_header(config, data, mark)
+    mixture.save(scratch / "mixture", header, data.preprocessing.tensors)
     n_all = config["cpmm"]["n_clusters"] * options["n_pseudotimes"]
     publish(scratch, "mixture", folder / "mixture")
     return (

@@ -97,7 +97,7 @@ def make_groups(
             generator,
             **pick(options, "n_points", "n_views", "n_neighbours"),
         )
-    x = data.points("train")[0].float()
+    x = data.preprocessing.unwhiten(data.points("train")[0]).float()
     return partition(
         options["kind"],
         x if index is None else x[index],

@@ -294,6 +294,8 @@ def _describe_preset(config: Config, metrics: Mapping[str, Any]) -> str:
     learned = "no learned map"
     if kind != "none":
         learned = f"learned map: {kind} of {data['map']['n_bins']} bins"
+    if data["standardize"] == "whitened":
+        learned += ", whitened by M (M + 1) / 2 more parameters, the same for all models"
     parts = [
         f"alpha {data['alpha']:g}",
         f"noise seed {data['noise_seed']}",

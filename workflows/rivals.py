@@ -31,9 +31,12 @@ def train_direct(
     floor = config["cpmm"]["log_diagonal_floor"]
     n_components = mixture.n_clusters if matched else mixture.components.n_components
     generator = seeded_generator(seed, 30)
-    x = data.points("train")[0].float()
+    z = data.points("train")[0]
+    x, near = z.float(), data.preprocessing.unwhiten(z).float()
     validation = data.points("validation")[0].float()
-    label = kmeans(x, n_components, generator, options["kmeans_restarts"], options["kmeans_points"])
+    label = kmeans(
+        near, n_components, generator, options["kmeans_restarts"], options["kmeans_points"]
+    )
     groups = group_axes(x, label, n_components, config["cpmm"]["n_factors"])
     starts = [
         DirectMixture(shrunk_factor_analyzers(groups, floor, shrinkage), floor)

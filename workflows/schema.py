@@ -180,7 +180,7 @@ OPTIONS: dict[str, Rule] = {
     "data.split_seed": SEED,
     "data.noise_seed": SEED,
     "data.alpha": or_null(number(0, 0.5, "()")),
-    "data.standardize": choice("none", "shared", "feature"),
+    "data.standardize": choice("none", "shared", "feature", "whitened"),
     "data.map.kind": choice("none", "spline"),
     "data.map.n_bins": whole(2, 1000),
     "data.map.n_points": whole(2),

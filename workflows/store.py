@@ -34,7 +34,7 @@ from cpmm.preprocessing import Augmentation, Preprocessing
 
 def save_prepared(folder: Path, data: DataSplits, mark: str) -> None:
     """Write the splits; ``mark`` is their fingerprint."""
-    tensors = {f"raw_{split}": data.raw[split] for split in SPLITS}
+    tensors = {f"raw_{split}": data.raw[split] for split in SPLITS} | data.preprocessing.tensors
     if data.label is not None:
         tensors |= {f"label_{split}": data.label[split] for split in SPLITS}
     header = {
@@ -57,7 +57,7 @@ def load_prepared(folder: Path, mark: str | None = None) -> DataSplits:
     return DataSplits(
         raw={split: tensors[f"raw_{split}"] for split in SPLITS},
         label={split: tensors[f"label_{split}"] for split in SPLITS} if labelled else None,
-        preprocessing=Preprocessing.from_dict(header["preprocessing"]),
+        preprocessing=Preprocessing.from_dict(header["preprocessing"], tensors),
         augmentation=Augmentation(**header["augmentation"] | {"image_shape": shape}),
         noise_seed=header["noise_seed"],
         image_shape=shape,

@@ -75,7 +75,8 @@ def run_trial(
         model = module.model.cpu()
         save_model(scratch / "cpmm", "cpmm", model, {"fingerprint": mark, "best": best})
         mixture = extract(model, config["mixture"], data)
-        mixture.save(scratch / "mixture", mixture_header(config, data, mark))
+        header = mixture_header(config, data, mark)
+        mixture.save(scratch / "mixture", header, data.preprocessing.tensors)
         mixture = mixture.to(torch.float64)
         with torch.no_grad():
             validation = Scorer(data, "validation").density(mixture.log_prob)["density"]

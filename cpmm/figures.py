@@ -20,6 +20,7 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+from matplotlib.textpath import TextPath
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 WIDTH = 5.0  # inches
@@ -733,3 +734,142 @@ def plot_sweep(
     axes[0].set_yticks(range(len(labels)), names, fontsize=7)
     axes[0].set_ylim(len(labels) - 0.4, -0.6)
     return figure
+
+
+def plot_costs(
+    labels: Sequence[str],
+    group: Sequence[str],
+    density: np.ndarray,
+    spread: np.ndarray,
+    costs: dict[str, np.ndarray],
+    unit: str,
+) -> Figure:
+    """Draw the density of models against what they cost, a panel a cost, on logarithmic scales.
+
+    A model without a density, or without a positive cost, is left out of the panel.
+
+    Args:
+        labels: Names of the models, K strings, written beside the points.
+        group: Kind of each model, K strings; colours and markers, told in a key.
+        density: Negative log-density of test data, lower is better, (K,).
+        spread: Standard deviation of each, drawn as a bar, NaN for none, (K,).
+        costs: Costs of each by the title of the panel, (K,), NaN for one that is not known.
+        unit: Of ``density``.
+
+    Raises:
+        ValueError: If lengths disagree, or there is no panel.
+    """
+    density, spread = np.asarray(density, float), np.asarray(spread, float)
+    columns = {"group": group, "density": density, "spread": spread, **costs}
+    for title, values in columns.items():
+        if len(values) != len(labels):
+            raise ValueError(f"{title}: expected {len(labels)} values, got {len(values)}")
+    if not costs:
+        raise ValueError("costs has no panel: expected the values of one cost or more")
+    kinds = list(dict.fromkeys(group))
+    kind = np.array([kinds.index(name) for name in group], int)
+    figure = _figure(0.5 + 3.5 * len(costs))
+    panels = figure.subplots(len(costs), 1, sharey=True, squeeze=False)[:, 0]
+    drawn = []
+    for axes, (title, values) in zip(panels, costs.items(), strict=True):
+        x = np.asarray(values, float)
+        shown = np.flatnonzero(np.isfinite(density) & np.isfinite(x) & (x > 0))
+        for k in shown:
+            colour, marker = PALETTE[kind[k] % len(PALETTE)], MARKERS[kind[k] % len(MARKERS)]
+            bar = np.nan_to_num(spread[k])
+            axes.errorbar(
+                x[k], density[k], yerr=bar, color=colour, marker=marker, ms=6, mec="white",
+                mew=0.6, lw=1, zorder=3,
+            )  # fmt: skip
+        if len(shown):
+            axes.set_xscale("log")
+        else:
+            axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", fontsize=9)
+            axes.set_xticks([])
+        axes.margins(x=0.15, y=0.15)
+        axes.set_xlabel(title, fontsize=9)
+        axes.set_ylabel(unit, fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.grid(color="#eeeeee", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        drawn.append((axes, x, shown))
+    # Darker than the points, so that the lighter colours can be read.
+    ink = [to_hex(_shade(PALETTE[i % len(PALETTE)], 0.8)) for i in kind]
+    handles = [
+        Line2D(
+            [], [], ls="", marker=MARKERS[i % len(MARKERS)], color=PALETTE[i % len(PALETTE)],
+            ms=5, label=_plain(name),
+        )
+        for i, name in enumerate(kinds)
+    ]  # fmt: skip
+    if handles:
+        figure.legend(
+            handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8
+        )
+    figure.draw_without_rendering()  # lays the panels out, whose sizes the labels need
+    for axes, x, shown in drawn:
+        bars = np.nan_to_num(spread[shown])
+        texts = [(labels[k], ink[k]) for k in shown]
+        _label_points(axes, texts, x[shown], density[shown], bars)
+    return figure
+
+
+def _label_points(
+    axes: Axes, labels: Sequence[tuple[str, str]], x: np.ndarray, y: np.ndarray, bar: np.ndarray
+) -> None:
+    """Write labels, text and colour, beside their points, where they cover each other and points the least.
+
+    Each label in turn takes the best of many places around its point, given those of the others,
+    in a few rounds: no chance is in it. One that had to move away gets a line to its point.
+    """
+    if not len(labels):
+        return
+    size, reach = 7, 3.5  # points, as are all lengths below; of the type and half of a marker
+    scale = 72 / axes.figure.dpi
+    frame = axes.get_window_extent().extents * scale
+    low, middle, high = (
+        axes.transData.transform(np.column_stack([x, y + sign * bar])) * scale
+        for sign in (-1, 0, 1)
+    )
+    marks = np.concatenate([low - reach, high + reach], 1)  # (K, 4): left, bottom, right, top
+    width = [TextPath((0, 0), _plain(text), size=size).get_extents().width for text, _ in labels]
+    half = np.column_stack([width, np.full(len(labels), 0.95 * size)]) / 2 + 0.8
+    angle = np.linspace(0, 2 * np.pi, 24, endpoint=False)
+    around = np.column_stack([np.cos(angle), np.sin(angle)])
+    radius = np.array([5.5, 9, 13, 19, 26, 34, 43, 53, 64, 78])
+    steps = (radius[:, None, None] * around).reshape(-1, 2)  # (J, 2)
+    away = np.repeat(radius, len(angle))
+    aside = np.tile(np.clip(1.5 * around, -1, 1), (len(radius), 1))
+    centre = middle.copy()
+    boxes = np.zeros((len(labels), 4))  # of no area: nobody has a place before the first round
+    for _ in range(4):
+        for k in range(len(labels)):
+            places = middle[k] + steps + aside * half[k]
+            candidates = np.concatenate([places - half[k], places + half[k]], 1)
+            others = np.delete(boxes, k, 0)
+            covered = _overlap(candidates, others).sum(1) + _overlap(candidates, marks).sum(1)
+            outside = 4 * half[k].prod() - _overlap(candidates, frame[None])[:, 0]
+            line = np.linspace(0, 1, 12)[:, None, None]
+            line = (1 - line) * (middle[k] + reach * np.sign(steps)) + line * places
+            line = np.concatenate([line - 0.5, line + 0.5], 2)
+            crossed = sum(_overlap(part, others).sum(1) for part in line)
+            best = np.argmin(covered + 20 * outside + 3 * crossed + 1.2 * away)
+            centre[k], boxes[k] = places[best], candidates[best]
+    for k, (text, colour) in enumerate(labels):
+        gap = np.maximum(np.abs(centre[k] - middle[k]) - half[k], 0)
+        far = np.hypot(*gap) > 6
+        note = axes.annotate(
+            text, (x[k], y[k]), centre[k] - middle[k], textcoords="offset points", ha="center",
+            va="center", fontsize=size, color=colour, parse_math=False, zorder=4,
+            arrowprops={"arrowstyle": "-", "lw": 0.5, "color": GREY, "shrinkA": 0, "shrinkB": 3}
+            if far else None,
+        )  # fmt: skip
+        note.set_in_layout(False)
+
+
+def _overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Areas that boxes (J, 4) share with boxes (B, 4): left, bottom, right, top; (J, B)."""
+    low = np.maximum(a[:, None, :2], b[None, :, :2])
+    high = np.minimum(a[:, None, 2:], b[None, :, 2:])
+    return np.clip(high - low, 0, None).prod(2)

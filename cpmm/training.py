@@ -195,6 +195,10 @@ class Recorded(pl.LightningModule):
         """Whether the weights of this epoch may be chosen by their validation loss."""
         return True
 
+    def measures_density(self, epoch: int) -> bool:
+        """Whether the losses of an epoch are nats per dimension of the input space."""
+        return True
+
     @contextmanager
     def located(self) -> Iterator[None]:
         """Let an error of broken numbers say where in the run it happened."""
@@ -245,6 +249,10 @@ class TeacherTraining(Recorded):
     def describe_epoch(self) -> dict[str, float]:
         """Which objective the epoch had: 0 flow matching, 1 likelihood."""
         return {"objective": float(self.current_epoch >= self.flow_matching_epochs)}
+
+    def measures_density(self, epoch: int) -> bool:
+        """The error of flow matching does not; a likelihood does, but for its regularization."""
+        return epoch >= self.flow_matching_epochs
 
     def is_candidate(self) -> bool:
         """Losses of the two objectives cannot be compared: only those of the last one count."""
@@ -299,6 +307,7 @@ class LossTraining(Recorded):
         learning_rate: Adam's.
         n_warmup_epochs: Epochs of linear warm-up.
         seed: Of every draw.
+        density: Whether the loss is a density's, in nats per dimension of the points' space.
     """
 
     def __init__(
@@ -309,9 +318,15 @@ class LossTraining(Recorded):
         learning_rate: float,
         n_warmup_epochs: int,
         seed: int,
+        density: bool = True,
     ) -> None:
         super().__init__(model, learning_rate, n_epochs, n_epochs // 2, n_warmup_epochs, seed)
         self.noise = noise
+        self.density = density
+
+    def measures_density(self, epoch: int) -> bool:
+        """Only what has a density does."""
+        return self.density
 
     def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
         """One step down the loss."""
@@ -468,7 +483,11 @@ class MixtureTraining(Recorded):
 
     def is_candidate(self) -> bool:
         """Only weights trained on the input space may be chosen."""
-        return self.curriculum.space(self.current_epoch) is None
+        return self.measures_density(self.current_epoch)
+
+    def measures_density(self, epoch: int) -> bool:
+        """In the spaces of a curriculum a likelihood says nothing of the data's density."""
+        return self.curriculum.space(epoch) is None
 
     def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
         """One step up the likelihood.

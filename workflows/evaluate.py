@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from cpmm.baselines.direct import DirectMixture
     from cpmm.data import DataSplits
     from cpmm.mixture import Mixture
     from cpmm.teacher import Flow
@@ -39,7 +40,7 @@ def main(folder: Path, config: Config) -> str:
         needs_teacher,
     )
     from workflows.outside import read_outside
-    from workflows.rivals import train_direct, train_on
+    from workflows.rivals import start_direct, start_refined
     from workflows.score import Scorer
     from workflows.store import load_prepared, open_spaces, write_json
 
@@ -56,9 +57,17 @@ def main(folder: Path, config: Config) -> str:
     (out / "figures").mkdir(parents=True, exist_ok=True)
     score = Scorer(data, "test")
 
-    direct = train_direct(config, data, mixture, scratch)
-    matched = train_direct(config, data, mixture, scratch, matched=True)
-    refined = train_on(config, data, mixture, scratch)
+    floor = config["cpmm"]["log_diagonal_floor"]
+    sizes = {"direct": mixture.components.n_components, "matched": mixture.n_clusters}
+    starts = {
+        name: start_direct(
+            data, options["direct"], n, config["cpmm"]["n_factors"], floor, config["seed"]
+        )
+        for name, n in sizes.items()
+    } | {"refined": start_refined(mixture, floor)}
+    direct, matched, refined = (
+        _optimize(name, start, config, data, scratch) for name, start in starts.items()
+    )
     with torch.no_grad():
         gaussian = fit_full_gaussian(_draws(data, options["gaussian_draws"], seed))
         models = {
@@ -127,6 +136,26 @@ def main(folder: Path, config: Config) -> str:
     seal_folder(out, "evaluation", header, {})
     publish(scratch, "evaluation", folder / "evaluation")
     return f"{_summarize(metrics)} -> {folder / 'evaluation'}"
+
+
+def _optimize(
+    name: str, start: DirectMixture, config: Config, data: DataSplits, scratch: Path
+) -> Mixture:
+    """Train a direct mixture on the likelihood of the data; the best epoch by validation."""
+    import torch
+
+    from workflows.fit import fit
+    from workflows.rivals import direct_training
+
+    options = config["evaluation"]["direct"]
+    module, rows = direct_training(data, options, start, config["seed"])
+    (scratch / name).mkdir(exist_ok=True)
+    fit(
+        f"evaluate {name} mixture", module, rows, config["trainer"], scratch / name,
+        options["gradient_clip"],
+    )  # fmt: skip
+    with torch.no_grad():
+        return module.model.cpu().mixture().to(torch.float64)
 
 
 def _metrics(

@@ -37,6 +37,27 @@ def mark_cpmm(config: Config) -> str:
     )
 
 
+def mark_baseline(config: Config, row: str) -> str:
+    """Fingerprint of a row of conf/baselines/, trained by its options and sizes that CPMM has."""
+    cpmm, evaluation = config["cpmm"], config["evaluation"]
+    sizes = [cpmm[name] for name in ("n_clusters", "n_factors", "log_diagonal_floor", "seed")]
+    scored = [
+        evaluation[name]
+        for name in ("batch_size", "gaussian_draws", "teacher_points", "teacher_solver")
+    ]
+    return fingerprint(
+        "baseline", config["baselines"][row], sizes, config["mixture"]["n_pseudotimes"], scored,
+        config["trainer"]["precision"], mark_prepared(config),
+        mark_cpmm(config) if needs_spaces(config, row) else None,
+    )  # fmt: skip
+
+
+def mark_model(config: Config) -> str:
+    """Fingerprint of what a trial trains."""
+    model = config["model"]
+    return mark_cpmm(config) if model == "cpmm" else mark_baseline(config, model)
+
+
 def mark_mixture(config: Config) -> str:
     """Fingerprint of ``mixture``."""
     return fingerprint("mixture", config["mixture"], mark_cpmm(config))
@@ -55,7 +76,13 @@ def needs_teacher(config: Config) -> bool:
     return config["cpmm"]["curriculum"] and config["spaces"]["kind"] == "teacher"
 
 
+def needs_spaces(config: Config, model: str) -> bool:
+    """Whether a model, "cpmm" or a row of conf/baselines/, trains through spaces."""
+    guided = model == "cpmm" or config["baselines"][model]["kind"] == "curriculum"
+    return guided and config["cpmm"]["curriculum"]
+
+
 def marks_of_inputs(config: Config) -> tuple[str, str | None]:
-    """Fingerprints of the data and the spaces that training needs, None where it needs no spaces."""
-    spaces = mark_spaces(config) if config["cpmm"]["curriculum"] else None
+    """Fingerprints of the data and the spaces that a trial needs, None where it needs no spaces."""
+    spaces = mark_spaces(config) if needs_spaces(config, config["model"]) else None
     return mark_prepared(config), spaces

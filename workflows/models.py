@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -11,9 +11,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from cpmm.baselines.direct import DirectMixture
 from cpmm.data import DataSplits
 from cpmm.fields import ConvField, MLPField, SeparateFields
-from cpmm.initialization import GROUPINGS, initial_states, partition
+from cpmm.initialization import (
+    GROUPINGS,
+    initial_states,
+    kmeans,
+    local_factor_analyzers,
+    partition,
+)
 from cpmm.mixture import Mixture
 from cpmm.neighbours import neighbour_groups
 from cpmm.odes import Solver
@@ -55,7 +62,7 @@ def make_field(config: Mapping[str, Any], data: DataSplits, maps: int) -> nn.Mod
 
 def make_teacher(config: Mapping[str, Any], data: DataSplits, seed: int) -> Flow:
     """Build an untrained teacher; the seed draws its weights."""
-    with _seeded(seed, 10):
+    with seeded(seed, 10):
         field = make_field(config["field"], data, maps=1)
     trace = "exact" if data.n_features <= config["exact_trace_up_to"] else "hutchinson"
     return Flow(field, Solver(**config["solver"]), trace)
@@ -154,11 +161,43 @@ def make_trajectories(
     def separate() -> nn.Module:
         return SeparateFields([shared() for _ in range(config["n_clusters"])])
 
-    with _seeded(config["seed"], 12):
+    with seeded(config["seed"], 12):
         field = choose("cpmm.ode", config["ode"], {"shared": shared, "separate": separate})()
     return Trajectories(
         layout, field, initial, Solver(**config["solver"]), config["learned_cluster_weight"]
     )
+
+
+def make_disconnected(
+    config: Mapping[str, Any],
+    data: DataSplits,
+    start: Tensor,
+    group: Tensor | None,
+    n_each: int,
+    shrinkage: float,
+) -> DirectMixture:
+    """Build a mixture like that of trajectories, of components that nothing connects.
+
+    Args:
+        config: The section ``cpmm``.
+        data: The splits.
+        start: Training points in the space where training starts, (N, M).
+        group: Their groups, (N,), each of which becomes a cluster; None takes k-means'.
+        n_each: Components of a cluster, those of k-means within the group.
+        shrinkage: See :func:`cpmm.initialization.local_factor_analyzers`.
+    """
+    n_clusters, floor = config["n_clusters"], config["log_diagonal_floor"]
+    generator = seeded_generator(config["seed"], 14)
+    if group is None:
+        group = kmeans(start, n_clusters, generator)
+    label = torch.empty_like(group)
+    for c in range(n_clusters):
+        member = group == c
+        label[member] = c * n_each + kmeans(start[member], n_each, generator, n_init=1)
+    analyzers = local_factor_analyzers(
+        start, label, n_clusters * n_each, config["n_factors"], floor, shrinkage
+    )
+    return DirectMixture(analyzers, floor, (n_each,) * n_clusters)
 
 
 def load_trajectories(folder: Path, config: Mapping[str, Any], data: DataSplits) -> Trajectories:
@@ -200,6 +239,7 @@ def make_mixture_training(
     mixture: Mapping[str, Any],
     data: DataSplits,
     spaces: Spaces | None,
+    make_model: Callable[..., nn.Module] | None = None,
 ) -> tuple[MixtureTraining, EpochData]:
     """Build the training of the trajectories and its rows: the stage's, and every sweep trial's.
 
@@ -208,6 +248,7 @@ def make_mixture_training(
         mixture: The section ``mixture``, for the pseudotimes that validation uses.
         data: The splits.
         spaces: The curriculum; None trains on the input space alone.
+        make_model: Takes the arguments of :func:`make_trajectories`, and its place.
     """
     curriculum = make_curriculum(config, len(spaces) if spaces else 0)
     fine_tuning = data.points("validation")[0].float()
@@ -223,14 +264,14 @@ def make_mixture_training(
                 f"the {len(group)} in the spaces: raise spaces.n_train, or lower cpmm.n_clusters"
             )
         group = group.repeat(len(start) // len(group))
-    trajectories = make_trajectories(config, data, start, group)
+    model = (make_model or make_trajectories)(config, data, start, group)
     if (config["told_spaces"] or tells_later) and group is None:
         raise ValueError(
             f"cpmm.told_spaces is {config['told_spaces']}, cpmm.told_weight {config['told_weight']}, but cpmm.initialization.kind "
             f"{config['initialization']['kind']!r} makes no groups: choose one of {', '.join(GROUPINGS)}"
         )
     module = MixtureTraining(
-        trajectories,
+        model,
         curriculum,
         n_extracted=mixture["n_pseudotimes"],
         **pick(
@@ -294,7 +335,7 @@ def choose(name: str, value: str, variants: Mapping[str, T]) -> T:
 
 
 @contextmanager
-def _seeded(*seeds: int) -> Iterator[None]:
+def seeded(*seeds: int) -> Iterator[None]:
     """Draw initial weights, for which torch's modules take no generator, from seeds of their own."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeded_generator(*seeds).initial_seed())

@@ -64,6 +64,14 @@ def data_of(preset: str) -> str | None:
     return next((name for name in DATA if preset.startswith(name)), None)
 
 
+def printed(data: str | None, row: str, metric: str) -> float | None:
+    """A figure of the paper's Table 1, bits per dimension or percent; None if it has none."""
+    for figure in published():
+        if figure.table == 1 and (figure.data, figure.row, figure.metric) == (data, row, metric):
+            return figure.paper
+    return None
+
+
 def printed_ood(data: str | None, outside: str, model: str, metric: str) -> float | None:
     """A figure of the paper's Table 3 in percent, None if it has none."""
     for figure in published():

@@ -1,25 +1,35 @@
-"""Mixtures without an ODE that evaluate trains beside the extracted one, on the same likelihood."""
+"""Mixtures without an ODE: directly optimized from the data, or from CPMM's extracted components."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from workflows.stage import Config
+from workflows.stage import Config, pick
 
 if TYPE_CHECKING:
     from cpmm.baselines.direct import DirectMixture
     from cpmm.data import DataSplits
     from cpmm.mixture import Mixture
+    from cpmm.training import EpochData, MixtureTraining
+
+Fit = Callable[["MixtureTraining", "EpochData"], None]
 
 
-def train_direct(
-    config: Config, data: DataSplits, mixture: Mixture, scratch: Path, matched: bool = False
-) -> Mixture:
-    """Train a direct mixture with the K, R and floor of the extracted one, on the same likelihood.
+def start_direct(
+    data: DataSplits, options: Config, n_components: int, n_factors: int, floor: float, seed: int
+) -> DirectMixture:
+    """Start a direct mixture by k-means and local factor analysis.
 
-    ``matched`` gives each cluster a single component. Of the shrinkages of the local covariances, the
-    one with the best validation likelihood starts the run.
+    Of the shrinkages of the local covariances, the one with the best validation likelihood is taken.
+
+    Args:
+        data: The splits.
+        options: The section ``evaluation.direct``, or one like it.
+        n_components: K.
+        n_factors: R.
+        floor: Lower bound of log d.
+        seed: Of k-means.
     """
     import torch
 
@@ -27,53 +37,46 @@ def train_direct(
     from cpmm.initialization import group_axes, kmeans, shrunk_factor_analyzers
     from cpmm.seeds import seeded_generator
 
-    options, seed = config["evaluation"]["direct"], config["seed"]
-    floor = config["cpmm"]["log_diagonal_floor"]
-    n_components = mixture.n_clusters if matched else mixture.components.n_components
-    generator = seeded_generator(seed, 30)
-    z = data.points("train")[0]
-    x, near = z.float(), data.preprocessing.unwhiten(z).float()
+    x = data.points("train")[0].float()
     validation = data.points("validation")[0].float()
-    label = kmeans(
-        near, n_components, generator, options["kmeans_restarts"], options["kmeans_points"]
-    )
-    groups = group_axes(x, label, n_components, config["cpmm"]["n_factors"])
+    generator = seeded_generator(seed, 30)
+    label = kmeans(x, n_components, generator, options["kmeans_restarts"], options["kmeans_points"])
+    groups = group_axes(x, label, n_components, n_factors)
     starts = [
         DirectMixture(shrunk_factor_analyzers(groups, floor, shrinkage), floor)
         for shrinkage in options["shrinkages"]
     ]
     with torch.no_grad():
-        best = max(starts, key=lambda model: float(model.mixture().log_prob(validation).mean()))
-    return _optimize(config, data, best, scratch, "matched" if matched else "direct")
+        return max(starts, key=lambda model: float(model.mixture().log_prob(validation).mean()))
 
 
-def train_on(config: Config, data: DataSplits, mixture: Mixture, scratch: Path) -> Mixture:
-    """Train the extracted components on, each free of its trajectory, as the direct mixture is."""
+def start_refined(mixture: Mixture, floor: float) -> DirectMixture:
+    """Start from extracted components, each free of its trajectory."""
     from dataclasses import replace
 
     import torch
 
     from cpmm.baselines.direct import DirectMixture
 
-    floor = config["cpmm"]["log_diagonal_floor"]
     start = mixture.components.to(torch.float32)
     start = replace(start, log_diagonal=start.log_diagonal.clamp(min=floor + 1e-3))
-    model = DirectMixture(start, floor, mixture.cluster_sizes)
-    return _optimize(config, data, model, scratch, "refined")
+    return DirectMixture(start, floor, mixture.cluster_sizes)
 
 
-def _optimize(
-    config: Config, data: DataSplits, model: DirectMixture, scratch: Path, name: str
-) -> Mixture:
-    """Train a direct mixture by the section ``evaluation.direct``; the best epoch by validation."""
-    import torch
+def direct_training(
+    data: DataSplits, options: Config, model: DirectMixture, seed: int
+) -> tuple[MixtureTraining, EpochData]:
+    """Training of a direct mixture and its rows, by the likelihood that CPMM is trained by.
 
+    Args:
+        data: The splits.
+        options: The section ``evaluation.direct``, or one like it.
+        model: Where it starts.
+        seed: Of every draw.
+    """
     from cpmm.spaces import Curriculum
     from cpmm.training import EpochData, MixtureTraining, Rows
-    from workflows.fit import fit
-    from workflows.stage import pick
 
-    options, seed = config["evaluation"]["direct"], config["seed"]
     validation = data.points("validation")[0].float()
     module = MixtureTraining(
         model,
@@ -97,10 +100,4 @@ def _optimize(
         options["batch_size"],
         seed,
     )
-    (scratch / name).mkdir(exist_ok=True)
-    fit(
-        f"evaluate {name} mixture", module, rows, config["trainer"], scratch / name,
-        options["gradient_clip"],
-    )  # fmt: skip
-    with torch.no_grad():
-        return module.model.cpu().mixture().to(torch.float64)
+    return module, rows

@@ -148,6 +148,126 @@ def _solver(prefix: str, *left_out: str) -> dict[str, Rule]:
     return {f"{prefix}.{name}": rule for name, rule in rules.items() if name not in left_out}
 
 
+def _direct(prefix: str) -> dict[str, Rule]:
+    """Options of directly optimized mixtures."""
+    rules = {
+        "kmeans_points": or_null(COUNT),
+        "kmeans_restarts": COUNT,
+        "shrinkages": several("numbers of at least 0", WEIGHT),
+        "epochs": COUNT,
+        "n_draws": COUNT,
+        "batch_size": COUNT,
+        "learning_rate": number(0, ends="(]"),
+        "n_warmup_epochs": COUNT_OR_NONE,
+        "gradient_clip": WEIGHT,
+        "noise": WEIGHT,
+    }
+    return {f"{prefix}.{name}": rule for name, rule in rules.items()}
+
+
+def _flow(prefix: str) -> dict[str, Rule]:
+    """Options of a continuous normalizing flow."""
+    rules = {
+        "exact_trace_up_to": COUNT_OR_NONE,
+        "flow_matching_epochs": COUNT_OR_NONE,
+        "likelihood_epochs": COUNT_OR_NONE,
+        "kinetic_weight": WEIGHT,
+        "jacobian_weight": WEIGHT,
+        "n_draws": COUNT,
+        "batch_size": COUNT,
+        "learning_rate": number(0, ends="(]"),
+        "n_warmup_epochs": COUNT_OR_NONE,
+        "gradient_clip": WEIGHT,  # 0: none
+    }
+    own = {f"{prefix}.{name}": rule for name, rule in rules.items()}
+    return _field(f"{prefix}.field") | _solver(f"{prefix}.solver") | own
+
+
+def _baseline(row: str, kind: str) -> dict[str, Rule]:
+    """Options of a row of conf/baselines/ by its kind."""
+    prefix = f"baselines.{row}"
+    merge = {
+        "merge": or_null(MAPPING),
+        "merge.affinity": choice("overlap", "frechet"),
+        "merge.temperature": number(0, ends="(]"),
+        "merge.neighbour": or_null(COUNT),
+    }
+    training = {
+        "n_epochs": COUNT,
+        "n_draws": COUNT,
+        "batch_size": COUNT,
+        "learning_rate": number(0, ends="(]"),
+        "n_warmup_epochs": COUNT_OR_NONE,
+        "gradient_clip": WEIGHT,
+        "noise": WEIGHT,
+    }
+    codes = {
+        "hidden": several("whole numbers of at least 1", COUNT, least=0),
+        "code_size": COUNT,
+        "likelihood": choice("bernoulli", "gaussian"),
+        "n_starts": COUNT,
+        "autoencoder_epochs": COUNT,
+    }
+    rules: dict[str, dict[str, Rule]] = {
+        "direct": {"em_iterations": COUNT_OR_NONE, **merge},
+        "curriculum": {"shrinkage": WEIGHT, "gradient_clip": WEIGHT},
+        "continuous": {
+            "n_latent": whole(1, 1000),
+            "n_points": COUNT,
+            "decoder.kind": choice("mlp", "conv"),
+            "decoder.width": COUNT,
+            "decoder.depth": whole(1, 100),
+            "decoder.n_doublings": whole(0, 10),
+            "decoder.activation": choice("sin", "tanh", "softplus", "silu"),
+            "decoder.n_frequencies": whole(0, 24),
+            **merge,
+            **training,
+        },
+        "einet": {
+            "size_factor": number(0, ends="(]"),
+            "n_replicas": whole(1, 1000),
+            "depth": or_null(whole(0, 30)),
+            **training,
+        },
+        "flow": {},
+        "autoencoder": codes | training,
+        "vade": codes | training,
+        "gaussian": {},
+        "sklearn": {
+            "covariance": choice("full", "diag"),
+            "n_points": or_null(whole(2)),
+            "n_iterations": COUNT,
+            "tolerance": WEIGHT,
+            "added_variances": several("numbers above 0", number(0, ends="(]")),
+        },
+        "kmeans": {"n_starts": COUNT},
+    }
+    named = {f"{prefix}.{name}": rule for name, rule in rules[kind].items()}
+    shared = {"direct": _direct, "flow": _flow}.get(kind)
+    own = {} if shared is None else shared(prefix)
+    return {f"{prefix}.kind": choice(kind), **named, **own}
+
+
+# Rows of conf/baselines/ and their kinds.
+BASELINES = {
+    "matched": "direct",
+    "spectral_overlap": "direct",
+    "spectral_frechet": "direct",
+    "curriculum": "curriculum",
+    "continuous": "continuous",
+    "einet_matched": "einet",
+    "einet_large": "einet",
+    "cnf_mlp": "flow",
+    "cnf_conv": "flow",
+    "autoencoder": "autoencoder",
+    "vade": "vade",
+    "gaussian": "gaussian",
+    "gmm_full": "sklearn",
+    "gmm_diagonal": "sklearn",
+    "kmeans": "kmeans",
+}
+
+
 def _files(prefix: str) -> dict[str, Rule]:
     """Options of the sources that read files."""
     rules = {
@@ -172,6 +292,7 @@ def _files(prefix: str) -> dict[str, Rule]:
 OPTIONS: dict[str, Rule] = {
     "name": word(),
     "seed": SEED,
+    "model": choice("cpmm", *BASELINES),
     # data
     "data.source": choice("digits", "rings", "spiral", "idx", "csv", "npy"),
     "data.n_train": or_null(whole(2, 2**40)),
@@ -209,18 +330,7 @@ OPTIONS: dict[str, Rule] = {
     "data.options.outlier_fraction": number(0, 1, "[)"),
     **_files("data.options"),
     # teacher
-    **_field("teacher.field"),
-    **_solver("teacher.solver"),
-    "teacher.exact_trace_up_to": COUNT_OR_NONE,
-    "teacher.flow_matching_epochs": COUNT_OR_NONE,
-    "teacher.likelihood_epochs": COUNT_OR_NONE,
-    "teacher.kinetic_weight": WEIGHT,
-    "teacher.jacobian_weight": WEIGHT,
-    "teacher.n_draws": COUNT,
-    "teacher.batch_size": COUNT,
-    "teacher.learning_rate": number(0, ends="(]"),
-    "teacher.n_warmup_epochs": COUNT_OR_NONE,
-    "teacher.gradient_clip": WEIGHT,  # 0: none
+    **_flow("teacher"),
     # spaces
     "spaces.kind": choice("teacher", "noise"),
     "spaces.n_spaces": whole(2, 10_000),
@@ -295,16 +405,11 @@ OPTIONS: dict[str, Rule] = {
     "evaluation.ood.name": word(),
     "evaluation.ood.source": choice("idx", "csv", "npy"),
     **_files("evaluation.ood.options"),
-    "evaluation.direct.kmeans_points": or_null(COUNT),
-    "evaluation.direct.kmeans_restarts": COUNT,
-    "evaluation.direct.shrinkages": several("numbers of at least 0", WEIGHT),
-    "evaluation.direct.epochs": COUNT,
-    "evaluation.direct.n_draws": COUNT,
-    "evaluation.direct.batch_size": COUNT,
-    "evaluation.direct.learning_rate": number(0, ends="(]"),
-    "evaluation.direct.n_warmup_epochs": COUNT_OR_NONE,
-    "evaluation.direct.gradient_clip": WEIGHT,
-    "evaluation.direct.noise": WEIGHT,
+    **_direct("evaluation.direct"),
+    # baselines
+    **{
+        name: rule for row, kind in BASELINES.items() for name, rule in _baseline(row, kind).items()
+    },
     # trainer
     "trainer.accelerator": choice("auto", "cpu", "gpu"),
     "trainer.devices": Rule(

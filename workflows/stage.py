@@ -38,12 +38,14 @@ PACKAGE = Path(__file__).resolve().parent.parent / "cpmm"
 Config = dict[str, Any]
 
 
-def run_stage(main: Callable[[Path, Config], str], description: str) -> None:
+def run_stage(main: Callable[..., str], description: str, *arguments: str) -> None:
     """Run a stage from the command line: ``python workflows/<stage>.py data/<preset>/config.yaml``.
 
     Args:
-        main: Takes the preset's folder and its configuration; returns the last line to print.
+        main: Takes the preset's folder, its configuration and the further arguments; returns the
+            last line to print.
         description: One sentence for ``--help``.
+        arguments: Names of further arguments of the command line.
 
     Exits with 1 and one message when the input is at fault; a bug shows its traceback.
     """
@@ -51,7 +53,10 @@ def run_stage(main: Callable[[Path, Config], str], description: str) -> None:
     parser.add_argument(
         "config", type=Path, help="composed configuration, data/<preset>/config.yaml"
     )
-    path = parser.parse_args().config
+    for argument in arguments:
+        parser.add_argument(argument)
+    parsed = parser.parse_args()
+    path, further = parsed.config, [getattr(parsed, argument) for argument in arguments]
     name = Path(sys.argv[0]).stem
     end_with_dvc()
     try:
@@ -61,8 +66,8 @@ def run_stage(main: Callable[[Path, Config], str], description: str) -> None:
             import torch  # after the arguments are parsed, so that --help is quick
 
             torch.set_num_threads(threads)
-        with temporary_files_in(path.parent / ".scratch" / f"{name}.tmp"):
-            print(f"{name}: {main(path.parent, config)}", flush=True)
+        with temporary_files_in(path.parent / ".scratch" / f"{'-'.join([name, *further])}.tmp"):
+            print(f"{name}: {main(path.parent, config, *further)}", flush=True)
     except Exception as error:
         expected = isinstance(error, EXPECTED_ERRORS) or system_error(error) is not None
         line = describe(error, path.parent) if expected else explain(error)

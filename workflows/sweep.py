@@ -193,6 +193,7 @@ def _publish(trials: list[Trial], sweep: Config, preset: str, archive: Archive, 
     from workflows.sweeps import table
     from workflows.sweeps.driver import recorded_trials
     from workflows.sweeps.inputs import locate_inputs
+    from workflows.trial import FOLDERS
 
     data = load_prepared(locate_inputs(trials[0].config, home).prepared)
     unit, _, _ = data.preprocessing.density_unit
@@ -206,7 +207,7 @@ def _publish(trials: list[Trial], sweep: Config, preset: str, archive: Archive, 
     partial = scratch / out.name
     partial.mkdir(parents=True)
     if best is not None:
-        for name in ("cpmm", "mixture"):
+        for name in FOLDERS:
             archive.fetch(f"trials/{best[0].mark}/{name}", partial / name)
     shown = Path("data") / preset / "sweep" / sweep["name"]
     line = table.best_line(best, unit, shown)

@@ -1,6 +1,7 @@
 """Train and score one trial, as the sweep does many: a preset and overrides, without Ray.
 
 python workflows/trial.py preset=digits cpmm.ode=separate cpmm.seed=1
+python workflows/trial.py preset=digits model=vade            a row of conf/baselines/
 """
 
 from __future__ import annotations
@@ -8,9 +9,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +21,15 @@ from workflows.stage import EXPECTED_ERRORS, Config, code_fingerprint, describe,
 
 if TYPE_CHECKING:
     from cpmm.data import DataSplits
+    from workflows.baselines import Fitted
     from workflows.store import Spaces
 
 HERE = Path(__file__).resolve().parent
-CODE = tuple(HERE / f"{name}.py" for name in ("fit", "models", "score", "trial"))
+CODE = tuple(
+    HERE / f"{name}.py" for name in ("baselines", "fit", "models", "rivals", "score", "trial")
+)
+FOLDERS = ("cpmm", "mixture", "baseline")  # what a trial leaves
+TIMED = 2000  # points whose densities are timed
 SCORES = ("density", "accuracy", "nmi", "ari", "purity")
 
 
@@ -38,7 +46,7 @@ def run_trial(
     scratch: Path,
     **options: Any,
 ) -> dict[str, Any]:
-    """Train the CPMM of a configuration and score its mixture.
+    """Train the model of a configuration, CPMM or a row of conf/baselines/, and score it.
 
     Everything is chosen by validation likelihood; the test split is scored once, at the end.
 
@@ -47,8 +55,8 @@ def run_trial(
         data: The splits.
         spaces: The curriculum, None without one.
         mark: Fingerprint of the trial.
-        scratch: Folder of its own; the trial resumes from a checkpoint there. Afterwards ``cpmm``
-            and ``mixture`` lie in it.
+        scratch: Folder of its own; the trial resumes from a checkpoint there. Afterwards what is in
+            :data:`FOLDERS` lies in it, as far as the model has it.
         options: Further ones of :func:`workflows.fit.fit`.
 
     Returns:
@@ -57,42 +65,127 @@ def run_trial(
     """
     import torch
 
-    from workflows.fit import fit
-    from workflows.models import extract, make_mixture_training, mixture_header
-    from workflows.score import Scorer
-    from workflows.store import save_model
+    import workflows.baselines  # noqa: F401  a second or two, that are not of the training
 
     torch.set_num_threads(config["trainer"]["threads"] or torch.get_num_threads())
-    module, rows = make_mixture_training(config["cpmm"], config["mixture"], data, spaces)
+    train = _train_cpmm if config["model"] == "cpmm" else _train_baseline
+    progress: dict[str, Any] = {"module": None}
     started = time.monotonic()
-    try:
-        clip = config["cpmm"]["gradient_clip"]
-        fit("trial", module, rows, config["trainer"], scratch, clip, **options)
-        seconds = time.monotonic() - started
-        best = module.best_summary()
-        if module.global_rank:
-            return {"status": "finished"}
-        model = module.model.cpu()
-        save_model(scratch / "cpmm", "cpmm", model, {"fingerprint": mark, "best": best})
-        mixture = extract(model, config["mixture"], data)
-        header = mixture_header(config, data, mark)
-        mixture.save(scratch / "mixture", header, data.preprocessing.tensors)
-        mixture = mixture.to(torch.float64)
-        with torch.no_grad():
-            validation = Scorer(data, "validation").density(mixture.log_prob)["density"]
-            test = Scorer(data, "test").mixture(mixture)
-        if not all(map(math.isfinite, (validation, test["density"]))):
-            raise FloatingPointError("the density of the extracted mixture is not finite")
-    except FloatingPointError as error:
-        return {"status": "diverged", "step": module.global_step, "reason": str(error)}
+    with peak_memory() as memory:
+        try:
+            fitted = train(config, data, spaces, mark, scratch, progress, **options)
+            if fitted is None:
+                return {"status": "finished"}
+            seconds = time.monotonic() - started
+            record = _score(fitted, config, data)
+        except FloatingPointError as error:
+            module = progress["module"]
+            step = None if module is None else module.global_step
+            return {"status": "diverged", "step": step, "reason": str(error)}
     return {
-        "status": "finished",
-        "validation": validation,
-        "test": test,
-        "best_epoch": best["epoch"],
-        "steps": module.history[-1]["step"],
-        "seconds": seconds,
-    }
+        "status": "finished", **record, **fitted.ended, "seconds": seconds, "memory_gb": memory.get("gb")
+    }  # fmt: skip
+
+
+def _train_cpmm(
+    config: Config,
+    data: DataSplits,
+    spaces: Spaces | None,
+    mark: str,
+    scratch: Path,
+    progress: dict[str, Any],
+    **options: Any,
+) -> Fitted | None:
+    from workflows.baselines import as_fitted, ended
+    from workflows.fit import fit
+    from workflows.models import extract, make_mixture_training, mixture_header
+    from workflows.store import save_model
+
+    module, rows = make_mixture_training(config["cpmm"], config["mixture"], data, spaces)
+    progress["module"] = module
+    fit(
+        "trial",
+        module,
+        rows,
+        config["trainer"],
+        scratch,
+        config["cpmm"]["gradient_clip"],
+        **options,
+    )
+    if module.global_rank:
+        return None
+    model = module.model.cpu()
+    header = {"fingerprint": mark, "best": module.best_summary()}
+    save_model(scratch / "cpmm", "cpmm", model, header)
+    mixture = extract(model, config["mixture"], data)
+    mixture.save(
+        scratch / "mixture", mixture_header(config, data, mark), data.preprocessing.tensors
+    )
+    return as_fitted(mixture, data, ended(module))
+
+
+def _train_baseline(
+    config: Config,
+    data: DataSplits,
+    spaces: Spaces | None,
+    mark: str,
+    scratch: Path,
+    progress: dict[str, Any],
+    **options: Any,
+) -> Fitted:
+    from workflows.baselines import save_baseline, train_baseline
+
+    if options.get("together"):
+        raise ValueError(f"ray.workers above 1 trains cpmm alone: model is {config['model']!r}")
+    fitted = train_baseline(config["model"], config, data, spaces, scratch, progress, **options)
+    save_baseline(config["model"], fitted, scratch / "baseline", config, data, mark)
+    return fitted
+
+
+def _score(fitted: Fitted, config: Config, data: DataSplits) -> dict[str, Any]:
+    """Scores of a trained model, and how long densities take."""
+    import torch
+
+    from workflows.baselines import score_baseline
+    from workflows.score import Scorer
+
+    validation = None
+    test_score = Scorer(data, "test", fitted.n_points)
+    with torch.no_grad():
+        if fitted.log_prob is not None:
+            score = Scorer(data, "validation", fitted.n_points)
+            validation = score.density(fitted.log_prob)["density"]
+        test = score_baseline(fitted, test_score, "test", config["cpmm"]["n_clusters"])
+        found = [value for value in (validation, test.get("density")) if value is not None]
+        if not all(map(math.isfinite, found)):
+            raise FloatingPointError("the density of the trained model is not finite")
+        costs = {}
+        if fitted.log_prob is not None:
+            points = test_score.z[:TIMED]
+            started = time.perf_counter()
+            fitted.log_prob(points)
+            costs["seconds_10k"] = (time.perf_counter() - started) * 10_000 / len(points)
+    return {"validation": validation, "test": test, **costs}
+
+
+@contextmanager
+def peak_memory() -> Iterator[dict[str, float]]:
+    """Measure the most memory that this process has, or the GPU's; empty where Linux does not tell."""
+    import torch
+
+    found: dict[str, float] = {}
+    status = Path("/proc/self/status")
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # a worker may have had other trials before
+    except OSError:
+        status = None
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    yield found
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        found["gb"] = torch.cuda.max_memory_allocated() / 2**30
+    elif status is not None and (peak := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+        found["gb"] = int(peak[1]) / 2**20
 
 
 def summarize(record: Mapping[str, Any], unit: str) -> str:
@@ -100,10 +193,12 @@ def summarize(record: Mapping[str, Any], unit: str) -> str:
     if record["status"] != "finished":
         return explain(record)
     test = record["test"]
-    line = f"validation {record['validation']:.4f}, test {test['density']:.4f} {unit}"
+    parts = []
+    if record["validation"] is not None:
+        parts.append(f"validation {record['validation']:.4f}, test {test['density']:.4f} {unit}")
     if "accuracy" in test:
-        line += f", clustering accuracy {100 * test['accuracy']:.1f} %"
-    return line
+        parts.append(f"clustering accuracy {100 * test['accuracy']:.1f} %")
+    return ", ".join(parts) or "nothing to score it by"
 
 
 def explain(record: Mapping[str, Any]) -> str:
@@ -151,7 +246,7 @@ def _run(overrides: list[str], out: Path | None) -> None:
     scratch.mkdir(parents=True, exist_ok=True)
     record = run_trial(trial.config, data, spaces, trial.mark, scratch)
     out = out or home / "trial"
-    for name in ("cpmm", "mixture"):
+    for name in FOLDERS:
         shutil.rmtree(out / name, ignore_errors=True)
         if (scratch / name).is_dir():
             shutil.copytree(scratch / name, out / name)

@@ -53,7 +53,9 @@ def verify_preset(preset: str) -> Iterator[tuple[str, str | None]]:
                 config = load_config(path)
             _verify_digest(path, digest, REMEDY_GIT if _is_in_git(path) else REMEDY)
             if path.name in MARKS:
-                _verify_seal(path, MARKS[path.name](config))
+                _verify_seal(path, path.name, MARKS[path.name](config))
+            elif path.parent.name == "baselines":
+                _verify_seal(path, "baseline", marks.mark_baseline(config, path.name))
         except EXPECTED_ERRORS as error:
             yield name, describe(error)
         except (KeyError, TypeError) as error:  # of a configuration that is itself damaged
@@ -113,10 +115,10 @@ def _listed_in_cache(digest: str) -> dict[str, str]:
     return {item["relpath"]: item["md5"] for item in json.loads(text)}
 
 
-def _verify_seal(folder: Path, mark: str | None) -> None:
+def _verify_seal(folder: Path, kind: str, mark: str | None) -> None:
     from cpmm.artifact import load_header, verify_files
 
-    header: Mapping[str, Any] = load_header(folder, folder.name, mark)
+    header: Mapping[str, Any] = load_header(folder, kind, mark)
     verify_files(folder, header, header["files"])
 
 

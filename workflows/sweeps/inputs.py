@@ -14,6 +14,7 @@ from workflows.marks import (
     mark_spaces,
     mark_teacher,
     marks_of_inputs,
+    needs_spaces,
 )
 from workflows.stage import Config
 
@@ -53,7 +54,7 @@ def locate_inputs(config: Config, home: Path) -> Located:
 
     prepared = mark_prepared(config)
     data = _find_or_make("prepared", prepared, home, config, prepare_data.main, {})
-    if not config["cpmm"]["curriculum"]:
+    if not needs_spaces(config, config["model"]):
         return Located(data, None, marks_of_inputs(config))
     inputs = {"prepared": data}
     if teacher := mark_teacher(config):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from workflows.compose import compose_preset, flatten
-from workflows.marks import mark_cpmm, marks_of_inputs
+from workflows.marks import mark_model, marks_of_inputs
 from workflows.stage import Config, fingerprint
 
 SECTIONS = ("name", "seeds", "overrides", "parts", "search", "scheduler", "claims")
@@ -23,7 +23,7 @@ METRICS = ("validation", "density", "accuracy", "nmi", "ari", "purity", "failed"
 # What tables call by these names is not an axis.
 TAKEN = {
     "part", "row", "n", "n_failed", "n_stopped", "seed", "seeds", "status", *METRICS, "steps",
-    "seconds", "reason", "command", "failures",
+    "seconds", "seconds_10k", "memory_gb", "n_parameters", "reason", "command", "failures",
 }  # fmt: skip
 DISTRIBUTIONS = ("uniform", "loguniform", "integer", "choice")
 
@@ -146,7 +146,7 @@ def make_trial(
 ) -> Trial:
     """Make the trial of a row and a seed from the row's composed configuration."""
     config = {**config, "cpmm": {**config["cpmm"], "seed": seed}}
-    mark = fingerprint("trial", mark_cpmm(config), code)
+    mark = fingerprint("trial", mark_model(config), code)
     last = {item.split("=")[0]: item for item in overrides}  # what is overruled says nothing
     kept = [item for item in overrides if last[item.split("=")[0]] is item]
     return Trial(preset, row, seed, (*kept, f"cpmm.seed={seed}"), config, mark)

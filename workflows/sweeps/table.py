@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Results = Sequence[tuple[Trial, Mapping[str, Any]]]
+COSTS = ("n_parameters", "seconds_10k", "memory_gb")
 PERCENT = ("accuracy", "purity")
 HIGHER = ("accuracy", "nmi", "ari", "purity")
 FAILED = ("diverged", "failed", "lost")
@@ -37,6 +38,7 @@ def trials_table(results: Results) -> pd.DataFrame:
                 **{score: test.get(score) for score in SCORES if score in test},
                 "steps": record.get("steps", record.get("step")),
                 "seconds": record.get("seconds"),
+                **{cost: record.get(cost, test.get(cost)) for cost in COSTS},
                 "reason": record.get("reason"),
                 "command": trial.command,
             }
@@ -82,7 +84,11 @@ def rows_table(results: Results) -> pd.DataFrame:
 
 def best_trial(results: Results) -> tuple[Trial, Mapping[str, Any]] | None:
     """The finished trial with the best validation density; labels and test data have no say."""
-    finished = [item for item in results if item[1]["status"] == "finished"]
+    finished = [
+        item
+        for item in results
+        if item[1]["status"] == "finished" and item[1]["validation"] is not None
+    ]
     return min(finished, key=lambda item: item[1]["validation"], default=None)
 
 

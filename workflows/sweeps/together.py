@@ -19,7 +19,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from workflows.sweeps import cluster
 from workflows.sweeps.plan import Trial
 from workflows.sweeps.worker import Assignment, Reporter, call, failure, prepare, trial_scratch
-from workflows.trial import run_trial
+from workflows.trial import FOLDERS, run_trial
 
 # Of the trial itself, whoever runs it; a lost peer is a RuntimeError.
 OWN_ERRORS = (ValueError, TypeError, LookupError, MemoryError, NotImplementedError)
@@ -89,7 +89,7 @@ def _work(config: dict[str, Any]) -> None:
             listeners=[reporter], quiet=True, together=together,
         )  # fmt: skip
         if first and record["status"] == "finished":
-            for name in ("cpmm", "mixture"):
+            for name in FOLDERS:
                 for path in sorted((scratch / name).glob("*")):
                     target = f"trials/{trial.mark}/{path.relative_to(scratch)}"
                     call(assignment.archive.write, target, path.read_bytes())

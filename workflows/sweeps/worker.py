@@ -22,7 +22,7 @@ from ray.util.metrics import Gauge
 
 from workflows.sweeps.archive import CHECKPOINT, ArchiveError
 from workflows.sweeps.plan import Trial, suggested_trial
-from workflows.trial import run_trial, trial_code
+from workflows.trial import FOLDERS, run_trial, trial_code
 
 ARCHIVE_SECONDS = 300  # for one read or write, before the archive counts as lost
 ARCHIVE_PAUSES = (1, 2, 5, 10, 20)  # seconds between tries while its actor starts anew
@@ -157,8 +157,9 @@ def _train(trial: Trial, assignment: Assignment) -> dict[str, Any]:
         record["worker"] = {"node": node, "began": began, "ended": time.time()}
         files = {
             str(path.relative_to(scratch)): path.read_bytes()
-            for name in ("cpmm", "mixture")
-            for path in sorted((scratch / name).glob("*"))
+            for name in FOLDERS
+            for path in sorted((scratch / name).rglob("*"))
+            if path.is_file()
         }
         call(assignment.archive.save_record, trial.mark, record, files)
     return record
@@ -239,7 +240,6 @@ class Reporter:
     def _describe(self, module: Any, row: Mapping[str, Any] | None = None) -> dict[str, Any]:
         row = module.history[-1] if row is None else row
         loss = row.get("validation", float("inf"))
-        guided = module.curriculum.space(row["epoch"]) is not None
         described = {
             "mark": self.trial.mark,
             "epoch": row["epoch"] + 1,
@@ -248,8 +248,9 @@ class Reporter:
             "train_loss": row["train"],
             "validation_loss": loss,
         }
-        # In the spaces of a curriculum a likelihood says nothing of the data's density.
-        return described if guided else described | {METRIC: self.to_density(loss)}
+        if not module.measures_density(row["epoch"]):
+            return described
+        return described | {METRIC: self.to_density(loss)}
 
     def _keep(self) -> None:
         from workflows.stage import is_checkpoint

@@ -1,0 +1,561 @@
+"""Models that CPMM is compared with: one function a kind, from a row of conf/baselines/ to a fitted model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from cpmm.data import DataSplits
+from cpmm.mixture import Mixture
+from cpmm.seeds import seeded_generator
+from cpmm.training import EpochData, LossTraining, Recorded, Rows
+from workflows.fit import fit
+from workflows.models import choose, make_layout, mixture_header
+from workflows.stage import Config, pick
+
+if TYPE_CHECKING:
+    from workflows.score import Scorer
+    from workflows.store import Spaces
+
+LogProb = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a baseline is made from.
+
+    Attributes:
+        row: Its name, a file of conf/baselines/.
+        config: The whole composed configuration.
+        data: The splits.
+        spaces: The curriculum, for the rows that have one.
+        scratch: Where its checkpoints lie: that of the last training in the folder itself, those of
+            trainings before it in folders of their own.
+        options: Further ones of :func:`workflows.fit.fit`, for the last training.
+        progress: Its entry ``module`` is what is being trained.
+    """
+
+    row: str
+    config: Config
+    data: DataSplits
+    spaces: Spaces | None
+    scratch: Path
+    options: Mapping[str, Any]
+    progress: dict[str, Any]
+
+    @property
+    def section(self) -> Config:
+        """Options of the row."""
+        return self.config["baselines"][self.row]
+
+    @property
+    def seed(self) -> int:
+        """Of all that the row draws: that of trials."""
+        return self.config["cpmm"]["seed"]
+
+    @property
+    def n_clusters(self) -> int:
+        """C, as CPMM has."""
+        return self.config["cpmm"]["n_clusters"]
+
+    @property
+    def n_components(self) -> int:
+        """K = C G, as the extracted CPMM has, idle components included."""
+        return self.n_clusters * self.config["mixture"]["n_pseudotimes"]
+
+    @property
+    def floor(self) -> float:
+        """Lower bound of log-variances."""
+        return self.config["cpmm"]["log_diagonal_floor"]
+
+    @property
+    def train(self) -> Tensor:
+        """Training points with one noise sample, (N, M), float32."""
+        return self.data.points("train")[0].float()
+
+    @property
+    def validation(self) -> Tensor:
+        """Validation points, (N', M), float32."""
+        return self.data.points("validation")[0].float()
+
+    def generator(self, stream: int) -> torch.Generator:
+        """Source of draws; streams from 40 on are the baselines'."""
+        return seeded_generator(self.seed, stream)
+
+    def fit(self, module: Recorded, rows: EpochData, first: str | None = None) -> None:
+        """Train a module; ``first`` names a training that is not the last one."""
+        scratch = self.scratch if first is None else self.scratch / first
+        scratch.mkdir(parents=True, exist_ok=True)
+        options = self.options if first is None else {"quiet": self.options.get("quiet", False)}
+        self.progress["module"] = module
+        name = f"baseline {self.row}" + ("" if first is None else f", {first}")
+        fit(
+            name,
+            module,
+            rows,
+            self.config["trainer"],
+            scratch,
+            self.section["gradient_clip"],
+            **options,
+        )
+
+    def draws(self, batch_size: int, n_draws: int) -> EpochData:
+        """Augmented, freshly dequantized training points for each epoch."""
+        validation = self.validation
+        return EpochData(
+            lambda epoch, generator: Rows(x=self.data.draw(n_draws, generator)),
+            lambda epoch: validation,
+            batch_size,
+            self.seed,
+        )
+
+    def fit_loss(self, model: nn.Module, rows: EpochData, density: bool = True) -> dict[str, Any]:
+        """Train a model by its own loss, the options of the section; the best epoch by validation."""
+        module = LossTraining(
+            model,
+            density=density,
+            seed=self.seed,
+            **pick(self.section, "n_epochs", "noise", "learning_rate", "n_warmup_epochs"),
+        )
+        self.fit(module, rows)
+        model.cpu().eval()
+        return ended(module)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A baseline, trained.
+
+    Attributes:
+        n_parameters: Numbers that are kept to score points.
+        ended: How its training ended: ``best_epoch`` and ``steps``.
+        log_prob: Log-density of points in the models' space, (N, M) float64 to nats, (N,).
+        predict: Cluster of each point of a split, by the split's name.
+        mixture: If it is one.
+        weights: What is kept of it otherwise.
+        n_points: Points of a split that its density is measured on; None: all.
+    """
+
+    n_parameters: int
+    ended: Mapping[str, int | None]
+    log_prob: LogProb | None = None
+    predict: Callable[[str], Tensor] | None = None
+    mixture: Mixture | None = None
+    weights: Mapping[str, Tensor] | None = None
+    n_points: int | None = None
+
+
+def train_baseline(
+    row: str,
+    config: Config,
+    data: DataSplits,
+    spaces: Spaces | None,
+    scratch: Path,
+    progress: dict[str, Any] | None = None,
+    **options: Any,
+) -> Fitted:
+    """Train a row of conf/baselines/.
+
+    Args:
+        row: Its name.
+        config: The whole composed configuration.
+        data: The splits.
+        spaces: The curriculum; only rows of kind "curriculum" need it.
+        scratch: Folder of its own; training resumes from the checkpoints there.
+        progress: Its entry ``module`` becomes what is being trained.
+        options: Further ones of :func:`workflows.fit.fit`.
+
+    Raises:
+        ValueError: If there is no such row, or an option of it is out of range.
+        FloatingPointError: If it diverges.
+    """
+    section = choose("model", row, config["baselines"])
+    build = choose(f"baselines.{row}.kind", section["kind"], KINDS)
+    return build(
+        Run(row, config, data, spaces, scratch, options, {} if progress is None else progress)
+    )
+
+
+def score_baseline(fitted: Fitted, score: Scorer, split: str, n_clusters: int) -> dict[str, float]:
+    """Density and clustering scores of a baseline on the split of ``score``."""
+    scores: dict[str, float] = {}
+    if fitted.log_prob is not None:
+        with torch.no_grad():
+            scores |= score.density(fitted.log_prob)
+    if fitted.predict is not None and score.label is not None:
+        scores |= score.clusters(fitted.predict(split).numpy(), n_clusters)
+    if fitted.mixture is not None:
+        scores["n_components"] = fitted.mixture.components.n_components
+    return scores | {"n_parameters": fitted.n_parameters}
+
+
+def save_baseline(
+    row: str, fitted: Fitted, folder: Path, config: Config, data: DataSplits, mark: str
+) -> None:
+    """Write what is kept of a baseline: a mixture as the pipeline's own, other models' weights.
+
+    Files that already lie in the folder are sealed along.
+    """
+    from cpmm.artifact import save_artifact, seal_folder
+
+    header = {"fingerprint": mark, "row": row, "kind_of_model": config["baselines"][row]["kind"]}
+    if fitted.mixture is None:
+        save_artifact(folder, "baseline", fitted.weights or {}, header)
+        return
+    pre = data.preprocessing
+    fitted.mixture.to(torch.float32).save(
+        folder / "mixture", mixture_header(config, data, mark), pre.tensors
+    )
+    seal_folder(folder, "baseline", header, {})
+
+
+def ended(module: Recorded) -> dict[str, int | None]:
+    """How a training ended, for records."""
+    return {"best_epoch": module.best_summary()["epoch"], "steps": module.history[-1]["step"]}
+
+
+def as_fitted(mixture: Mixture, data: DataSplits, how: Mapping[str, int | None]) -> Fitted:
+    """Score a mixture in float64."""
+    mixture = mixture.to(torch.float64)
+    return Fitted(
+        n_parameters=mixture.components.n_parameters,
+        ended=how,
+        log_prob=mixture.log_prob,
+        predict=lambda split: mixture.predict(data.points(split)[0]),
+        mixture=mixture,
+    )
+
+
+def _merge(run: Run, mixture: Mixture) -> Mixture:
+    """Merge components into C clusters by the affinity of the section ``merge``."""
+    from cpmm.baselines import merging
+
+    options = run.section["merge"]
+
+    def overlap() -> Tensor:
+        return merging.overlap_affinity(mixture, run.train, options["temperature"])
+
+    def frechet() -> Tensor:
+        distance = merging.frechet_distances(mixture.components.to(torch.float64))
+        return merging.gaussian_affinity(distance, options["neighbour"])
+
+    affinity = choose(
+        f"baselines.{run.row}.merge.affinity", options["affinity"], {"overlap": overlap, "frechet": frechet}
+    )()  # fmt: skip
+    return merging.merge_components(mixture, affinity, run.n_clusters, run.generator(41))
+
+
+def _direct(run: Run) -> Fitted:
+    """Directly optimized factor analyzers: a cluster each, or merged into C clusters."""
+    from workflows.rivals import direct_training, start_direct
+
+    options = run.section
+    n_components = run.n_clusters if options["merge"] is None else run.n_components
+    start = start_direct(
+        run.data, options, n_components, run.config["cpmm"]["n_factors"], run.floor, run.seed
+    )
+    module, rows = direct_training(run.data, options, start, run.seed)
+    with torch.no_grad():
+        first = start.mixture()  # a copy: training changes the parameters in place
+        first = replace(first, components=first.components.select(torch.arange(n_components)))
+    run.fit(module, rows)
+    with torch.no_grad():
+        mixture = module.model.cpu().mixture()
+        if options["em_iterations"]:
+            mixture = _likelier_by_em(run, first, mixture)
+        if options["merge"] is not None:
+            mixture = _merge(run, mixture)
+    return as_fitted(mixture, run.data, ended(module))
+
+
+def _likelier_by_em(run: Run, start: Mixture, by_gradient: Mixture) -> Mixture:
+    """Fit by EM from the same start, and take which has the better validation likelihood."""
+    from cpmm.baselines.expectation_maximization import fit_by_em
+
+    found = fit_by_em(
+        start.components, run.train, run.validation, run.floor, run.section["em_iterations"],
+        patience=5, batch_size=2048,
+    )  # fmt: skip
+    by_em = Mixture(found.best, start.cluster_sizes)
+    values = {
+        name: float(mixture.log_prob(run.validation).mean())
+        for name, mixture in (("Adam", by_gradient), ("EM", by_em))
+    }
+    if not run.options.get("quiet"):
+        said = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
+        print(f"baseline {run.row} | validation, nats per point: {said}", flush=True)
+    return by_em if values["EM"] > values["Adam"] else by_gradient
+
+
+def _curriculum(run: Run) -> Fitted:
+    """CPMM's own training of components that no trajectory connects."""
+    from workflows.models import make_disconnected, make_mixture_training
+
+    cpmm = {**run.config["cpmm"], "path_weight": 0.0}
+    n_each = run.config["mixture"]["n_pseudotimes"]
+
+    def make_model(*arguments: Any) -> nn.Module:
+        return make_disconnected(*arguments, n_each=n_each, shrinkage=run.section["shrinkage"])
+
+    module, rows = make_mixture_training(
+        cpmm, run.config["mixture"], run.data, run.spaces, make_model
+    )
+    run.fit(module, rows)
+    with torch.no_grad():
+        mixture = module.model.cpu().mixture()
+    return as_fitted(mixture, run.data, ended(module))
+
+
+def _continuous(run: Run) -> Fitted:
+    """A continuous mixture, whose integration points are merged into C clusters."""
+    from cpmm.baselines.continuous import ContinuousMixture, ConvDecoder, MLPDecoder, initial_state
+    from workflows.models import seeded
+
+    options, data = run.section, run.data
+    layout = replace(
+        make_layout(run.config["cpmm"], data),
+        augmentation=0,
+        diagonal="variable",
+        learned_weight=False,
+    )
+    decoder = options["decoder"]
+
+    def mlp() -> nn.Module:
+        return MLPDecoder(
+            options["n_latent"],
+            layout.size,
+            **pick(decoder, "width", "depth", "activation", "n_frequencies"),
+        )
+
+    def conv() -> nn.Module:
+        if data.image_shape is None:
+            raise ValueError(
+                f"baselines.{run.row}.decoder.kind is 'conv', but the data are no images: choose mlp"
+            )
+        channels, height, width = data.image_shape
+        return ConvDecoder(
+            options["n_latent"], (layout.n_maps * channels, height, width), decoder["width"],
+            decoder["n_doublings"], decoder["activation"], decoder["n_frequencies"],
+        )  # fmt: skip
+
+    with seeded(run.seed, 42):
+        network = choose(
+            f"baselines.{run.row}.decoder.kind", decoder["kind"], {"mlp": mlp, "conv": conv}
+        )()
+    start = initial_state(layout, run.train, run.generator(43))
+    model = ContinuousMixture(
+        network, layout, start, options["n_latent"], options["n_points"], run.n_components
+    )
+    how = run.fit_loss(model, run.draws(options["batch_size"], options["n_draws"]))
+    with torch.no_grad():
+        mixture = _merge(run, model.extract(run.n_components, separate=True))
+    return as_fitted(mixture, run.data, how)
+
+
+def _einet(run: Run) -> Fitted:
+    """An einsum network of as many parameters as the extracted CPMM has, or a multiple of them."""
+    from cpmm.baselines.einet import EinsumNetwork
+
+    options, data = run.section, run.data
+    n_factors = run.config["cpmm"]["n_factors"]
+    size = run.n_components * (
+        data.n_features * (n_factors + 2) + 1
+    )  # means, loadings, log d, weight
+    generator = run.generator(44)
+    network = EinsumNetwork.of_size(
+        round(options["size_factor"] * size), data.n_features, data.image_shape, options["n_replicas"],
+        run.floor, generator, options["depth"],
+    )  # fmt: skip
+    network.initialize(run.train, generator)
+    how = run.fit_loss(network, run.draws(options["batch_size"], options["n_draws"]))
+    return Fitted(
+        network.n_parameters, how, log_prob=network.double().log_prob, weights=network.state_dict()
+    )
+
+
+def _flow(run: Run) -> Fitted:
+    """A continuous normalizing flow with options of its own, those of the section ``teacher``."""
+    from cpmm.odes import Solver
+    from cpmm.training import TeacherTraining
+    from workflows.models import make_teacher
+
+    options, evaluation = run.section, run.config["evaluation"]
+    flow = make_teacher(options, run.data, run.seed)
+    reported, flow.trace = flow.trace, "hutchinson"  # which training needs no more than
+    module = TeacherTraining(
+        flow,
+        **pick(
+            options, "flow_matching_epochs", "likelihood_epochs", "kinetic_weight", "jacobian_weight",
+            "learning_rate", "n_warmup_epochs",
+        ),
+        seed=run.seed,
+    )  # fmt: skip
+    run.fit(module, run.draws(options["batch_size"], options["n_draws"]))
+    flow.cpu().eval()
+    flow.solver, flow.trace = Solver(**evaluation["teacher_solver"]), reported
+
+    def log_prob(z: Tensor) -> Tensor:
+        generator = run.generator(45)
+        parts = z.float().split(evaluation["batch_size"])
+        return torch.cat([flow.log_prob(part, generator).double() for part in parts])
+
+    return Fitted(
+        sum(p.numel() for p in flow.parameters()),
+        ended(module),
+        log_prob=log_prob,
+        weights=flow.state_dict(),
+        n_points=evaluation["teacher_points"],
+    )
+
+
+def _grey(run: Run) -> tuple[Callable[[str], Tensor], str]:
+    """Points as autoencoders take them: grey levels in [0, 1], or a table's own space."""
+    data, levels = run.data, run.data.preprocessing.levels
+    if levels is None or run.section["likelihood"] == "gaussian":
+        return lambda split: data.points(split)[0].float(), "gaussian"
+    return lambda split: data.raw[split].float() / (levels - 1), "bernoulli"
+
+
+def _fit_autoencoder(run: Run, first: str | None) -> tuple[Any, Any, Callable[[str], Tensor]]:
+    from cpmm.baselines.autoencoder import Autoencoder
+
+    options = run.section
+    points, likelihood = _grey(run)
+    x, validation = points("train"), points("validation")
+    model = Autoencoder(
+        run.data.n_features, options["hidden"], options["code_size"], likelihood, run.generator(46)
+    )
+    module = LossTraining(
+        model,
+        n_epochs=options["autoencoder_epochs"],
+        density=False,
+        seed=run.seed,
+        **pick(options, "noise", "learning_rate", "n_warmup_epochs"),
+    )
+    rows = EpochData(
+        lambda epoch, generator: Rows(x=x),
+        lambda epoch: validation,
+        options["batch_size"],
+        run.seed,
+    )
+    run.fit(module, rows, first)
+    return model.cpu().eval(), module, points
+
+
+def _autoencoder(run: Run) -> Fitted:
+    """An autoencoder, and k-means on its codes."""
+    model, module, points = _fit_autoencoder(run, first=None)
+    clusters = model.cluster(
+        points("train"), run.n_clusters, run.generator(47), run.section["n_starts"]
+    )
+    return Fitted(
+        sum(value.numel() for value in clusters.state_dict().values()),
+        ended(module),
+        predict=lambda split: clusters.predict(points(split)),
+        weights=clusters.state_dict(),
+    )
+
+
+def _vade(run: Run) -> Fitted:
+    """VaDE, from a trained autoencoder and a mixture of Gaussians fitted to its codes."""
+    from cpmm.baselines.vade import VaDE
+
+    autoencoder, _, points = _fit_autoencoder(run, first="autoencoder")
+    options, x, validation = run.section, points("train"), points("validation")
+    model = VaDE.from_autoencoder(
+        autoencoder, x, run.n_clusters, run.generator(48), n_init=options["n_starts"]
+    )
+    rows = EpochData(
+        lambda epoch, generator: Rows(x=x),
+        lambda epoch: validation,
+        options["batch_size"],
+        run.seed,
+    )
+    how = run.fit_loss(model, rows, density=False)
+    return Fitted(
+        sum(p.numel() for p in model.parameters()),
+        how,
+        predict=lambda split: model.predict(points(split)),
+        weights=model.state_dict(),
+    )
+
+
+def _gaussian(run: Run) -> Fitted:
+    """One Gaussian with a full covariance, in closed form."""
+    from cpmm.baselines.gaussian import fit_full_gaussian
+
+    options = run.config["evaluation"]
+    gaussian = fit_full_gaussian(run.data.draw(options["gaussian_draws"], run.generator(32)))
+    m = run.data.n_features
+    weights = {"mean": gaussian.loc, "scale_tril": gaussian.scale_tril}
+    return Fitted(m * (m + 3) // 2, NOT_TRAINED, log_prob=gaussian.log_prob, weights=weights)
+
+
+def _sklearn(run: Run) -> Fitted:
+    """scikit-learn's GaussianMixture; how much it adds to its variances is chosen by validation."""
+    import warnings
+
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.mixture import GaussianMixture
+
+    options, data = run.section, run.data
+    x = run.train.double()
+    if options["n_points"] is not None and options["n_points"] < len(x):
+        x = x[torch.randperm(len(x), generator=run.generator(49))[: options["n_points"]]]
+    validation = data.points("validation")[0].numpy()
+    models = [
+        GaussianMixture(
+            run.n_clusters, covariance_type=options["covariance"], reg_covar=added,
+            max_iter=options["n_iterations"], tol=options["tolerance"], random_state=run.seed,
+        )
+        for added in options["added_variances"]
+    ]  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the best iterate is taken as it is
+        best = max((m.fit(x.numpy()) for m in models), key=lambda model: model.score(validation))
+    c, m = run.n_clusters, data.n_features
+    of_each = {"full": m * (m + 1) // 2, "diag": m}[options["covariance"]]
+    weights = {"weights": best.weights_, "means": best.means_, "covariances": best.covariances_}
+    return Fitted(
+        c * (m + of_each) + c,
+        NOT_TRAINED,
+        log_prob=lambda z: torch.from_numpy(best.score_samples(z.numpy())),
+        predict=lambda split: torch.from_numpy(best.predict(data.points(split)[0].numpy())),
+        weights={name: torch.from_numpy(value) for name, value in weights.items()},
+    )
+
+
+def _kmeans(run: Run) -> Fitted:
+    """k-means in the models' space, before any whitening."""
+    from sklearn.cluster import KMeans
+
+    unwhiten, n_starts = run.data.preprocessing.unwhiten, run.section["n_starts"]
+    train = unwhiten(run.data.points("train")[0]).numpy()
+    model = KMeans(run.n_clusters, n_init=n_starts, random_state=run.seed).fit(train)
+
+    def predict(split: str) -> Tensor:
+        return torch.from_numpy(model.predict(unwhiten(run.data.points(split)[0]).numpy())).long()
+
+    centre = torch.from_numpy(model.cluster_centers_)
+    return Fitted(centre.numel(), NOT_TRAINED, predict=predict, weights={"centre": centre})
+
+
+NOT_TRAINED: dict[str, int | None] = {"best_epoch": None, "steps": None}
+
+KINDS: dict[str, Callable[[Run], Fitted]] = {
+    "direct": _direct,
+    "curriculum": _curriculum,
+    "continuous": _continuous,
+    "einet": _einet,
+    "flow": _flow,
+    "autoencoder": _autoencoder,
+    "vade": _vade,
+    "gaussian": _gaussian,
+    "sklearn": _sklearn,
+    "kmeans": _kmeans,
+}

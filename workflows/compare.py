@@ -1,0 +1,579 @@
+"""Put CPMM and its rivals into one table, with what they cost: data/<preset>/comparison.
+
+Reads the trials of the sweep ``table1``, a row a trial of a model, and what evaluate found in the pipeline's
+own run; beside them stands the paper's Table 1, where the preset is one of its data sets.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from workflows.published import data_of, printed
+from workflows.stage import Config, fingerprint, publish, run_stage, scratch_folder, write_text
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+SWEEP = "table1"
+TITLES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST"}
+STATUSES = ("finished", "diverged", "failed", "lost", "stopped")
+FAILED = STATUSES[1:4]
+SCORES = ("density", "accuracy", "nmi")
+COSTS = ("n_parameters", "seconds", "seconds_10k", "memory_gb")
+DETECTION = {  # column: space and score in metrics.json
+    "auroc": ("mixture", "auroc"),
+    "aupr": ("mixture", "aupr"),
+    "auroc_data": ("data", "auroc"),
+    "aupr_data": ("data", "aupr"),
+}
+SHARES = ("accuracy", "nmi", *DETECTION)  # in [0, 1]
+NUMBERS = (*SCORES, *COSTS, *DETECTION)
+NONE = "–"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table.
+
+    Attributes:
+        model: What the sweep calls it, or metrics.json.
+        title: For people.
+        paper: Row of the paper's Table 1 that it stands for; empty if there is none.
+        evaluated: It is of the pipeline's own run, not of the sweep.
+    """
+
+    model: str
+    title: str
+    paper: str = ""
+    evaluated: bool = False
+
+
+BLOCKS: dict[str, tuple[Row, ...]] = {
+    "CPMM": (
+        Row("cpmm", "CPMM", "CPMM"),
+        Row("refined_mixture", "CPMM's components trained on", evaluated=True),
+    ),
+    "mixtures": (
+        Row("matched", "matched mixture", "Matched GMM"),
+        Row("spectral_frechet", "spectral (Fréchet)", "GMM w/ S.Clust."),
+        Row("spectral_overlap", "spectral (overlap)", "GMM w/ S.Clust."),
+        Row("curriculum", "curriculum mixture", "GMM w/ Curr."),
+        Row("continuous", "continuous mixture"),
+    ),
+    "circuits": (
+        Row("einet_matched", "EiNet (matched)", "EiNet (Matched)"),
+        Row("einet_large", "EiNet (large)", "EiNet (Large)"),
+    ),
+    "flows": (
+        Row("teacher", "teacher", "Teacher", evaluated=True),
+        Row("cnf_mlp", "CNF (MLP)", "FFJORD"),
+        Row("cnf_conv", "CNF (conv)", "FFJORD"),
+    ),
+    "clustering only": (
+        Row("vade", "VaDE", "VADE"),
+        Row("autoencoder", "autoencoder + k-means"),
+        Row("kmeans", "k-means"),
+        Row("groups", "groups told (training points)", evaluated=True),
+    ),
+    "sanity rows": (
+        Row("gaussian", "one Gaussian"),
+        Row("gmm_full", "scikit-learn GMM (full)"),
+        Row("gmm_diagonal", "scikit-learn GMM (diagonal)"),
+    ),
+}
+OTHERS = "others"  # what the sweep has beside these
+REPORTED = "reported, not rerun"
+NOT_RERUN = {
+    "SPC": "its published code picks its best epoch by ground-truth accuracy, so labels take part in the selection",
+    "DLS": "there is no code to rerun under these rules",
+}
+
+
+def main(folder: Path, config: Config) -> str:
+    """Write ``comparison`` for a preset."""
+    from matplotlib import rc_context
+
+    from cpmm.artifact import seal_folder
+    from workflows.report import verify_evaluation
+
+    trials = read_trials(trials_of(folder))
+    verify_evaluation(folder, config)
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    rules = json.loads((folder / "evaluation" / "rules.json").read_text(encoding="utf-8"))
+    table = compare(trials, metrics)
+    mark = mark_comparison(folder)
+    scratch = scratch_folder(folder, "compare", mark)
+    out = scratch / "comparison"
+    out.mkdir(exist_ok=True)
+    write_text(out / "table1.csv", table.to_csv(index=False, lineterminator="\n"))
+    write_text(out / "table1.md", markdown(table, metrics, rules, config["evaluation"]))
+    with rc_context({"svg.hashsalt": "cpmm"}):
+        draw(table, metrics["unit"]).savefig(out / "costs.svg", metadata={"Date": None})
+    seal_folder(out, "comparison", {"fingerprint": mark}, {})
+    publish(scratch, "comparison", folder / "comparison")
+    n_failed = int(table["n_failed"].sum())
+    return (
+        f"{len(table)} rows, {len(trials)} trials, {n_failed} failed; {_headline(table, metrics['unit'])} -> "
+        f"{folder / 'comparison'}"
+    )
+
+
+def trials_of(folder: Path) -> Path:
+    """Where the sweep of a preset has its trials."""
+    return folder / "sweep" / SWEEP / "trials.csv"
+
+
+def mark_comparison(folder: Path) -> str:
+    """Fingerprint of ``comparison``: of the bytes of all that it is made from."""
+    from cpmm.artifact import file_digest
+
+    inputs = (
+        trials_of(folder),
+        folder / "metrics.json",
+        folder / "evaluation" / "evaluation.json",  # seals the rules
+        Path(__file__).with_name("published.csv"),
+    )
+    return fingerprint("comparison", *map(file_digest, inputs))
+
+
+def read_trials(path: Path) -> pd.DataFrame:
+    """Read the trials of the sweep, in its order.
+
+    Returns:
+        Columns model, seed, status, steps, reason and all of NUMBERS, NaN where there is none.
+
+    Raises:
+        FileNotFoundError: If the sweep was not run.
+        ValueError: If the table is damaged, or of a sweep with other axes.
+    """
+    import pandas as pd
+
+    again = f"`python workflows/sweep.py preset={path.parents[2].name} sweep={SWEEP}`"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: {again} makes it")
+
+    def damaged(what: object) -> ValueError:
+        return ValueError(f"{path} is damaged: {what}: restore it with `dvc pull`, or run {again}")
+
+    try:
+        text = path.read_bytes().decode()
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise damaged(error) from error
+    if not rows or not text.endswith("\n"):
+        raise damaged("it has no trials" if not rows else "its last line is cut short")
+    if missing := {"model", "seed", "status"} - set(rows[0]):
+        raise damaged(f"it lacks the columns {', '.join(sorted(missing))}")
+    trials, seen = [], set()
+    for line, row in enumerate(rows, 2):
+        where = f"trial {line - 1} ({row['model']}, seed {row['seed']})"
+        if None in row or None in row.values() or not row["model"]:
+            raise damaged(f"trial {line - 1} has no model, or as many values as there are columns")
+        if row["status"] not in STATUSES:
+            raise damaged(f"{where} has status {row['status']!r}, not one of {', '.join(STATUSES)}")
+        key = (row["model"], row["seed"])
+        if key in seen:
+            raise damaged(f"{where} is there twice, a sweep whose only axis is model has it once")
+        seen.add(key)
+        texts = {name: row.get(name, "") for name in ("model", "seed", "status", "steps", "reason")}
+        try:
+            int(row["seed"])
+            numbers = {name: _read_number(name, row.get(name, "")) for name in NUMBERS}
+        except ValueError as error:
+            raise damaged(f"{where}: {error}") from error
+        trials.append(texts | numbers)
+    trials = pd.DataFrame(trials)
+    done = trials[trials["status"] == "finished"]
+    for score in SCORES:
+        counts = done.groupby("model")[score].agg(["count", "size"])
+        part = counts.index[(counts["count"] > 0) & (counts["count"] < counts["size"])]
+        if len(part):
+            raise damaged(f"only some finished trials of {', '.join(part)} have {score}")
+    return trials
+
+
+def compare(trials: pd.DataFrame, metrics: Mapping[str, Any]) -> pd.DataFrame:
+    """Lay out the models in blocks, means and standard deviations over seeds.
+
+    The standard deviation is that of the seeds (n - 1), none for a single one. Trials that failed
+    are counted, and do not enter the means.
+
+    Args:
+        trials: As :func:`read_trials` returns them.
+        metrics: Those of evaluate.
+    """
+    import pandas as pd
+
+    data = data_of(str(metrics.get("preset")))
+    groups = dict(iter(trials.groupby("model", sort=False)))
+    detected = (metrics.get("ood") or {}).get("models", {})
+    rows = []
+    for block, members in BLOCKS.items():
+        for row in members:
+            if row.evaluated and row.model in metrics["models"]:
+                found = _of_evaluation(metrics["models"][row.model], detected.get(row.model, {}))
+            elif not row.evaluated and row.model in groups:
+                found = _of_sweep(groups.pop(row.model))
+            else:
+                continue
+            head = {"block": block, "model": row.model, "name": row.title}
+            rows.append(head | found | _of_paper(data, row.paper))
+    for model, group in groups.items():
+        rows.append({"block": OTHERS, "model": model, "name": model} | _of_sweep(group))
+    for name in NOT_RERUN if data else ():
+        head = {"block": REPORTED, "model": name, "name": name, "source": "paper"}
+        rows.append(head | {"n_seeds": 0, "n_failed": 0, "n_stopped": 0} | _of_paper(data, name))
+    columns = ["block", "model", "name", "source", "n_seeds", "n_failed", "n_stopped"]
+    columns += [f"{score}_{moment}" for score in SCORES for moment in ("mean", "sd")]
+    columns += ["n_parameters", *(f"{cost}_mean" for cost in COSTS[1:])]
+    columns += [f"{score}_{moment}" for score in DETECTION for moment in ("mean", "sd")]
+    columns += ["paper_density", "paper_accuracy", "failures"]
+    table = pd.DataFrame(rows, columns=columns).fillna({"failures": ""})
+    numbers = columns[columns.index("density_mean") : -1]
+    return table.astype(dict.fromkeys(numbers, float)).astype({"n_parameters": "Int64"})
+
+
+def judge(table: pd.DataFrame, metric: str) -> dict[str, list[tuple[str, float]]] | None:
+    """Compare the rows with CPMM by a score.
+
+    Returns:
+        Names and by how much they are better, from the best: ``better`` and ``worse`` by more than
+        twice the standard error of the difference of the two means, ``level`` within it, ``single``
+        where one of the two has a single seed, and thus no such error. None without CPMM.
+    """
+    sign = -1 if metric == "density" else 1
+    own = table[(table["model"] == "cpmm") & table[f"{metric}_mean"].notna()]
+    if own.empty:
+        return None
+    own = own.iloc[0]
+    found = {"better": [], "level": [], "worse": [], "single": []}
+    for _, row in table.iterrows():
+        if row["model"] == "cpmm" or math.isnan(row[f"{metric}_mean"]):
+            continue
+        gain = sign * (row[f"{metric}_mean"] - own[f"{metric}_mean"])
+        error = math.hypot(*(r[f"{metric}_sd"] / math.sqrt(r["n_seeds"]) for r in (own, row)))
+        if math.isnan(error):
+            kind = "single"
+        elif abs(gain) > 2 * error:
+            kind = "better" if gain > 0 else "worse"
+        else:
+            kind = "level"
+        found[kind].append((row["name"], gain))
+    return {kind: sorted(rows, key=lambda item: -item[1]) for kind, rows in found.items()}
+
+
+def markdown(
+    table: pd.DataFrame,
+    metrics: Mapping[str, Any],
+    rules: Mapping[str, str],
+    options: Mapping[str, Any],
+) -> str:
+    """Write the table for people, what is measured where, and which rows are better than CPMM.
+
+    Args:
+        table: As :func:`compare` returns it.
+        metrics: Those of evaluate.
+        rules: A sentence for each of its figures.
+        options: Its section of the configuration.
+    """
+    unit, data = metrics["unit"], data_of(str(metrics.get("preset")))
+    own = table[table["model"] == "cpmm"]
+    own = own.iloc[0] if len(own) else {}
+    columns: list[tuple[str, Callable[[Mapping[str, Any]], str]]] = [
+        ("model", lambda row: row["name"]),
+        ("seeds", _seeds),
+        ("density", lambda row: _mean_sd(row, "density")),
+        ("paper", lambda row: _show(row["paper_density"], "{:.2f}")),
+        ("accuracy, %", lambda row: _mean_sd(row, "accuracy")),
+        ("paper, %", lambda row: _show(row["paper_accuracy"], "{:.2f}", 100)),
+        ("NMI", lambda row: _mean_sd(row, "nmi")),
+        ("parameters", lambda row: _show(row["n_parameters"], "{:,.0f}")),
+        ("training", lambda row: _time(row, own, "seconds_mean")),
+        ("10,000 densities", lambda row: _time(row, own, "seconds_10k_mean")),
+        ("memory, GB", lambda row: _show(row["memory_gb_mean"], "{:.2g}")),
+        ("AUROC, mixture's space, %", lambda row: _mean_sd(row, "auroc")),
+        ("AUROC, data's space, %", lambda row: _mean_sd(row, "auroc_data")),
+    ]
+    shown = [(*column, [column[1](row) for _, row in table.iterrows()]) for column in columns]
+    shown = [column for column in shown if set(column[2]) - {NONE} or column[0] == "density"]
+    lines = [
+        f"# Table 1 for {metrics['preset']}: CPMM and its rivals",
+        "",
+        _line([heading for heading, _, _ in shown]),
+        _line(["---", *["---:"] * (len(shown) - 1)]),
+    ]
+    block = None
+    for index in range(len(table)):
+        if table["block"][index] != block:
+            block = table["block"][index]
+            lines.append(_line([f"**{block[0].upper()}{block[1:]}**", *[""] * (len(shown) - 1)]))
+        lines.append(_line([cells[index] for _, _, cells in shown]))
+    lines += ["", *_verdicts(table, unit), "", "## What is measured where", ""]
+    lines += [f"- {note}" for note in _notes(table, metrics, rules, options, data)]
+    if notes := _failures(table):
+        lines += ["", "## Trials that did not finish", "", *notes]
+    return "\n".join([*lines, ""])
+
+
+def draw(table: pd.DataFrame, unit: str) -> Figure:
+    """Draw density against parameters and against the time of 10,000 densities."""
+    from cpmm.figures import plot_costs
+
+    shown = table[table["density_mean"].notna()]
+    return plot_costs(
+        shown["name"].tolist(),
+        shown["block"].tolist(),
+        shown["density_mean"].to_numpy(float),
+        shown["density_sd"].to_numpy(float),
+        {
+            "parameters": shown["n_parameters"].to_numpy(float, na_value=math.nan),
+            "seconds for 10,000 log-densities": shown["seconds_10k_mean"].to_numpy(float),
+        },
+        f"{unit}, lower is better",
+    )
+
+
+def _of_sweep(group: pd.DataFrame) -> dict[str, Any]:
+    done = group[group["status"] == "finished"]
+    row = {
+        "source": "sweep",
+        "n_seeds": len(done),
+        "n_failed": int(group["status"].isin(FAILED).sum()),
+        "n_stopped": int((group["status"] == "stopped").sum()),
+        "failures": _explain(group),
+    }
+    for name in NUMBERS:
+        row[f"{name}_mean"], row[f"{name}_sd"] = done[name].mean(), done[name].std()
+    return row | {"n_parameters": round(done["n_parameters"].mean(), 0)}
+
+
+def _of_evaluation(model: Mapping[str, Any], detected: Mapping[str, Any]) -> dict[str, Any]:
+    row = {"source": "evaluation", "n_seeds": 1, "n_failed": 0, "n_stopped": 0}
+    row |= {f"{score}_mean": model.get(score) for score in SCORES}
+    row |= {
+        f"{name}_mean": detected.get(space, {}).get(score)
+        for name, (space, score) in DETECTION.items()
+    }
+    return row | {"n_parameters": model.get("n_parameters")}
+
+
+def _of_paper(data: str | None, row: str) -> dict[str, float | None]:
+    accuracy = printed(data, row, "accuracy")
+    return {
+        "paper_density": printed(data, row, "density"),
+        "paper_accuracy": None if accuracy is None else round(accuracy / 100, 6),
+    }
+
+
+def _explain(group: pd.DataFrame) -> str:
+    """Say why trials did not finish, those with the same reason together."""
+    seeds: dict[str, list[str]] = {}
+    for _, trial in group[group["status"] != "finished"].iterrows():
+        at = f" at step {trial['steps'].removesuffix('.0')}" if trial["steps"] else ""
+        reason = " ".join(trial["reason"].split())
+        if not reason:
+            reason = "by the scheduler" if trial["status"] == "stopped" else "no reason recorded"
+        seeds.setdefault(f"{trial['status']}{at}: {reason}", []).append(trial["seed"])
+    return "; ".join(
+        f"seed{'s' if len(own) > 1 else ''} {', '.join(own)}: {why}" for why, own in seeds.items()
+    )
+
+
+def _verdicts(table: pd.DataFrame, unit: str) -> list[str]:
+    if "cpmm" not in set(table["model"]):
+        return ["The sweep has no CPMM: nothing is compared with it."]
+    lines = []
+    for metric, what in (("density", f"density ({unit})"), ("accuracy", "clustering accuracy")):
+        if table[f"{metric}_mean"].isna().all():
+            continue
+        found = judge(table, metric)
+        if found is None:
+            lines += [f"In {what} CPMM has no figure: nothing is compared with it.", ""]
+            continue
+        named = {
+            kind: ", ".join(_gain(item, metric, kind) for item in rows)
+            for kind, rows in found.items()
+        }
+        judged = any(found[kind] for kind in ("better", "level", "worse"))
+        parts = []
+        if judged:
+            parts.append(
+                f"In {what}, {named['better'] or 'no row'} beat{'' if len(found['better']) > 1 else 's'} CPMM by "
+                "more than twice the standard error of the difference."
+            )
+            parts += [f"Level with it within that: {named['level']}."] if found["level"] else []
+            parts += [f"Worse by more than that: {named['worse']}."] if found["worse"] else []
+        if found["single"]:
+            start = "Not judged, one seed" if judged else f"In {what} no row is judged, one seed"
+            parts.append(f"{start}: {named['single']}.")
+        if parts:
+            lines += [" ".join(parts), ""]
+    return lines[:-1] or ["Nothing beside CPMM finished that could be compared with it."]
+
+
+def _notes(
+    table: pd.DataFrame,
+    metrics: Mapping[str, Any],
+    rules: Mapping[str, str],
+    options: Mapping[str, Any],
+    data: str | None,
+) -> list[str]:
+    """One sentence for each group of figures: where it comes from."""
+    names = {row.model: row.title for members in BLOCKS.values() for row in members}
+    sources = table.groupby("source")["name"].agg(", ".join)
+    notes = [
+        f"Means ± standard deviations over the seeds of the sweep `{SWEEP}`, on the "
+        f"{metrics['n_test']:,} test points; a ± is missing where one seed finished."
+    ]
+    if "evaluation" in sources:
+        notes.append(
+            f"Of the pipeline's own run, its seed {metrics['seed']} alone: {sources['evaluation']}."
+        )
+    if "refined_mixture" in set(table["model"]):
+        notes.append(
+            f"{names['refined_mixture']}: on their own likelihood, free of their trajectories."
+        )
+    notes.append(f"Density, {metrics['unit']}: {rules['density']}")
+    flows, n_points = table[table["block"] == "flows"], options["teacher_points"]
+    if len(flows):
+        first = "" if n_points is None else f" on the first {n_points} points of a split,"
+        notes.append(
+            f"Flows: densities{first} by {options['teacher_solver']['method']} at the tolerances "
+            f"{options['teacher_solver']['rtol']:g}/{options['teacher_solver']['atol']:g}."
+        )
+    if "accuracy" in rules:
+        notes.append(f"Accuracy: {rules['accuracy']} NMI: {rules['nmi']}")
+    if table["n_parameters"].notna().any():
+        notes.append("Parameters: of the model that is used, of CPMM the extracted mixture's.")
+    if table["seconds_mean"].notna().any():
+        notes.append(
+            "Training: wall-clock time of a trial on the machine of the sweep, without the teacher and the "
+            "spaces, which are made before it; in brackets how many times that of CPMM."
+        )
+    if table["seconds_10k_mean"].notna().any():
+        notes.append(
+            "10,000 densities: time for the log-densities of as many points on that machine, scaled from fewer; "
+            "in brackets how many times that of CPMM."
+        )
+    if table["memory_gb_mean"].notna().any():
+        notes.append(
+            "Memory: peak of the trial's process, libraries and data included; on a GPU that of its own."
+        )
+    if metrics.get("ood") and table["auroc_mean"].notna().any():
+        notes.append(
+            f"AUROC: telling the test points from those of {metrics['ood']['name']} by their log-density, in "
+            "the mixture's space and in that of the data."
+        )
+    if data:
+        notes.append(
+            f"Paper: its Table 1, {TITLES[data]}; its FFJORD stands beside both CNFs, its GMM w/ S.Clust. "
+            "beside both spectral rows."
+        )
+        notes += [f"{name}, of the paper alone: {reason}." for name, reason in NOT_RERUN.items()]
+    absent = [name for model, name in names.items() if model not in set(table["model"])]
+    if absent:
+        notes.append(f"Not there: {', '.join(absent)}.")
+    return notes
+
+
+def _failures(table: pd.DataFrame) -> list[str]:
+    lines = []
+    for _, row in table[table["failures"] != ""].iterrows():
+        n = row["n_seeds"] + row["n_failed"] + row["n_stopped"]
+        lost = f"{row['n_failed'] + row['n_stopped']} of {n}"
+        lines.append(f"- {row['name']}, {lost}: {row['failures']}")
+    return lines
+
+
+def _headline(table: pd.DataFrame, unit: str) -> str:
+    found = judge(table, "density")
+    if found is None:
+        return "no CPMM to compare with"
+    own = table[table["model"] == "cpmm"].iloc[0]
+    n = sum(len(found[kind]) for kind in ("better", "level", "worse"))
+    return f"CPMM {_mean_sd(own, 'density')} {unit}, beaten by {len(found['better'])} of {n} rows"
+
+
+def _gain(item: tuple[str, float], metric: str, kind: str) -> str:
+    name, gain = item
+    size = f"{abs(gain):.3f}" if metric == "density" else f"{100 * abs(gain):.1f} points"
+    if kind in ("better", "worse"):
+        return f"{name} by {size}"
+    return f"{name} {size} {'better' if gain > 0 else 'worse'}"
+
+
+def _read_number(name: str, text: str) -> float:
+    if not text:
+        return math.nan
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is {text}")
+    if name in SHARES and not -1e-9 <= value <= 1 + 1e-9:
+        raise ValueError(f"{name} is {text}, not a share in [0, 1]")
+    if name in COSTS and value < 0:
+        raise ValueError(f"{name} is {text}, below 0")
+    return value
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _show(value: object, form: str, factor: float = 1) -> str:
+    return form.format(factor * value).replace("-", "−") if _is_number(value) else NONE
+
+
+def _mean_sd(row: Mapping[str, Any], score: str) -> str:
+    percent = score in SHARES and score != "nmi"
+    form, factor = ("{:.1f}", 100) if percent else ("{:.3f}", 1)
+    text = _show(row[f"{score}_mean"], form, factor)
+    spread = _show(row[f"{score}_sd"], form, factor)
+    return text if NONE in (text, spread) else f"{text} ± {spread}"
+
+
+def _seeds(row: Mapping[str, Any]) -> str:
+    if row["source"] == "paper":
+        return NONE
+    n = row["n_seeds"] + row["n_failed"] + row["n_stopped"]
+    return str(n) if n == row["n_seeds"] else f"{row['n_seeds']} of {n}"
+
+
+def _time(row: Mapping[str, Any], own: Mapping[str, Any], name: str) -> str:
+    value, unit = row[name], own.get(name)
+    if not _is_number(value):
+        return NONE
+    text = _duration(value)
+    if not (_is_number(unit) and unit > 0):
+        return text
+    ratio = value / unit
+    return f"{text} ({_digits(ratio)}×)"
+
+
+def _duration(seconds: float) -> str:
+    for limit, size, unit in ((120, 1, "s"), (7200, 60, "min")):
+        if seconds < limit:
+            return f"{_digits(seconds / size)} {unit}"
+    return f"{_digits(seconds / 3600)} h"
+
+
+def _digits(value: float) -> str:
+    """Two digits that count, all of those before the point."""
+    if value >= 10 or value == 0:
+        return f"{value:,.0f}"
+    return f"{value:.{1 - math.floor(math.log10(value))}f}"
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |"
+
+
+if __name__ == "__main__":
+    run_stage(main, __doc__)

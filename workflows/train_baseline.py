@@ -1,0 +1,51 @@
+"""Train and score a row of conf/baselines/: data/<preset>/baselines/<row>."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from workflows.marks import mark_baseline, mark_prepared, mark_spaces, needs_spaces
+from workflows.stage import Config, publish, run_stage, scratch_folder
+
+
+def main(folder: Path, config: Config, row: str) -> str:
+    """Write ``baselines/<row>`` for a preset."""
+    if row not in config["baselines"]:
+        known = ", ".join(config["baselines"])
+        raise ValueError(f"there is no baseline {row!r}: choose one of conf/baselines/: {known}")
+
+    import torch
+
+    from workflows.baselines import save_baseline, score_baseline, train_baseline
+    from workflows.outside import read_outside
+    from workflows.score import Scorer
+    from workflows.store import load_prepared, open_spaces, write_json
+
+    data = load_prepared(folder / "prepared", mark_prepared(config))
+    spaces = None
+    if needs_spaces(config, row):
+        spaces = open_spaces(folder / "spaces", mark_spaces(config))
+    ood = config["evaluation"]["ood"]
+    outside = None if ood is None else read_outside(ood, data)
+    mark = mark_baseline(config, row)
+    scratch = scratch_folder(folder, f"baseline-{row}", mark)
+    fitted = train_baseline(row, config, data, spaces, scratch / "training")
+    score = Scorer(data, "test", fitted.n_points)
+    scores = score_baseline(fitted, score, "test", config["cpmm"]["n_clusters"])
+    if outside is not None and fitted.log_prob is not None:
+        with torch.no_grad():
+            found = (fitted.log_prob(z[: fitted.n_points]) for z in (score.z, outside.z))
+            scores["ood"] = outside.scores(score, *found)
+    out = scratch / row
+    out.mkdir(exist_ok=True)
+    write_json(
+        out / "scores.json", {"row": row, "unit": data.preprocessing.density_unit[0], **scores}
+    )
+    save_baseline(row, fitted, out, config, data, mark)
+    publish(scratch, row, folder / "baselines" / row)
+    said = [f"{name} {scores[name]:.3f}" for name in ("density", "accuracy") if name in scores]
+    return f"{row}: test {', '.join(said)} -> {folder / 'baselines' / row}"
+
+
+if __name__ == "__main__":
+    run_stage(main, __doc__, "row")

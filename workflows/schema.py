@@ -187,29 +187,29 @@ def _baseline(row: str, kind: str) -> dict[str, Rule]:
     """Options of a row of conf/baselines/ by its kind."""
     prefix = f"baselines.{row}"
     merge = {
-        "merge": or_null(MAPPING),
         "merge.affinity": choice("overlap", "frechet"),
         "merge.temperature": number(0, ends="(]"),
         "merge.neighbour": or_null(COUNT),
     }
-    training = {
-        "n_epochs": COUNT,
-        "n_draws": COUNT,
+    steps = {
         "batch_size": COUNT,
         "learning_rate": number(0, ends="(]"),
         "n_warmup_epochs": COUNT_OR_NONE,
         "gradient_clip": WEIGHT,
         "noise": WEIGHT,
     }
-    codes = {
+    training = steps | {"n_epochs": COUNT, "n_draws": COUNT}
+    codes = steps | {
         "hidden": several("whole numbers of at least 1", COUNT, least=0),
         "code_size": COUNT,
         "likelihood": choice("bernoulli", "gaussian"),
         "n_starts": COUNT,
         "autoencoder_epochs": COUNT,
     }
+    apart = Rule("expected null: the rows spectral_... merge", lambda value: value is None)
     rules: dict[str, dict[str, Rule]] = {
-        "direct": {"em_iterations": COUNT_OR_NONE, **merge},
+        "matched": {"em_iterations": COUNT_OR_NONE, "merge": apart},
+        "merged": {"em_iterations": COUNT_OR_NONE, **merge},
         "curriculum": {"shrinkage": WEIGHT, "gradient_clip": WEIGHT},
         "continuous": {
             "n_latent": whole(1, 1000),
@@ -230,8 +230,8 @@ def _baseline(row: str, kind: str) -> dict[str, Rule]:
             **training,
         },
         "flow": {},
-        "autoencoder": codes | training,
-        "vade": codes | training,
+        "autoencoder": codes,
+        "vade": codes | {"n_epochs": COUNT},
         "gaussian": {},
         "sklearn": {
             "covariance": choice("full", "diag"),
@@ -243,16 +243,17 @@ def _baseline(row: str, kind: str) -> dict[str, Rule]:
         "kmeans": {"n_starts": COUNT},
     }
     named = {f"{prefix}.{name}": rule for name, rule in rules[kind].items()}
-    shared = {"direct": _direct, "flow": _flow}.get(kind)
+    shared = {"matched": _direct, "merged": _direct, "flow": _flow}.get(kind)
     own = {} if shared is None else shared(prefix)
-    return {f"{prefix}.kind": choice(kind), **named, **own}
+    said = {"matched": "direct", "merged": "direct"}.get(kind, kind)
+    return {f"{prefix}.kind": choice(said), **named, **own}
 
 
-# Rows of conf/baselines/ and their kinds.
+# Rows of conf/baselines/ and which options they have.
 BASELINES = {
-    "matched": "direct",
-    "spectral_overlap": "direct",
-    "spectral_frechet": "direct",
+    "matched": "matched",
+    "spectral_overlap": "merged",
+    "spectral_frechet": "merged",
     "curriculum": "curriculum",
     "continuous": "continuous",
     "einet_matched": "einet",

@@ -22,11 +22,13 @@ from workflows.stage import EXPECTED_ERRORS, Config, code_fingerprint, describe,
 if TYPE_CHECKING:
     from cpmm.data import DataSplits
     from workflows.baselines import Fitted
+    from workflows.score import Scorer
     from workflows.store import Spaces
 
 HERE = Path(__file__).resolve().parent
 CODE = tuple(
-    HERE / f"{name}.py" for name in ("baselines", "fit", "models", "rivals", "score", "trial")
+    HERE / f"{name}.py"
+    for name in ("baselines", "fit", "models", "outside", "rivals", "score", "trial")
 )
 FOLDERS = ("cpmm", "mixture", "baseline")  # what a trial leaves
 TIMED = 2000  # points whose densities are timed
@@ -165,7 +167,26 @@ def _score(fitted: Fitted, config: Config, data: DataSplits) -> dict[str, Any]:
             started = time.perf_counter()
             fitted.log_prob(points)
             costs["seconds_10k"] = (time.perf_counter() - started) * 10_000 / len(points)
+            costs |= _tell_apart(fitted, test_score, config, data)
     return {"validation": validation, "test": test, **costs}
+
+
+def _tell_apart(
+    fitted: Fitted, score: Scorer, config: Config, data: DataSplits
+) -> dict[str, float | str]:
+    """How well densities tell the test points from another data set, where that is at hand."""
+    from workflows.outside import read_outside
+
+    if config["evaluation"]["ood"] is None:
+        return {}
+    try:
+        outside = read_outside(config["evaluation"]["ood"], data)
+    except (OSError, ConnectionError) as error:  # a node of a cluster may have no such files
+        return {"ood_missing": describe(error)}
+    found = (fitted.log_prob(z[: fitted.n_points]) for z in (score.z, outside.z))
+    told = outside.scores(score, *found)
+    named = {"": told["mixture"], "_data": told["data"]}
+    return {f"{name}{end}": told[name] for end, told in named.items() for name in ("auroc", "aupr")}
 
 
 @contextmanager

@@ -23,7 +23,8 @@ METRICS = ("validation", "density", "accuracy", "nmi", "ari", "purity", "failed"
 # What tables call by these names is not an axis.
 TAKEN = {
     "part", "row", "n", "n_failed", "n_stopped", "seed", "seeds", "status", *METRICS, "steps",
-    "seconds", "seconds_10k", "memory_gb", "n_parameters", "reason", "command", "failures",
+    "seconds", "seconds_10k", "memory_gb", "n_parameters", "auroc", "aupr", "auroc_data",
+    "aupr_data", "reason", "command", "failures",
 }  # fmt: skip
 DISTRIBUTIONS = ("uniform", "loguniform", "integer", "choice")
 
@@ -95,6 +96,10 @@ def plan_trials(
     _forbid_axes(sweep, overrides)
     common = [*base, *flatten_options(sweep["overrides"] or {})]
     rows = [(part, axes, [*own, *overrides, *values]) for part, axes, own, values in _rows(sweep)]
+    seeds = {
+        part: (options or {}).get("seeds", sweep["seeds"])
+        for part, options in sweep["parts"].items()
+    }
     configs = []
     for part, axes, values in rows:
         words = [("part", part)] if part else []
@@ -123,8 +128,8 @@ def plan_trials(
         shown = [tuple((name, str(value)) for name, value in row.items()) for row in described]
     trials = [
         make_trial(preset, row, seed, [*common, *values], config, code)
-        for (_, _, values), row, config in zip(rows, shown, configs, strict=True)
-        for seed in range(sweep["seeds"])
+        for (part, _, values), row, config in zip(rows, shown, configs, strict=True)
+        for seed in range(seeds.get(part, sweep["seeds"]))
     ]
     twice = {trial.mark: trial for trial in trials}
     if len(twice) < len(trials):
@@ -146,7 +151,7 @@ def make_trial(
 ) -> Trial:
     """Make the trial of a row and a seed from the row's composed configuration."""
     config = {**config, "cpmm": {**config["cpmm"], "seed": seed}}
-    mark = fingerprint("trial", mark_model(config), code)
+    mark = fingerprint("trial", mark_model(config), config["evaluation"]["ood"], code)
     last = {item.split("=")[0]: item for item in overrides}  # what is overruled says nothing
     kept = [item for item in overrides if last[item.split("=")[0]] is item]
     return Trial(preset, row, seed, (*kept, f"cpmm.seed={seed}"), config, mark)
@@ -226,8 +231,14 @@ def _check_numbers(sweep: Config) -> None:
 
 def _check_parts(sweep: Config) -> None:
     for part, options in _parts(sweep).items():
-        if not isinstance(options, Mapping) or set(options) - {"overrides", "grid"}:
-            raise ValueError(f"sweep.parts.{part}: expected overrides and grid, got {options!r}")
+        if not isinstance(options, Mapping) or set(options) - {"overrides", "grid", "seeds"}:
+            raise ValueError(
+                f"sweep.parts.{part}: expected overrides, grid and seeds, got {options!r}"
+            )
+        if "seeds" in options and (not _is_whole(options["seeds"]) or options["seeds"] < 1):
+            raise ValueError(
+                f"sweep.parts.{part}.seeds is {options['seeds']!r}: expected a whole number of at least 1"
+            )
         for axis, values in (options.get("grid") or {}).items():
             if not isinstance(values, list | Mapping) or not values:
                 raise ValueError(

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Results = Sequence[tuple[Trial, Mapping[str, Any]]]
 COSTS = ("n_parameters", "seconds_10k", "memory_gb")
+TOLD = ("auroc", "aupr", "auroc_data", "aupr_data")  # from another data set, by density
 PERCENT = ("accuracy", "purity")
 HIGHER = ("accuracy", "nmi", "ari", "purity")
 FAILED = ("diverged", "failed", "lost")
@@ -39,6 +40,7 @@ def trials_table(results: Results) -> pd.DataFrame:
                 "steps": record.get("steps", record.get("step")),
                 "seconds": record.get("seconds"),
                 **{cost: record.get(cost, test.get(cost)) for cost in COSTS},
+                **{told: record[told] for told in TOLD if told in record},
                 "reason": record.get("reason"),
                 "command": trial.command,
             }

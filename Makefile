@@ -8,7 +8,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro sweep report test lint slow servers bench clean
+.PHONY: help setup repro sweep compare report test lint slow servers bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -28,7 +28,10 @@ repro: setup ## run the pipeline on the presets of params.yaml and print where t
 	@python workflows/summary.py
 
 sweep: setup ## Table 2 of the paper on digits, ten rows over three seeds (13 minutes on two cores)
-	dvc repro sweep
+	dvc repro sweep@digits-table2
+
+compare: setup ## CPMM and fifteen baselines in one table on digits (a quarter of an hour on two cores)
+	dvc repro compare@digits
 
 report: setup ## print where the reports are and their main figures
 	@python workflows/summary.py

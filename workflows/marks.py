@@ -38,7 +38,10 @@ def mark_cpmm(config: Config) -> str:
 
 
 def mark_baseline(config: Config, row: str) -> str:
-    """Fingerprint of a row of conf/baselines/, trained by its options and sizes that CPMM has."""
+    """Fingerprint of a row of conf/baselines/, trained by its options and sizes that CPMM has.
+
+    Rows of kind "curriculum" are trained by all of CPMM's options, with spaces or without.
+    """
     cpmm, evaluation = config["cpmm"], config["evaluation"]
     sizes = [cpmm[name] for name in ("n_clusters", "n_factors", "log_diagonal_floor", "seed")]
     scored = [
@@ -48,7 +51,7 @@ def mark_baseline(config: Config, row: str) -> str:
     return fingerprint(
         "baseline", config["baselines"][row], sizes, config["mixture"]["n_pseudotimes"], scored,
         config["trainer"]["precision"], mark_prepared(config),
-        mark_cpmm(config) if needs_spaces(config, row) else None,
+        mark_cpmm(config) if config["baselines"][row]["kind"] == "curriculum" else None,
     )  # fmt: skip
 
 

@@ -215,10 +215,12 @@ class Case:
 
 
 def content(path):
-    """Of a file; the sweep's tables say how long trials took, which no two runs agree on."""
+    """Of a file; the sweep's tables say what trials cost, which no two runs agree on."""
     if "sweep" in path.parts and path.suffix == ".csv":
         table = pd.read_csv(path)
-        return table.drop(columns=[c for c in table if c.startswith("seconds")]).to_csv()
+        return table.drop(
+            columns=[c for c in table if c.startswith(("seconds", "memory"))]
+        ).to_csv()
     if "sweep" in path.parts and path.name == "table.json":
         rows = json.loads(path.read_text())["rows"]
         return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]

@@ -107,14 +107,16 @@ class Project:
 
 
 def without_times(file):
-    """Content of a file; the sweep's tables say how long trials took, which no two runs agree on."""
+    """Content of a file; the sweep's tables say what trials cost, which no two runs agree on."""
     if "sweep" not in file.parts:
         return file.read_bytes()
     if file.suffix == ".csv":
         import pandas as pd
 
         table = pd.read_csv(file)
-        return table.drop(columns=[c for c in table if c.startswith("seconds")]).to_csv()
+        return table.drop(
+            columns=[c for c in table if c.startswith(("seconds", "memory"))]
+        ).to_csv()
     if file.name == "table.json":
         content = json.loads(file.read_text())
         for row in content["rows"]:

@@ -132,6 +132,13 @@ def test_a_part_that_is_null_is_left_out():
     assert not trials[0].config["cpmm"]["curriculum"]
 
 
+def test_a_part_may_have_its_own_number_of_seeds():
+    parts = {"alone": {"overrides": ALONE, "seeds": 1}, "left": None, "guided": {}}
+    trials = plan_trials("digits", sweep(parts=parts, seeds=3), [], [], "code")
+    seeds = [(dict(trial.row)["part"], trial.seed) for trial in trials]
+    assert seeds == [("alone", 0), *(("guided", seed) for seed in range(3))]
+
+
 def test_a_part_may_be_named_by_a_number():
     parts = {1: {"overrides": ALONE}, 2: {}}
     trials = plan_trials("digits", sweep(parts=parts), [], [], "code")
@@ -205,9 +212,12 @@ def test_a_row_at_fault_is_named(grid, row, named):
         ({"seed": 3}, r"unknown \['seed'\]: choose among name, seeds"),
         ({"seeds": 0}, "sweep.seeds is 0"),
         ({"seeds": 1.5}, "sweep.seeds is 1.5"),
-        ({"parts": {"p": ["cpmm.ode"]}}, "sweep.parts.p: expected overrides and grid"),
-        ({"parts": {"p": {"grid": {}}, "q": 3}}, "sweep.parts.q: expected overrides and grid"),
-        ({"parts": {"p": {"gird": {}}}}, "sweep.parts.p: expected overrides and grid"),
+        ({"parts": {"p": ["cpmm.ode"]}}, "sweep.parts.p: expected overrides, grid and seeds"),
+        ({"parts": {"p": {"grid": {}}, "q": 3}}, "sweep.parts.q: expected overrides, grid and seeds"),
+        ({"parts": {"p": {"gird": {}}}}, "sweep.parts.p: expected overrides, grid and seeds"),
+        ({"parts": {"p": {"seeds": 0}}}, "sweep.parts.p.seeds is 0: expected a whole number"),
+        ({"parts": {"p": {"seeds": True}}}, "sweep.parts.p.seeds is True"),
+        ({"parts": {"p": {"seeds": None}}}, "sweep.parts.p.seeds is None"),
         ({"parts": {"p": {"grid": {"cpmm.ode": "shared"}}}}, "parts.p.grid.cpmm.ode is 'shared'"),
         ({"parts": {"p": {"grid": {"cpmm.ode": []}}}}, r"parts.p.grid.cpmm.ode is \[\]"),
         ({"search": search("gird")}, "sweep.search.kind is 'gird': choose one of grid, random"),
@@ -391,7 +401,9 @@ def test_every_sweep_of_conf_plans(name):
     n_rows = {"grid": sum(map(math.prod, grids)) or 1, "random": 2, "optuna": 1}
     assert section["name"] == name
     assert len(rows) == n_rows[section["search"]["kind"]]
-    assert len(trials) == len(rows) * section["seeds"]
+    seeds = [part.get("seeds", section["seeds"]) for part in parts] or [section["seeds"]]
+    sizes = [math.prod(grid) for grid in grids] or [len(rows)]
+    assert len(trials) == sum(map(math.prod, zip(sizes, seeds, strict=True)))
     assert len({trial.label for trial in trials}) == len(rows)
 
 

@@ -55,7 +55,7 @@ def start_sweep(folder, log, *options):
 def table(folder):
     """Everything that the sweep found; what it took is another matter."""
     trials = pd.read_csv(folder / "data" / "digits" / "sweep" / "killed" / "trials.csv")
-    return trials.drop(columns="seconds")
+    return trials.drop(columns=["seconds", "seconds_10k", "memory_gb"])
 
 
 def running_trials():

@@ -55,7 +55,7 @@ def run(folder, *options, timeout=400, **environment):
 
 def trials(folder):
     table = pd.read_csv(folder / "data" / "digits" / "sweep" / "modes" / "trials.csv")
-    return table.drop(columns="seconds")
+    return table.drop(columns=["seconds", "seconds_10k", "memory_gb"])
 
 
 def wait_for(condition, seconds=400):

@@ -10,7 +10,15 @@ from conftest import TINY
 
 from cpmm.artifact import load_header
 from cpmm.mixture import Mixture
-from workflows import build_spaces, extract_mixture, prepare_data, train_cpmm, train_teacher, trial
+from workflows import (
+    baselines,
+    build_spaces,
+    extract_mixture,
+    prepare_data,
+    train_cpmm,
+    train_teacher,
+    trial,
+)
 from workflows.compose import compose_preset
 from workflows.score import Scorer
 from workflows.stage import pick
@@ -26,6 +34,14 @@ ALONE = [
     "cpmm.curriculum=false", "cpmm.told_spaces=0", "cpmm.initialization.kind=kmeans",
     "cpmm.ode=separate", "cpmm.fine_tune_epochs=4", "cpmm.seed=1",
 ]  # fmt: skip
+
+
+COSTS = ("seconds", "seconds_10k", "memory_gb")  # no two runs agree on them
+
+
+def without_costs(record):
+    assert set(COSTS) <= record.keys()
+    return {name: value for name, value in record.items() if name not in COSTS}
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +110,7 @@ def test_a_record_holds_the_scores_of_the_mixture(finished, home):
     _, factor, offset = data.preprocessing.density_unit
     assert record["validation"] == pytest.approx(float(factor * nats.mean() + offset), rel=1e-12)
     assert record["steps"] == (4 if overrides == ALONE else 5) * 3  # epochs of three batches
-    assert record["seconds"] > 0
+    assert all(record[cost] > 0 for cost in COSTS)
     json.dumps(record, allow_nan=False)
     line = summarize(record, "bits per dimension")
     assert line.startswith(f"validation {record['validation']:.4f}, test ")
@@ -135,12 +151,12 @@ def test_a_trial_that_diverges_says_where_and_why(overrides, run):
 
 
 def test_a_mixture_without_a_finite_density_diverged(run, monkeypatch):
-    scores = Scorer.mixture
+    scores = baselines.score_baseline
     nan = {"density": float("nan")}
-    monkeypatch.setattr(Scorer, "mixture", lambda *arguments: scores(*arguments) | nan)
+    monkeypatch.setattr(baselines, "score_baseline", lambda *arguments: scores(*arguments) | nan)
     record, _ = run(*ALONE)
     assert record["status"] == "diverged"
-    assert "density of the extracted mixture is not finite" in record["reason"]
+    assert "density of the trained model is not finite" in record["reason"]
     assert record["step"] == 4 * 3
 
 
@@ -170,7 +186,7 @@ def test_resumed_equals_uninterrupted(finished, run):
     assert seen[1] == seen[2] > 0  # the epoch that was cut is done again, not those before
     again, _ = run(*overrides, name="killed")  # killed after the last epoch
     for record in (resumed, again):
-        assert record | {"seconds": 0} == whole | {"seconds": 0}
+        assert without_costs(record) == without_costs(whole)
     for name in ("cpmm", "mixture"):
         for kind in ("safetensors", "json"):
             files = [f / name / f"{name}.{kind}" for f in (uninterrupted, scratch)]
@@ -207,7 +223,7 @@ def test_the_command_writes_record_and_mixture(finished, root, monkeypatch, caps
     command(monkeypatch, *SMALL, *overrides)
     out = root / "data" / "digits" / "trial"
     written = json.loads((out / "record.json").read_text())
-    assert written | {"seconds": 0} == record | {"seconds": 0}
+    assert without_costs(written) == without_costs(record)
     files = [f / "mixture" / "mixture.safetensors" for f in (out, scratch)]
     assert files[0].read_bytes() == files[1].read_bytes()
     lines = capsys.readouterr().out.splitlines()

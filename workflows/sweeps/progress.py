@@ -89,12 +89,15 @@ class Progress(tune.Callback):
         seconds = time.monotonic() - row["since"]
         name = self._name(trial)
         if status in ("finished", "stopped"):
-            value = result.get("validation", float("inf"))
-            if status == "finished" and (self.best is None or value < self.best[0]):
+            value = result.get("validation")
+            if (
+                status == "finished"
+                and value is not None
+                and (self.best is None or value < self.best[0])
+            ):
                 self.best = (value, name)
-            what = f"validation {value:.4f} {self.unit}" + (
-                " (stopped early)" if status == "stopped" else ""
-            )
+            what = "no density" if value is None else f"validation {value:.4f} {self.unit}"
+            what += " (stopped early)" if status == "stopped" else ""
         else:
             self.n_failed += 1
             at = f" at step {result['step']}" if result.get("step") else ""

@@ -46,7 +46,7 @@ def mark_baseline(config: Config, row: str) -> str:
     sizes = [cpmm[name] for name in ("n_clusters", "n_factors", "log_diagonal_floor", "seed")]
     scored = [
         evaluation[name]
-        for name in ("batch_size", "gaussian_draws", "teacher_points", "teacher_solver")
+        for name in ("batch_size", "gaussian_draws", "teacher_points", "teacher_solver", "ood")
     ]
     return fingerprint(
         "baseline", config["baselines"][row], sizes, config["mixture"]["n_pseudotimes"], scored,

@@ -66,7 +66,8 @@ def run_stage(main: Callable[..., str], description: str, *arguments: str) -> No
             import torch  # after the arguments are parsed, so that --help is quick
 
             torch.set_num_threads(threads)
-        with temporary_files_in(path.parent / ".scratch" / f"{'-'.join([name, *further])}.tmp"):
+        temporary = "-".join([name, *([fingerprint(further)] if further else [])])
+        with temporary_files_in(path.parent / ".scratch" / f"{temporary}.tmp"):
             print(f"{name}: {main(path.parent, config, *further)}", flush=True)
     except Exception as error:
         expected = isinstance(error, EXPECTED_ERRORS) or system_error(error) is not None

@@ -181,10 +181,10 @@ def _tell_apart(
         return {}
     try:
         outside = read_outside(config["evaluation"]["ood"], data)
-    except (OSError, ConnectionError) as error:  # a node of a cluster may have no such files
+        found = (fitted.log_prob(z[: fitted.n_points]) for z in (score.z, outside.z))
+        told = outside.scores(score, *found)
+    except EXPECTED_ERRORS as error:  # a node of a cluster may have no such files
         return {"ood_missing": describe(error)}
-    found = (fitted.log_prob(z[: fitted.n_points]) for z in (score.z, outside.z))
-    told = outside.scores(score, *found)
     named = {"": told["mixture"], "_data": told["data"]}
     return {f"{name}{end}": told[name] for end, told in named.items() for name in ("auroc", "aupr")}
 

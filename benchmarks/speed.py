@@ -4,7 +4,7 @@
     python benchmarks/speed.py density --quick
 
 Times are the shortest of several, taken in turns, so that the ratios hold on a busy machine. Results
-are compared before times are. pomegranate, a peer, comes with `pip install -e '.[benchmarks]'`.
+are compared before times are. pomegranate and SPFlow, peers, come with `pip install -e '.[benchmarks]'`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = ("density", "step", "reading", "writing")
+    names = ("density", "step", "einsum", "reading", "writing")
     parser.add_argument("parts", nargs="*", metavar="part", help=f"some of {', '.join(names)}; all")
     parser.add_argument(
         "--quick", action="store_true", help="small sizes: that it runs, not figures"
@@ -35,6 +35,7 @@ def main() -> None:
         parser.error(f"--repeats is {arguments.repeats}: expected 1 or more")
 
     import torch
+    from parts.einsum_network import time_einsum_network
     from parts.log_density import time_log_density
     from parts.spaces import time_reading, time_writing
     from parts.training_step import time_training_step
@@ -45,6 +46,7 @@ def main() -> None:
     parts = {
         "density": lambda: time_log_density(*options),
         "step": lambda: time_training_step(*options, arguments.compile),
+        "einsum": lambda: time_einsum_network(*options),
         "reading": lambda: time_reading(*options),
         "writing": lambda: time_writing(*options),
     }

@@ -32,17 +32,18 @@ def test_the_benchmark_runs_and_its_peers_agree(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     parts = json.loads(file.read_text())["parts"]
-    assert list(parts) == ["density", "step", "reading", "writing"]
+    assert list(parts) == ["density", "step", "einsum", "reading", "writing"]
     by_name = {row["name"]: row for row in parts["density"]}
     assert by_name["torch MixtureSameFamily, low rank, 512 points"]["unit"] == "x our time"
     assert any(name.startswith("pomegranate") for name in by_name)  # timed, or said to be missing
+    assert any(row["name"].startswith("SPFlow Einet") for row in parts["einsum"])
 
 
 def test_an_unknown_part_is_refused():
     command = [sys.executable, "benchmarks/speed.py", "density", "speed"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "no part speed: choose among density, step, reading, writing" in done.stderr
+    assert "no part speed: choose among density, step, einsum, reading, writing" in done.stderr
 
 
 def run_teachers(*arguments):

@@ -373,9 +373,8 @@ def _einet(run: Run) -> Fitted:
     )  # fmt: skip
     network.initialize(run.train, generator)
     how = run.fit_loss(network, run.draws(options["batch_size"], options["n_draws"]))
-    return Fitted(
-        network.n_parameters, how, log_prob=network.double().log_prob, weights=network.state_dict()
-    )
+    weights = {name: value.clone() for name, value in network.state_dict().items()}  # as trained
+    return Fitted(network.n_parameters, how, log_prob=network.double().log_prob, weights=weights)
 
 
 def _flow(run: Run) -> Fitted:

@@ -84,7 +84,8 @@ def copy_project(folder, overrides):
         for group in groups:
             place = place.setdefault(group, {})
         place[last] = yaml.safe_load(item.split("=", 1)[1])
-    params = {"presets": ["digits"], "sweeps": ["table2"], "overrides": nested}
+    params = {"presets": ["digits"], "sweeps": ["table2"], "baselines": [], "compared": []}
+    params["overrides"] = nested
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
     return folder
 

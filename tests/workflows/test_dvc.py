@@ -24,7 +24,7 @@ LONGER = [
 
 def test_every_stage_is_a_file_and_names_code_that_exists():
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-    assert list(stages) == ["config", *STAGES, "sweep"]
+    assert list(stages) == ["config", *STAGES, "train_baseline", "compare", "sweep"]
     for name, stage in stages.items():
         script = "compose" if name == "config" else name
         assert stage["cmd"].startswith(f"python workflows/{script}.py ")

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 OWN = ("sweep", "ray")  # groups that are the sweep's, not its trials'
+KEPT = ("cpmm", "mixture")  # of the best trial; the weights of a flow or a circuit are large
 
 
 def main() -> None:
@@ -193,7 +194,6 @@ def _publish(trials: list[Trial], sweep: Config, preset: str, archive: Archive, 
     from workflows.sweeps import table
     from workflows.sweeps.driver import recorded_trials
     from workflows.sweeps.inputs import locate_inputs
-    from workflows.trial import FOLDERS
 
     data = load_prepared(locate_inputs(trials[0].config, home).prepared)
     unit, _, _ = data.preprocessing.density_unit
@@ -207,10 +207,11 @@ def _publish(trials: list[Trial], sweep: Config, preset: str, archive: Archive, 
     partial = scratch / out.name
     partial.mkdir(parents=True)
     if best is not None:
-        for name in FOLDERS:
+        for name in KEPT:
             archive.fetch(f"trials/{best[0].mark}/{name}", partial / name)
     shown = Path("data") / preset / "sweep" / sweep["name"]
-    line = table.best_line(best, unit, shown)
+    kept = [name for name in KEPT if (partial / name).is_dir()]
+    line = table.best_line(best, unit, shown, kept)
     table.trials_table(results).to_csv(partial / "trials.csv", index=False)
     text = table.markdown(sweep["name"], preset, unit, rows, claims, line)
     (partial / "table.md").write_text(text)

@@ -129,18 +129,24 @@ def test_the_best_is_chosen_by_validation_alone(results):
     best, record = best_trial(results)
     assert record["validation"] == 2.19
     assert best.row == (("ode", "shared"), ("n_factors", "5"))
-    line = best_line((best, record), UNIT, "data/digits/sweep/s")
+    line = best_line((best, record), UNIT, "data/digits/sweep/s", ["cpmm", "mixture"])
     assert best.command in line
     assert best.name in line
     assert "validation 2.1900, test 2.4000 bits per dimension" in line
-    assert "data/digits/sweep/s" in line
+    assert "In data/digits/sweep/s: its cpmm and mixture" in line
+
+
+def test_of_a_best_trial_without_a_mixture_nothing_is_said_to_be_kept(results):
+    line = best_line(best_trial(results), UNIT, "data/digits/sweep/s", [])
+    assert "not kept" in line
+    assert "data/digits/sweep/s" not in line
 
 
 def test_where_nothing_finished_there_is_no_best():
     results = [(trial(seed, ode="shared"), failed()) for seed in range(2)]
     assert best_trial(results) is None
     rows = rows_table(results)
-    assert "No trial finished" in best_line(None, UNIT, "data")
+    assert "No trial finished" in best_line(None, UNIT, "data", [])
     assert "2 of 2: diverged at step 12" in markdown("s", "digits", UNIT, rows, [], "")
     assert metrics("s", rows, None, UNIT)["best"] is None
     json.dumps(metrics("s", rows, None, UNIT), allow_nan=False)

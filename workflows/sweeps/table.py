@@ -203,16 +203,19 @@ def draw(results: Results, rows: pd.DataFrame, unit: str) -> Figure:
     return plot_sweep(labels, np.array(place), panels, rows["n_failed"].tolist())
 
 
-def best_line(best: tuple[Trial, Mapping[str, Any]] | None, unit: str, folder: Path) -> str:
-    """Say which trial is best, where its mixture lies, and how to repeat it."""
+def best_line(
+    best: tuple[Trial, Mapping[str, Any]] | None, unit: str, folder: Path, kept: Sequence[str]
+) -> str:
+    """Say which trial is best, what of it is kept and where, and how to repeat it."""
     from workflows.trial import summarize
 
     if best is None:
         return "No trial finished: see the failures above."
     trial, record = best
+    where = f"In {folder}: its {' and '.join(kept)}" if kept else "Its weights are not kept"
     return (
-        f"Best by validation: {trial.name}: {summarize(record, unit)}. Its checkpoint and mixture are in "
-        f"{folder}; this repeats it:\n\n    {trial.command}"
+        f"Best by validation: {trial.name}: {summarize(record, unit)}. {where}; this repeats it:"
+        f"\n\n    {trial.command}"
     )
 
 

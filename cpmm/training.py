@@ -7,6 +7,7 @@ a run resumed at an epoch's end goes on exactly as if it had never stopped.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -117,6 +118,8 @@ class Recorded(pl.LightningModule):
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Any] = {"value": math.inf, "epoch": -1, "weights": None}
         self.listeners: list[Callable[[Recorded], None]] = []
+        self.seconds_before = 0.0  # of the training, in processes that ended early
+        self._started = time.monotonic()
         self._sums: dict[str, Tensor] = {}
 
     def configure_optimizers(self) -> dict:
@@ -165,12 +168,14 @@ class Recorded(pl.LightningModule):
             listener(self)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the history and the best weights with Lightning's own state."""
-        checkpoint |= {"history": self.history, "best": self.best}
+        """Keep the history, the best weights and the time spent with Lightning's own state."""
+        seconds = self.seconds_before + time.monotonic() - self._started
+        checkpoint |= {"history": self.history, "best": self.best, "seconds": seconds}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take them back."""
         self.history, self.best = checkpoint["history"], checkpoint["best"]
+        self.seconds_before = checkpoint["seconds"]
 
     def restore_best(self) -> None:
         """Load the best weights into the model; the last ones stay if none was a candidate."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +21,7 @@ from workflows.models import choose, make_layout, mixture_header
 from workflows.stage import Config, pick
 
 if TYPE_CHECKING:
+    from workflows.outside import Outside
     from workflows.score import Scorer
     from workflows.store import Spaces
 
@@ -123,7 +126,7 @@ class Run:
             **pick(self.section, "n_epochs", "noise", "learning_rate", "n_warmup_epochs"),
         )
         self.fit(module, rows)
-        model.cpu().eval()
+        model.cpu().float().eval()
         return ended(module)
 
 
@@ -176,22 +179,59 @@ def train_baseline(
     """
     section = choose("model", row, config["baselines"])
     build = choose(f"baselines.{row}.kind", section["kind"], KINDS)
-    return build(
-        Run(row, config, data, spaces, scratch, options, {} if progress is None else progress)
-    )
+    run = Run(row, config, data, spaces, scratch, options, {} if progress is None else progress)
+    merge = section.get("merge")
+    neighbour = merge["neighbour"] if merge and merge["affinity"] == "frechet" else None
+    if neighbour is not None and neighbour >= run.n_components:
+        raise ValueError(
+            f"baselines.{row}.merge.neighbour is {neighbour}: expected less than the "
+            f"{run.n_components} components"
+        )
+    return build(run)
 
 
-def score_baseline(fitted: Fitted, score: Scorer, split: str, n_clusters: int) -> dict[str, float]:
-    """Density and clustering scores of a baseline on the split of ``score``."""
-    scores: dict[str, float] = {}
+def score_baseline(
+    fitted: Fitted, score: Scorer, n_clusters: int, outside: Outside | None = None
+) -> dict[str, Any]:
+    """Density and clustering scores of a model on the split of ``score``.
+
+    Returns:
+        The scores of the split; for a density ``seconds_10k``, the time that it takes for 10,000
+        points, and with ``outside`` the entry ``ood`` of :meth:`workflows.outside.Outside.scores`.
+
+    Raises:
+        FloatingPointError: If the density is not finite.
+    """
+    scores: dict[str, Any] = {}
     if fitted.log_prob is not None:
         with torch.no_grad():
-            scores |= score.density(fitted.log_prob)
+            inside, seconds = _timed(fitted.log_prob, score.z)
+            scores |= score.density(inside)
+            if not math.isfinite(scores["density"]):
+                raise FloatingPointError(
+                    f"the density of the trained model is not finite on the {score.split} split"
+                )
+            scores["seconds_10k"] = seconds * 10_000 / len(score.z)
+            if outside is not None:
+                there = fitted.log_prob(outside.z[: fitted.n_points])
+                scores["ood"] = outside.scores(score, inside, there)
     if fitted.predict is not None and score.label is not None:
-        scores |= score.clusters(fitted.predict(split).numpy(), n_clusters)
+        scores |= score.clusters(fitted.predict(score.split).numpy(), n_clusters)
     if fitted.mixture is not None:
         scores["n_components"] = fitted.mixture.components.n_components
     return scores | {"n_parameters": fitted.n_parameters}
+
+
+def _timed(log_prob: LogProb, z: Tensor) -> tuple[Tensor, float]:
+    """Log-densities and the seconds they take, the least of five where that is soon done."""
+    seconds = math.inf
+    for _ in range(5):
+        started = time.perf_counter()
+        found = log_prob(z)
+        seconds = min(seconds, time.perf_counter() - started)
+        if seconds > 1:
+            break
+    return found, seconds
 
 
 def save_baseline(
@@ -264,24 +304,31 @@ def _direct(run: Run) -> Fitted:
         first = start.mixture()  # a copy: training changes the parameters in place
         first = replace(first, components=first.components.select(torch.arange(n_components)))
     run.fit(module, rows)
+    how = ended(module)
     with torch.no_grad():
         mixture = module.model.cpu().mixture()
         if options["em_iterations"]:
-            mixture = _likelier_by_em(run, first, mixture)
+            mixture, how = _likelier_by_em(run, first, mixture, how)
         if options["merge"] is not None:
             mixture = _merge(run, mixture)
-    return as_fitted(mixture, run.data, ended(module))
+    return as_fitted(mixture, run.data, how)
 
 
-def _likelier_by_em(run: Run, start: Mixture, by_gradient: Mixture) -> Mixture:
-    """Fit by EM from the same start, and take which has the better validation likelihood."""
+def _likelier_by_em(
+    run: Run, start: Mixture, by_gradient: Mixture, how: Mapping[str, int | None]
+) -> tuple[Mixture, Mapping[str, int | None]]:
+    """Fit by EM from the same start; what has the better validation likelihood, and how it ended."""
     from cpmm.baselines.expectation_maximization import fit_by_em
 
-    found = fit_by_em(
-        start.components, run.train, run.validation, run.floor, run.section["em_iterations"],
-        patience=5, batch_size=2048,
-    )  # fmt: skip
-    by_em = Mixture(found.best, start.cluster_sizes)
+    try:
+        found = fit_by_em(
+            start.components.to(torch.float64), run.train.double(), run.validation.double(), run.floor,
+            run.section["em_iterations"], patience=5, batch_size=2048,
+        )  # fmt: skip
+    except FloatingPointError as error:
+        print(f"baseline {run.row} | EM gave up, Adam's is taken: {error}", flush=True)
+        return by_gradient, how
+    by_em = Mixture(found.best.to(torch.float32), start.cluster_sizes)
     values = {
         name: float(mixture.log_prob(run.validation).mean())
         for name, mixture in (("Adam", by_gradient), ("EM", by_em))
@@ -289,7 +336,9 @@ def _likelier_by_em(run: Run, start: Mixture, by_gradient: Mixture) -> Mixture:
     if not run.options.get("quiet"):
         said = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
         print(f"baseline {run.row} | validation, nats per point: {said}", flush=True)
-    return by_em if values["EM"] > values["Adam"] else by_gradient
+    if values["EM"] <= values["Adam"]:
+        return by_gradient, how
+    return by_em, {"best_epoch": found.best_iteration, "steps": len(found.history) - 1}
 
 
 def _curriculum(run: Run) -> Fitted:
@@ -311,12 +360,31 @@ def _curriculum(run: Run) -> Fitted:
     return as_fitted(mixture, run.data, ended(module))
 
 
+def _require_images(run: Run, section: str) -> None:
+    """Refuse convolutions on a table."""
+    if run.section[section]["kind"] == "conv" and run.data.image_shape is None:
+        raise ValueError(
+            f"baselines.{run.row}.{section}.kind is 'conv', but the data are no images: choose mlp"
+        )
+
+
+def _require_points(run: Run) -> None:
+    """Refuse more clusters than there are training points."""
+    n = len(run.data.raw["train"])
+    if run.n_clusters > n:
+        raise ValueError(
+            f"cpmm.n_clusters is {run.n_clusters}: expected at most {n}, the training points that model "
+            f"{run.row} clusters: lower it, or raise data.n_train"
+        )
+
+
 def _continuous(run: Run) -> Fitted:
     """A continuous mixture, whose integration points are merged into C clusters."""
     from cpmm.baselines.continuous import ContinuousMixture, ConvDecoder, MLPDecoder, initial_state
     from workflows.models import seeded
 
     options, data = run.section, run.data
+    _require_images(run, "decoder")
     layout = replace(
         make_layout(run.config["cpmm"], data),
         augmentation=0,
@@ -333,10 +401,6 @@ def _continuous(run: Run) -> Fitted:
         )
 
     def conv() -> nn.Module:
-        if data.image_shape is None:
-            raise ValueError(
-                f"baselines.{run.row}.decoder.kind is 'conv', but the data are no images: choose mlp"
-            )
         channels, height, width = data.image_shape
         return ConvDecoder(
             options["n_latent"], (layout.n_maps * channels, height, width), decoder["width"],
@@ -384,6 +448,7 @@ def _flow(run: Run) -> Fitted:
     from workflows.models import make_teacher
 
     options, evaluation = run.section, run.config["evaluation"]
+    _require_images(run, "field")
     flow = make_teacher(options, run.data, run.seed)
     reported, flow.trace = flow.trace, "hutchinson"  # which training needs no more than
     module = TeacherTraining(
@@ -395,7 +460,7 @@ def _flow(run: Run) -> Fitted:
         seed=run.seed,
     )  # fmt: skip
     run.fit(module, run.draws(options["batch_size"], options["n_draws"]))
-    flow.cpu().eval()
+    flow.cpu().float().eval()
     flow.solver, flow.trace = Solver(**evaluation["teacher_solver"]), reported
 
     def log_prob(z: Tensor) -> Tensor:
@@ -425,6 +490,12 @@ def _fit_autoencoder(run: Run, first: str | None) -> tuple[Any, Any, Callable[[s
 
     options = run.section
     points, likelihood = _grey(run)
+    _require_points(run)
+    if likelihood == "bernoulli" and options["noise"]:
+        raise ValueError(
+            f"baselines.{run.row}.noise is {options['noise']}: expected 0, as the Bernoulli likelihood needs grey "
+            f"levels in [0, 1]: set it to 0, or baselines.{run.row}.likelihood=gaussian"
+        )
     x, validation = points("train"), points("validation")
     model = Autoencoder(
         run.data.n_features, options["hidden"], options["code_size"], likelihood, run.generator(46)
@@ -443,7 +514,7 @@ def _fit_autoencoder(run: Run, first: str | None) -> tuple[Any, Any, Callable[[s
         run.seed,
     )
     run.fit(module, rows, first)
-    return model.cpu().eval(), module, points
+    return model.cpu().float().eval(), module, points
 
 
 def _autoencoder(run: Run) -> Fitted:
@@ -502,10 +573,16 @@ def _sklearn(run: Run) -> Fitted:
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.mixture import GaussianMixture
 
-    options, data = run.section, run.data
+    options, data, n_points = run.section, run.data, run.section["n_points"]
+    _require_points(run)
+    if n_points is not None and n_points < run.n_clusters:
+        raise ValueError(
+            f"baselines.{run.row}.n_points is {n_points}: expected at least {run.n_clusters}, the clusters "
+            "(cpmm.n_clusters): raise it, or set null for all training points"
+        )
     x = run.train.double()
-    if options["n_points"] is not None and options["n_points"] < len(x):
-        x = x[torch.randperm(len(x), generator=run.generator(49))[: options["n_points"]]]
+    if n_points is not None and n_points < len(x):
+        x = x[torch.randperm(len(x), generator=run.generator(49))[:n_points]]
     validation = data.points("validation")[0].numpy()
     models = [
         GaussianMixture(
@@ -533,6 +610,7 @@ def _kmeans(run: Run) -> Fitted:
     """k-means in the models' space, before any whitening."""
     from sklearn.cluster import KMeans
 
+    _require_points(run)
     unwhiten, n_starts = run.data.preprocessing.unwhiten, run.section["n_starts"]
     train = unwhiten(run.data.points("train")[0]).numpy()
     model = KMeans(run.n_clusters, n_init=n_starts, random_state=run.seed).fit(train)

@@ -10,12 +10,12 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workflows.published import data_of, printed
+from workflows.published import TITLES, data_of, printed
 from workflows.stage import Config, fingerprint, publish, run_stage, scratch_folder, write_text
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SWEEP = "table1"
-TITLES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST"}
 STATUSES = ("finished", "diverged", "failed", "lost", "stopped")
 FAILED = STATUSES[1:4]
 SCORES = ("density", "accuracy", "nmi")
@@ -36,6 +35,7 @@ DETECTION = {  # column: space and score in metrics.json
 }
 SHARES = ("accuracy", "nmi", *DETECTION)  # in [0, 1]
 NUMBERS = (*SCORES, *COSTS, *DETECTION)
+LEVEL = 0.05  # of the test that judges rows, two-sided
 NONE = "–"
 
 
@@ -104,7 +104,7 @@ def main(folder: Path, config: Config) -> str:
     from cpmm.artifact import seal_folder
     from workflows.report import verify_evaluation
 
-    trials = read_trials(trials_of(folder))
+    trials = read_trials(trials_of(folder), config)
     verify_evaluation(folder, config)
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     rules = json.loads((folder / "evaluation" / "rules.json").read_text(encoding="utf-8"))
@@ -114,7 +114,7 @@ def main(folder: Path, config: Config) -> str:
     out = scratch / "comparison"
     out.mkdir(exist_ok=True)
     write_text(out / "table1.csv", table.to_csv(index=False, lineterminator="\n"))
-    write_text(out / "table1.md", markdown(table, metrics, rules, config["evaluation"]))
+    write_text(out / "table1.md", markdown(table, metrics, rules, config))
     with rc_context({"svg.hashsalt": "cpmm"}):
         draw(table, metrics["unit"]).savefig(out / "costs.svg", metadata={"Date": None})
     seal_folder(out, "comparison", {"fingerprint": mark}, {})
@@ -144,15 +144,19 @@ def mark_comparison(folder: Path) -> str:
     return fingerprint("comparison", *map(file_digest, inputs))
 
 
-def read_trials(path: Path) -> pd.DataFrame:
+def read_trials(path: Path, config: Config) -> pd.DataFrame:
     """Read the trials of the sweep, in its order.
+
+    Args:
+        path: Of the table.
+        config: The preset's, of which the trials must be.
 
     Returns:
         Columns model, seed, status, steps, reason and all of NUMBERS, NaN where there is none.
 
     Raises:
         FileNotFoundError: If the sweep was not run.
-        ValueError: If the table is damaged, or of a sweep with other axes.
+        ValueError: If the table is damaged, or of a sweep with other axes or of another configuration.
     """
     import pandas as pd
 
@@ -189,6 +193,15 @@ def read_trials(path: Path) -> pd.DataFrame:
             numbers = {name: _read_number(name, row.get(name, "")) for name in NUMBERS}
         except ValueError as error:
             raise damaged(f"{where}: {error}") from error
+        mark = row.get("fingerprint")
+        if not mark or mark != _mark_trial(config, row["model"], int(row["seed"])):
+            said = (
+                "is of another configuration than" if mark else "has no fingerprint to compare with"
+            )
+            raise ValueError(
+                f"{path}: {where} {said} {path.parents[2] / 'config.yaml'}: run the sweep {SWEEP} of this preset "
+                f"again, with overrides in params.yaml alone: {again}"
+            )
         trials.append(texts | numbers)
     trials = pd.DataFrame(trials)
     done = trials[trials["status"] == "finished"]
@@ -201,10 +214,10 @@ def read_trials(path: Path) -> pd.DataFrame:
 
 
 def compare(trials: pd.DataFrame, metrics: Mapping[str, Any]) -> pd.DataFrame:
-    """Lay out the models in blocks, means and standard deviations over seeds.
+    """Lay out the models in blocks: of scores means and standard deviations over seeds, of costs medians.
 
     The standard deviation is that of the seeds (n - 1), none for a single one. Trials that failed
-    are counted, and do not enter the means.
+    are counted, and do not enter the means. ``_n`` counts the seeds of what not all may have.
 
     Args:
         trials: As :func:`read_trials` returns them.
@@ -233,22 +246,25 @@ def compare(trials: pd.DataFrame, metrics: Mapping[str, Any]) -> pd.DataFrame:
         rows.append(head | {"n_seeds": 0, "n_failed": 0, "n_stopped": 0} | _of_paper(data, name))
     columns = ["block", "model", "name", "source", "n_seeds", "n_failed", "n_stopped"]
     columns += [f"{score}_{moment}" for score in SCORES for moment in ("mean", "sd")]
-    columns += ["n_parameters", *(f"{cost}_mean" for cost in COSTS[1:])]
-    columns += [f"{score}_{moment}" for score in DETECTION for moment in ("mean", "sd")]
+    columns += ["n_parameters", *(f"{c}_{what}" for c in COSTS[1:] for what in ("median", "n"))]
+    columns += [f"{score}_{what}" for score in DETECTION for what in ("mean", "sd", "n")]
     columns += ["paper_density", "paper_accuracy", "failures"]
     table = pd.DataFrame(rows, columns=columns).fillna({"failures": ""})
     numbers = columns[columns.index("density_mean") : -1]
-    return table.astype(dict.fromkeys(numbers, float)).astype({"n_parameters": "Int64"})
+    whole = ["n_parameters", *(f"{name}_n" for name in (*COSTS[1:], *DETECTION))]
+    return table.astype(dict.fromkeys(numbers, float)).astype(dict.fromkeys(whole, "Int64"))
 
 
 def judge(table: pd.DataFrame, metric: str) -> dict[str, list[tuple[str, float]]] | None:
     """Compare the rows with CPMM by a score.
 
     Returns:
-        Names and by how much they are better, from the best: ``better`` and ``worse`` by more than
-        twice the standard error of the difference of the two means, ``level`` within it, ``single``
-        where one of the two has a single seed, and thus no such error. None without CPMM.
+        Names and by how much they are better, from the best: ``better`` and ``worse`` by Welch's
+        t-test of the seeds' means, ``level`` where it tells no difference, ``single`` where one of
+        the two has a single seed, and thus no such test. None without CPMM.
     """
+    from scipy.stats import ttest_ind_from_stats
+
     sign = -1 if metric == "density" else 1
     own = table[(table["model"] == "cpmm") & table[f"{metric}_mean"].notna()]
     if own.empty:
@@ -259,10 +275,10 @@ def judge(table: pd.DataFrame, metric: str) -> dict[str, list[tuple[str, float]]
         if row["model"] == "cpmm" or math.isnan(row[f"{metric}_mean"]):
             continue
         gain = sign * (row[f"{metric}_mean"] - own[f"{metric}_mean"])
-        error = math.hypot(*(r[f"{metric}_sd"] / math.sqrt(r["n_seeds"]) for r in (own, row)))
-        if math.isnan(error):
+        of = [r[key] for r in (own, row) for key in (f"{metric}_mean", f"{metric}_sd", "n_seeds")]
+        if min(own["n_seeds"], row["n_seeds"]) < 2:
             kind = "single"
-        elif abs(gain) > 2 * error:
+        elif ttest_ind_from_stats(*of, equal_var=False).pvalue < LEVEL:
             kind = "better" if gain > 0 else "worse"
         else:
             kind = "level"
@@ -274,7 +290,7 @@ def markdown(
     table: pd.DataFrame,
     metrics: Mapping[str, Any],
     rules: Mapping[str, str],
-    options: Mapping[str, Any],
+    config: Config,
 ) -> str:
     """Write the table for people, what is measured where, and which rows are better than CPMM.
 
@@ -282,8 +298,10 @@ def markdown(
         table: As :func:`compare` returns it.
         metrics: Those of evaluate.
         rules: A sentence for each of its figures.
-        options: Its section of the configuration.
+        config: The preset's.
     """
+    from workflows.sweeps.table import write_line
+
     unit, data = metrics["unit"], data_of(str(metrics.get("preset")))
     own = table[table["model"] == "cpmm"]
     own = own.iloc[0] if len(own) else {}
@@ -296,9 +314,12 @@ def markdown(
         ("paper, %", lambda row: _show(row["paper_accuracy"], "{:.2f}", 100)),
         ("NMI", lambda row: _mean_sd(row, "nmi")),
         ("parameters", lambda row: _show(row["n_parameters"], "{:,.0f}")),
-        ("training", lambda row: _time(row, own, "seconds_mean")),
-        ("10,000 densities", lambda row: _time(row, own, "seconds_10k_mean")),
-        ("memory, GB", lambda row: _show(row["memory_gb_mean"], "{:.2g}")),
+        ("training", lambda row: _time(row, own, "seconds")),
+        ("10,000 densities", lambda row: _time(row, own, "seconds_10k")),
+        (
+            "memory, GB",
+            lambda row: _show(row["memory_gb_median"], "{:.2g}") + _partly(row, "memory_gb"),
+        ),
         ("AUROC, mixture's space, %", lambda row: _mean_sd(row, "auroc")),
         ("AUROC, data's space, %", lambda row: _mean_sd(row, "auroc_data")),
     ]
@@ -307,17 +328,18 @@ def markdown(
     lines = [
         f"# Table 1 for {metrics['preset']}: CPMM and its rivals",
         "",
-        _line([heading for heading, _, _ in shown]),
-        _line(["---", *["---:"] * (len(shown) - 1)]),
+        write_line([heading for heading, _, _ in shown]),
+        write_line(["---", *["---:"] * (len(shown) - 1)]),
     ]
     block = None
     for index in range(len(table)):
         if table["block"][index] != block:
             block = table["block"][index]
-            lines.append(_line([f"**{block[0].upper()}{block[1:]}**", *[""] * (len(shown) - 1)]))
-        lines.append(_line([cells[index] for _, _, cells in shown]))
+            title = f"**{block[0].upper()}{block[1:]}**"
+            lines.append(write_line([title, *[""] * (len(shown) - 1)]))
+        lines.append(write_line([cells[index] for _, _, cells in shown]))
     lines += ["", *_verdicts(table, unit), "", "## What is measured where", ""]
-    lines += [f"- {note}" for note in _notes(table, metrics, rules, options, data)]
+    lines += [f"- {note}" for note in _notes(table, metrics, rules, config, data)]
     if notes := _failures(table):
         lines += ["", "## Trials that did not finish", "", *notes]
     return "\n".join([*lines, ""])
@@ -335,7 +357,7 @@ def draw(table: pd.DataFrame, unit: str) -> Figure:
         shown["density_sd"].to_numpy(float),
         {
             "parameters": shown["n_parameters"].to_numpy(float, na_value=math.nan),
-            "seconds for 10,000 log-densities": shown["seconds_10k_mean"].to_numpy(float),
+            "seconds for 10,000 log-densities": shown["seconds_10k_median"].to_numpy(float),
         },
         f"{unit}, lower is better",
     )
@@ -350,9 +372,12 @@ def _of_sweep(group: pd.DataFrame) -> dict[str, Any]:
         "n_stopped": int((group["status"] == "stopped").sum()),
         "failures": _explain(group),
     }
-    for name in NUMBERS:
+    for name in (*SCORES, *DETECTION):
         row[f"{name}_mean"], row[f"{name}_sd"] = done[name].mean(), done[name].std()
-    return row | {"n_parameters": round(done["n_parameters"].mean(), 0)}
+    for name in COSTS:
+        row[f"{name}_median"] = done[name].median()
+    row |= {f"{name}_n": done[name].count() for name in NUMBERS}
+    return row | {"n_parameters": round(row["n_parameters_median"], 0)}
 
 
 def _of_evaluation(model: Mapping[str, Any], detected: Mapping[str, Any]) -> dict[str, Any]:
@@ -406,11 +431,11 @@ def _verdicts(table: pd.DataFrame, unit: str) -> list[str]:
         parts = []
         if judged:
             parts.append(
-                f"In {what}, {named['better'] or 'no row'} beat{'' if len(found['better']) > 1 else 's'} CPMM by "
-                "more than twice the standard error of the difference."
+                f"In {what}, {named['better'] or 'no row'} beat{'' if len(found['better']) > 1 else 's'} CPMM, "
+                f"judged by the seeds (Welch's t-test, p < {LEVEL})."
             )
-            parts += [f"Level with it within that: {named['level']}."] if found["level"] else []
-            parts += [f"Worse by more than that: {named['worse']}."] if found["worse"] else []
+            parts += [f"No such difference: {named['level']}."] if found["level"] else []
+            parts += [f"Worse: {named['worse']}."] if found["worse"] else []
         if found["single"]:
             start = "Not judged, one seed" if judged else f"In {what} no row is judged, one seed"
             parts.append(f"{start}: {named['single']}.")
@@ -423,15 +448,20 @@ def _notes(
     table: pd.DataFrame,
     metrics: Mapping[str, Any],
     rules: Mapping[str, str],
-    options: Mapping[str, Any],
+    config: Config,
     data: str | None,
 ) -> list[str]:
     """One sentence for each group of figures: where it comes from."""
+    options = config["evaluation"]
     names = {row.model: row.title for members in BLOCKS.values() for row in members}
     sources = table.groupby("source")["name"].agg(", ".join)
     notes = [
         f"Means ± standard deviations over the seeds of the sweep `{SWEEP}`, on the "
-        f"{metrics['n_test']:,} test points; a ± is missing where one seed finished."
+        f"{metrics['n_test']:,} test points; a ± is missing where one seed finished. Costs are medians over the "
+        "seeds, since whatever else the machine did distorts single ones. Where not all seeds have a figure, "
+        "their number stands behind it.",
+        "Verdicts: the standard errors in them are over seeds only; all rows have the same test points, whose choice "
+        "is not in them.",
     ]
     if "evaluation" in sources:
         notes.append(
@@ -449,23 +479,33 @@ def _notes(
             f"Flows: densities{first} by {options['teacher_solver']['method']} at the tolerances "
             f"{options['teacher_solver']['rtol']:g}/{options['teacher_solver']['atol']:g}."
         )
+    grey = [
+        names[model]
+        for model in ("vade", "autoencoder")
+        if model in set(table["model"]) and config["baselines"][model]["likelihood"] == "bernoulli"
+    ]
+    if grey and metrics["unit"] == "bits per dimension":
+        notes.append(
+            f"{', '.join(grey)}: of raw grey levels k / (n - 1), without the others' dequantization and logit; "
+            "they give no density."
+        )
     if "accuracy" in rules:
         notes.append(f"Accuracy: {rules['accuracy']} NMI: {rules['nmi']}")
     if table["n_parameters"].notna().any():
         notes.append("Parameters: of the model that is used, of CPMM the extracted mixture's.")
-    if table["seconds_mean"].notna().any():
+    if table["seconds_median"].notna().any():
         notes.append(
             "Training: wall-clock time of a trial on the machine of the sweep, without the teacher and the "
             "spaces, which are made before it; in brackets how many times that of CPMM."
         )
-    if table["seconds_10k_mean"].notna().any():
+    if table["seconds_10k_median"].notna().any():
         notes.append(
             "10,000 densities: time for the log-densities of as many points on that machine, scaled from fewer; "
             "in brackets how many times that of CPMM."
         )
-    if table["memory_gb_mean"].notna().any():
+    if table["memory_gb_median"].notna().any():
         notes.append(
-            "Memory: peak of the trial's process, libraries and data included; on a GPU that of its own."
+            "Memory: peak of the trial's process above what it held before; on a GPU that of its own."
         )
     if metrics.get("ood") and table["auroc_mean"].notna().any():
         notes.append(
@@ -510,6 +550,15 @@ def _gain(item: tuple[str, float], metric: str, kind: str) -> str:
     return f"{name} {size} {'better' if gain > 0 else 'worse'}"
 
 
+def _mark_trial(config: Config, model: str, seed: int) -> str | None:
+    """Fingerprint of a trial of the preset; None of a model that its configuration has not."""
+    from workflows.sweeps.table import mark_options
+
+    if model != "cpmm" and model not in config["baselines"]:
+        return None
+    return mark_options(config | {"model": model, "cpmm": config["cpmm"] | {"seed": seed}})
+
+
 def _read_number(name: str, text: str) -> float:
     if not text:
         return math.nan
@@ -536,7 +585,13 @@ def _mean_sd(row: Mapping[str, Any], score: str) -> str:
     form, factor = ("{:.1f}", 100) if percent else ("{:.3f}", 1)
     text = _show(row[f"{score}_mean"], form, factor)
     spread = _show(row[f"{score}_sd"], form, factor)
-    return text if NONE in (text, spread) else f"{text} ± {spread}"
+    return (text if NONE in (text, spread) else f"{text} ± {spread}") + _partly(row, score)
+
+
+def _partly(row: Mapping[str, Any], name: str) -> str:
+    """How many seeds a figure is of, where that is not all."""
+    n = row.get(f"{name}_n")
+    return f" ({n} of {row['n_seeds']} seeds)" if _is_number(n) and 0 < n < row["n_seeds"] else ""
 
 
 def _seeds(row: Mapping[str, Any]) -> str:
@@ -547,14 +602,13 @@ def _seeds(row: Mapping[str, Any]) -> str:
 
 
 def _time(row: Mapping[str, Any], own: Mapping[str, Any], name: str) -> str:
-    value, unit = row[name], own.get(name)
+    value, unit = row[f"{name}_median"], own.get(f"{name}_median")
     if not _is_number(value):
         return NONE
     text = _duration(value)
-    if not (_is_number(unit) and unit > 0):
-        return text
-    ratio = value / unit
-    return f"{text} ({_digits(ratio)}×)"
+    if _is_number(unit) and unit > 0:
+        text += f" ({_digits(value / unit)}×)"
+    return text + _partly(row, name)
 
 
 def _duration(seconds: float) -> str:
@@ -569,10 +623,6 @@ def _digits(value: float) -> str:
     if value >= 10 or value == 0:
         return f"{value:,.0f}"
     return f"{value:.{1 - math.floor(math.log10(value))}f}"
-
-
-def _line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |"
 
 
 if __name__ == "__main__":

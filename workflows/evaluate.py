@@ -81,7 +81,7 @@ def main(folder: Path, config: Config) -> str:
             },
             "direct_mixture": {
                 "name": f"direct mixture of factor analyzers: {_sizes(direct)}",
-                **score.density(direct.log_prob),
+                **score.density(direct.log_prob(score.z)),
                 "n_components": direct.components.n_components,
                 "n_parameters": direct.components.n_parameters,
             },
@@ -91,7 +91,7 @@ def main(folder: Path, config: Config) -> str:
             },
             "full_gaussian": {
                 "name": "one Gaussian, full covariance",
-                **score.density(gaussian.log_prob),
+                **score.density(gaussian.log_prob(score.z)),
                 "n_components": 1,
                 "n_parameters": data.n_features * (data.n_features + 3) // 2,
             },
@@ -236,7 +236,7 @@ def _score_teacher(
         name += f", first {len(inside)} test points"
     row = {
         "name": name,
-        **score.density(lambda _: inside),
+        **score.density(inside),
         "n_points": len(inside),
         "n_parameters": sum(p.numel() for p in teacher.parameters()),
     }
@@ -284,9 +284,9 @@ def _discretize(folder: Path, config: Config, data: DataSplits, score: Scorer) -
 
     trajectories = load_trajectories(folder, config, data)
     return {
-        str(n): score.density(trajectories.mixture(pseudotime_grid(n)).to(torch.float64).log_prob)[
-            "density"
-        ]
+        str(n): score.density(
+            trajectories.mixture(pseudotime_grid(n)).to(torch.float64).log_prob(score.z)
+        )["density"]
         for n in config["evaluation"]["discretizations"]
     }
 

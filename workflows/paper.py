@@ -22,12 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from workflows.published import DATA, Figure, data_of, published
+from workflows.published import TITLES, Figure, data_of, published
 from workflows.report import SPACES, verify_evaluation
 from workflows.stage import EXPECTED_ERRORS, Config, describe, load_config, write_text
 
 LARGEST_FIGURE = 300_000  # bytes
-TITLES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST"}
 # Number in the paper, name of evaluate's figure, data set.
 FIGURES = (
     (2, "spaces", "mnist"),
@@ -69,7 +68,7 @@ def read_preset(folder: Path) -> Column:
     data = data_of(folder.name)
     if data is None:
         raise ValueError(
-            f"{folder.name} is no preset of the paper's images: its name must begin with {' or '.join(DATA)}"
+            f"{folder.name} is no preset of the paper's images: its name must begin with {' or '.join(TITLES)}"
         )
     if not (folder / "metrics.json").is_file():
         raise FileNotFoundError(

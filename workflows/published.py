@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-DATA = ("fashion_mnist", "mnist")
+TITLES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST"}  # of the data sets
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def published() -> tuple[Figure, ...]:
 
 def data_of(preset: str) -> str | None:
     """Which of the paper's data sets a preset models, by its name; None for another."""
-    return next((name for name in DATA if preset.startswith(name)), None)
+    return next((name for name in TITLES if preset.startswith(name)), None)
 
 
 def printed(data: str | None, row: str, metric: str) -> float | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from workflows.stage import Config, pick
@@ -12,8 +11,6 @@ if TYPE_CHECKING:
     from cpmm.data import DataSplits
     from cpmm.mixture import Mixture
     from cpmm.training import EpochData, MixtureTraining
-
-Fit = Callable[["MixtureTraining", "EpochData"], None]
 
 
 def start_direct(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cpmm.metrics import clustering_scores, nats_per_dimension
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import Tensor
 
     from cpmm.data import DataSplits
     from cpmm.mixture import Mixture
@@ -24,13 +25,14 @@ class Scorer:
 
     def __init__(self, data: DataSplits, split: str, n_points: int | None = None) -> None:
         self.data = data
+        self.split = split
         self.z, self.log_det = (part[:n_points] for part in data.points(split))
         self.label = None if data.label is None else data.label[split][:n_points].numpy()
         _, self.factor, self.offset = data.preprocessing.density_unit
 
-    def density(self, log_prob: Any) -> dict[str, float]:
-        """Mean density of the points in units of the data, and its standard error."""
-        nats = nats_per_dimension(log_prob(self.z), self.log_det, self.data.n_features)
+    def density(self, log_prob: Tensor) -> dict[str, float]:
+        """Mean density in units of the data and its standard error, from the points' nats, (N,)."""
+        nats = nats_per_dimension(log_prob, self.log_det, self.data.n_features)
         value = self.factor * nats + self.offset
         return {
             "density": float(value.mean()),
@@ -44,7 +46,7 @@ class Scorer:
     def mixture(self, mixture: Mixture) -> dict[str, float]:
         """Both, of a mixture in float64."""
         return {
-            **self.density(mixture.log_prob),
+            **self.density(mixture.log_prob(self.z)),
             **self.clusters(mixture.predict(self.z).numpy(), mixture.n_clusters),
             "n_components": mixture.components.n_components,
             "n_parameters": mixture.components.n_parameters,

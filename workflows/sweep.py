@@ -84,6 +84,7 @@ def run_sweep(overrides: list[str], only_config: bool = False, only_plan: bool =
     sweep, options = config["sweep"], config["ray"]
     cluster.check_options(options)
     trials = plan.plan_trials(preset, sweep, params, rest, trial_code())
+    plan.check_models(trials, sweep, options["workers"])
     if only_plan:
         for trial in trials:
             print(f"{trial.name}\n    {trial.command}")

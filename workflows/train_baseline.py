@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from workflows.marks import mark_baseline, mark_prepared, mark_spaces, needs_spaces
-from workflows.stage import Config, publish, run_stage, scratch_folder
+from workflows.stage import Config, fingerprint, publish, run_stage, scratch_folder
+from workflows.trial import trial_code
 
 
 def main(folder: Path, config: Config, row: str) -> str:
@@ -13,8 +14,6 @@ def main(folder: Path, config: Config, row: str) -> str:
     if row not in config["baselines"]:
         known = ", ".join(config["baselines"])
         raise ValueError(f"there is no baseline {row!r}: choose one of conf/baselines/: {known}")
-
-    import torch
 
     from workflows.baselines import save_baseline, score_baseline, train_baseline
     from workflows.outside import read_outside
@@ -28,14 +27,11 @@ def main(folder: Path, config: Config, row: str) -> str:
     ood = config["evaluation"]["ood"]
     outside = None if ood is None else read_outside(ood, data)
     mark = mark_baseline(config, row)
-    scratch = scratch_folder(folder, f"baseline-{row}", mark)
+    scratch = scratch_folder(folder, f"baseline-{row}", fingerprint(mark, trial_code()))
     fitted = train_baseline(row, config, data, spaces, scratch / "training")
     score = Scorer(data, "test", fitted.n_points)
-    scores = score_baseline(fitted, score, "test", config["cpmm"]["n_clusters"])
-    if outside is not None and fitted.log_prob is not None:
-        with torch.no_grad():
-            found = (fitted.log_prob(z[: fitted.n_points]) for z in (score.z, outside.z))
-            scores["ood"] = outside.scores(score, *found)
+    scores = score_baseline(fitted, score, config["cpmm"]["n_clusters"], outside)
+    scores.pop("seconds_10k", None)  # results are the same every time, times are not
     out = scratch / row
     out.mkdir(exist_ok=True)
     write_json(

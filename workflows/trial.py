@@ -7,8 +7,12 @@ python workflows/trial.py preset=digits model=vade            a row of conf/base
 from __future__ import annotations
 
 import argparse
+import ctypes
+import errno
+import gc
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -18,20 +22,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workflows.stage import EXPECTED_ERRORS, Config, code_fingerprint, describe, pick
+from workflows.stage import explain as explain_error
 
 if TYPE_CHECKING:
     from cpmm.data import DataSplits
     from workflows.baselines import Fitted
-    from workflows.score import Scorer
+    from workflows.outside import Outside
     from workflows.store import Spaces
 
 HERE = Path(__file__).resolve().parent
 CODE = tuple(
     HERE / f"{name}.py"
-    for name in ("baselines", "fit", "models", "outside", "rivals", "score", "trial")
+    for name in ("baselines", "fit", "models", "outside", "rivals", "score", "sources", "trial")
 )
 FOLDERS = ("cpmm", "mixture", "baseline")  # what a trial leaves
-TIMED = 2000  # points whose densities are timed
 SCORES = ("density", "accuracy", "nmi", "ari", "purity")
 
 
@@ -71,6 +75,7 @@ def run_trial(
 
     torch.set_num_threads(config["trainer"]["threads"] or torch.get_num_threads())
     train = _train_cpmm if config["model"] == "cpmm" else _train_baseline
+    outside, missing = _outside(config, data)
     progress: dict[str, Any] = {"module": None}
     started = time.monotonic()
     with peak_memory() as memory:
@@ -79,7 +84,9 @@ def run_trial(
             if fitted is None:
                 return {"status": "finished"}
             seconds = time.monotonic() - started
-            record = _score(fitted, config, data)
+            if progress["module"] is not None:
+                seconds += progress["module"].seconds_before
+            record = _score(fitted, config, data, outside) | missing
         except FloatingPointError as error:
             module = progress["module"]
             step = None if module is None else module.global_step
@@ -144,7 +151,21 @@ def _train_baseline(
     return fitted
 
 
-def _score(fitted: Fitted, config: Config, data: DataSplits) -> dict[str, Any]:
+def _outside(config: Config, data: DataSplits) -> tuple[Outside | None, dict[str, str]]:
+    """The other data set if it is asked for and at hand, and what the record says if it is not."""
+    from workflows.outside import read_outside
+
+    if config["evaluation"]["ood"] is None:
+        return None, {}
+    try:
+        return read_outside(config["evaluation"]["ood"], data), {}
+    except (FileNotFoundError, ConnectionError) as error:  # as on a node of a cluster
+        return None, {"ood_missing": describe(error)}
+
+
+def _score(
+    fitted: Fitted, config: Config, data: DataSplits, outside: Outside | None
+) -> dict[str, Any]:
     """Scores of a trained model, and how long densities take."""
     import torch
 
@@ -152,61 +173,51 @@ def _score(fitted: Fitted, config: Config, data: DataSplits) -> dict[str, Any]:
     from workflows.score import Scorer
 
     validation = None
-    test_score = Scorer(data, "test", fitted.n_points)
-    with torch.no_grad():
-        if fitted.log_prob is not None:
-            score = Scorer(data, "validation", fitted.n_points)
-            validation = score.density(fitted.log_prob)["density"]
-        test = score_baseline(fitted, test_score, "test", config["cpmm"]["n_clusters"])
-        found = [value for value in (validation, test.get("density")) if value is not None]
-        if not all(map(math.isfinite, found)):
+    if fitted.log_prob is not None:
+        score = Scorer(data, "validation", fitted.n_points)
+        with torch.no_grad():
+            validation = score.density(fitted.log_prob(score.z))["density"]
+        if not math.isfinite(validation):
             raise FloatingPointError("the density of the trained model is not finite")
-        costs = {}
-        if fitted.log_prob is not None:
-            points = test_score.z[:TIMED]
-            started = time.perf_counter()
-            fitted.log_prob(points)
-            costs["seconds_10k"] = (time.perf_counter() - started) * 10_000 / len(points)
-            costs |= _tell_apart(fitted, test_score, config, data)
-    return {"validation": validation, "test": test, **costs}
-
-
-def _tell_apart(
-    fitted: Fitted, score: Scorer, config: Config, data: DataSplits
-) -> dict[str, float | str]:
-    """How well densities tell the test points from another data set, where that is at hand."""
-    from workflows.outside import read_outside
-
-    if config["evaluation"]["ood"] is None:
-        return {}
-    try:
-        outside = read_outside(config["evaluation"]["ood"], data)
-        found = (fitted.log_prob(z[: fitted.n_points]) for z in (score.z, outside.z))
-        told = outside.scores(score, *found)
-    except EXPECTED_ERRORS as error:  # a node of a cluster may have no such files
-        return {"ood_missing": describe(error)}
-    named = {"": told["mixture"], "_data": told["data"]}
-    return {f"{name}{end}": told[name] for end, told in named.items() for name in ("auroc", "aupr")}
+    score = Scorer(data, "test", fitted.n_points)
+    test = score_baseline(fitted, score, config["cpmm"]["n_clusters"], outside)
+    others = {name: test.pop(name) for name in ("seconds_10k",) if name in test}
+    for space, end in (("mixture", ""), ("data", "_data")):
+        told = test.get("ood", {}).get(space, {})
+        others |= {f"{name}{end}": told[name] for name in ("auroc", "aupr") if told}
+    test.pop("ood", None)
+    return {"validation": validation, "test": test, **others}
 
 
 @contextmanager
 def peak_memory() -> Iterator[dict[str, float]]:
-    """Measure the most memory that this process has, or the GPU's; empty where Linux does not tell."""
+    """Measure the most memory that this process takes beyond what it has, or a GPU's whole peak.
+
+    Nothing is found where Linux does not tell.
+    """
     import torch
 
     found: dict[str, float] = {}
-    status = Path("/proc/self/status")
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # a worker may have had other trials before
-    except OSError:
-        status = None
+    try:  # a worker may have had other trials before
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _resident("VmRSS")
+    except (OSError, AttributeError):
+        before = None
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     yield found
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         found["gb"] = torch.cuda.max_memory_allocated() / 2**30
-    elif status is not None and (peak := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
-        found["gb"] = int(peak[1]) / 2**20
+    elif before is not None:
+        found["gb"] = _resident("VmHWM") - before
+
+
+def _resident(field: str) -> float:
+    """A field of this process's status in GiB."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) / 2**20
 
 
 def summarize(record: Mapping[str, Any], unit: str) -> str:
@@ -219,6 +230,8 @@ def summarize(record: Mapping[str, Any], unit: str) -> str:
         parts.append(f"validation {record['validation']:.4f}, test {test['density']:.4f} {unit}")
     if "accuracy" in test:
         parts.append(f"clustering accuracy {100 * test['accuracy']:.1f} %")
+    if "ood_missing" in record:
+        parts.append(f"not told from another data set: {record['ood_missing']}")
     return ", ".join(parts) or "nothing to score it by"
 
 
@@ -248,6 +261,11 @@ def main() -> None:
     except KeyboardInterrupt:
         print("trial: interrupted; run it again to go on", file=sys.stderr)
         raise SystemExit(130) from None
+    except Exception as error:
+        if (said := explain_error(error)) is None:
+            raise
+        print(f"trial: error: {said}", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 def _run(overrides: list[str], out: Path | None) -> None:
@@ -263,10 +281,13 @@ def _run(overrides: list[str], out: Path | None) -> None:
     trial = make_trial(preset, (), config["cpmm"]["seed"], overrides, config, trial_code())
     home = ROOT / "data" / preset
     data, spaces = open_inputs(locate_inputs(trial.config, home))
+    out = out or home / "trial"
+    _make_room(out)
+    if missing := _outside(trial.config, data)[1]:
+        raise FileNotFoundError(missing["ood_missing"])
     scratch = home / ".scratch" / f"trial-{trial.mark}"
     scratch.mkdir(parents=True, exist_ok=True)
     record = run_trial(trial.config, data, spaces, trial.mark, scratch)
-    out = out or home / "trial"
     for name in FOLDERS:
         shutil.rmtree(out / name, ignore_errors=True)
         if (scratch / name).is_dir():
@@ -277,6 +298,19 @@ def _run(overrides: list[str], out: Path | None) -> None:
     print(f"trial: {summarize(record, data.preprocessing.density_unit[0])} -> {out}")
     if record["status"] != "finished":
         raise SystemExit(1)
+
+
+def _make_room(out: Path) -> None:
+    """Make the folder of a trial's results; refuse one that holds another's."""
+    out.mkdir(parents=True, exist_ok=True)
+    held = [name for name in FOLDERS if (out / name).exists()]
+    if held and not (out / "record.json").exists():
+        raise ValueError(
+            f"{out} has a {held[0]} and no record.json of a trial, whose place it would take: choose another "
+            "folder with --out"
+        )
+    if not os.access(out, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(out))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from cpmm.factor_analyzers import FactorAnalyzers
 from cpmm.fields import TimeFeatures, make_activation
 from cpmm.mixture import Mixture
-from cpmm.trajectory import StateLayout, pseudotime_grid
+from cpmm.trajectory import StateLayout
 
 
 class MLPDecoder(nn.Module):
@@ -117,10 +117,9 @@ class ConvDecoder(nn.Module):
 class ContinuousMixture(nn.Module):
     """Factor analyzers decoded from a latent Gaussian, integrated out numerically.
 
-    Trained by :class:`cpmm.training.LossTraining` on its own loss, or, as it has a ``mixture``, by
-    :class:`cpmm.training.MixtureTraining` through the same curriculum as trajectories. Both draw the
-    points anew at every step, and validate on the points that the extracted mixture has. Data should
-    have about unit variances, as those of ``cpmm.data`` do: the decoder starts with such outputs.
+    Trained by :class:`cpmm.training.LossTraining` on its own loss, which draws the points anew at every
+    step and validates on those that the extracted mixture has. Data should have about unit variances,
+    as those of ``cpmm.data`` do: the decoder starts with such outputs.
 
     Args:
         decoder: From latent points, (B, d), to states relative to ``initial``, (B, S).
@@ -161,37 +160,10 @@ class ContinuousMixture(nn.Module):
         self.n_points = n_points
         self.n_components = n_components
 
-    @property
-    def n_parameters(self) -> int:
-        """Numbers learned; those of the extracted mixture are ``components.n_parameters``."""
-        return sum(p.numel() for p in self.parameters())
-
     def decode(self, z: Tensor) -> FactorAnalyzers:
         """Factor analyzers of latent points, (K, d), with equal weights; differentiable."""
         mean, loading, log_diagonal, log_weight = self.layout.read(self.initial + self.decoder(z))
         return FactorAnalyzers(log_weight.log_softmax(0), mean, loading, log_diagonal)
-
-    def mixture(self, times: Tensor) -> Mixture:
-        """Mixture of as many integration points as there are times, one cluster; differentiable.
-
-        Pseudotimes mean nothing here, but their draws are random: how far the first d of them lie
-        from the even grid, in 64ths of a step, rotates the points. So stratified and uniform
-        pseudotimes give fresh points at each step, and the grid gives those of :meth:`extract`.
-
-        Args:
-            times: Pseudotimes in [0, 1], ascending, (K,), no fewer than d.
-
-        Raises:
-            ValueError: If there are fewer times than latent dimensions.
-        """
-        n = len(times)
-        if n < self.n_latent:
-            raise ValueError(
-                f"{n} pseudotimes cannot rotate points of {self.n_latent} latent dimensions: raise "
-                f"cpmm.n_pseudotimes to {self.n_latent} or more"
-            )
-        # Gaps between uniform draws are exponential; only their small fractions are uniform.
-        return self._integrate(n, 64 * n * (times - pseudotime_grid(n, times))[: self.n_latent])
 
     def loss(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """Negative log-density, nats per dimension, a scalar.

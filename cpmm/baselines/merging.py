@@ -29,7 +29,7 @@ RESOLVED = 1e-12  # affinities below this share of the largest are no tie: eigen
 def merge_components(
     mixture: Mixture, affinity: Tensor, n_clusters: int, generator: torch.Generator
 ) -> Mixture:
-    """Merge components into C clusters by normalized cuts of their affinities (Ng et al., 2001).
+    """Merge components into C clusters by normalized cuts of their affinities (Shi & Malik, 2000).
 
     The paper attributes a point to its likeliest component and this to its cluster; the mixture's own
     ``predict`` adds up the components of a cluster first (Eq. 7).

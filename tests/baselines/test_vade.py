@@ -8,6 +8,7 @@ import pytest
 import torch
 from scipy.special import logsumexp
 from scipy.stats import multivariate_normal, norm
+from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
 from cpmm.baselines.autoencoder import BATCH, Autoencoder
@@ -314,6 +315,19 @@ def test_it_starts_at_the_likeliest_mixture_of_the_codes(generator):
         error = (autoencoder.decode(codes) - x).square().mean(0)
         _, log_variance = model._decode(codes[:1])
     torch.testing.assert_close(log_variance[0].exp(), error)
+
+
+def test_the_variance_of_a_code_starts_as_a_tenth_of_that_within_clusters(generator):
+    x, _ = blobs("gaussian", generator)
+    autoencoder = Autoencoder(6, (), 2, "gaussian", generator)
+    model = VaDE.from_autoencoder(autoencoder, x, 3, generator)
+    codes = autoencoder.codes(x).double().numpy()
+    fitted = GaussianMixture(3, covariance_type="diag", n_init=10, random_state=7).fit(codes)
+    expected = np.log(0.1 * fitted.weights_ @ fitted.covariances_)
+    assert np.abs(expected).min() > 0.1  # to be told from zero, where the layer starts
+    with torch.no_grad():
+        _, log_variance = model._encode(x)  # the same of every point: no weights yet
+    np.testing.assert_allclose(log_variance, np.tile(expected, (len(x), 1)), atol=0.02)
 
 
 def test_the_same_seed_gives_the_same_and_no_draw_comes_from_elsewhere(tmp_path):

@@ -5,7 +5,9 @@ import json
 import sys
 from dataclasses import replace
 from functools import cache, partial
+from itertools import count
 from math import prod
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,8 +24,9 @@ from cpmm.mixture import Mixture
 from cpmm.seeds import seeded_generator
 from workflows import baselines, build_spaces, marks, prepare_data, verify
 from workflows import train_baseline as stage
-from workflows.baselines import train_baseline
-from workflows.compose import compose_preset
+from workflows.baselines import Fitted, train_baseline
+from workflows.compose import compose_preset, known_presets
+from workflows.outside import Outside
 from workflows.rivals import start_direct
 from workflows.score import Scorer
 from workflows.sweeps.inputs import locate_inputs, open_inputs
@@ -53,10 +56,7 @@ SMALL = [
     *(f"baselines.{row}.{option}" for row in ("gmm_full", "gmm_diagonal")
       for option in ("n_iterations=5", "added_variances=[0.01,0.1]")),
 ]  # fmt: skip
-RINGS = [
-    *SMALL, "data.options.n=400", "data.n_train=null", "mixture.n_pseudotimes=4",
-    "baselines.continuous.decoder.kind=mlp",
-]  # fmt: skip
+RINGS = [*SMALL, "data.options.n=400", "data.n_train=null", "mixture.n_pseudotimes=4"]
 
 
 @cache
@@ -119,8 +119,9 @@ def n_numbers(header):
 
 
 def density(fitted, data, split="test"):
+    score = Scorer(data, split, fitted.n_points)
     with torch.no_grad():
-        return Scorer(data, split, fitted.n_points).density(fitted.log_prob)["density"]
+        return score.density(fitted.log_prob(score.z))["density"]
 
 
 def test_every_row_is_in_the_configuration_and_every_kind_has_a_row():
@@ -188,9 +189,9 @@ def test_an_einsum_network_has_at_most_the_parameters_of_the_extracted_cpmm(tria
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_the_same_seed_is_the_same_result_and_clusters_are_in_range(row, trials, fit):
+def test_the_same_seed_is_the_same_result_and_labels_have_no_say(row, trials, fit):
     config, (data, _), record, scratch = trials(row)
-    _, again = fit(row)
+    _, again = fit(row, data=replace(data, label=None))
     if again.log_prob is not None:
         assert density(again, data) == record["test"]["density"]
         assert density(again, data, "validation") == record["validation"]
@@ -201,6 +202,10 @@ def test_the_same_seed_is_the_same_result_and_clusters_are_in_range(row, trials,
             assert 0 <= int(cluster.min()) <= int(cluster.max()) < config["cpmm"]["n_clusters"]
         scores = Scorer(data, "test").clusters(cluster.numpy(), config["cpmm"]["n_clusters"])
         assert scores.items() <= record["test"].items()
+    if again.mixture is not None:
+        kept = Mixture.load(scratch / "baseline" / "mixture")
+        assert torch.equal(kept.components.mean, again.mixture.components.mean.float())
+        assert kept.cluster_sizes == again.mixture.cluster_sizes
     if again.weights is not None:
         tensors, _ = load_artifact(scratch / "baseline", "baseline")
         assert tensors.keys() == again.weights.keys()
@@ -242,23 +247,30 @@ def test_the_matched_mixture_is_that_of_em_where_it_is_likelier(rings, tmp_path)
     with torch.no_grad():
         first = start.mixture()
         found = expectation_maximization.fit_by_em(
-            first.components, train.float(), validation.float(), floor, 9, patience=5, batch_size=2048
+            first.components.to(torch.float64), train.float().double(), validation.float().double(),
+            floor, 9, patience=5, batch_size=2048,
         )  # fmt: skip
         of_start = first.to(torch.float64).log_prob(validation).mean()
         got = fitted.log_prob(validation)
-    assert found.best_iteration > 0
+    assert found.best_iteration > 2  # after the last of Adam's steps
+    assert fitted.ended == {"best_epoch": found.best_iteration, "steps": len(found.history) - 1}
     assert got.mean() > of_start
-    expected = Mixture(found.best, first.cluster_sizes).to(torch.float64)
+    expected = Mixture(found.best.to(torch.float32), first.cluster_sizes).to(torch.float64)
     torch.testing.assert_close(got, expected.log_prob(validation))
     assert fitted.mixture.cluster_sizes == (1,) * c
 
 
-def test_the_matched_mixture_is_that_of_adam_where_it_is_likelier(fit, monkeypatch):
+@pytest.mark.parametrize("gives_up", [False, True])
+def test_the_matched_mixture_is_that_of_adam_where_it_is_likelier(
+    gives_up, fit, monkeypatch, capsys
+):
     data, alone = fit("matched", "baselines.matched.em_iterations=0", name="alone")
     seen = []
 
     def no_gain(start, *arguments, **options):
         seen.append(start)
+        if gives_up:
+            raise FloatingPointError("its likelihood is not finite")
         return expectation_maximization.EMRun(start, start)
 
     monkeypatch.setattr(expectation_maximization, "fit_by_em", no_gain)
@@ -267,31 +279,50 @@ def test_the_matched_mixture_is_that_of_adam_where_it_is_likelier(fit, monkeypat
     for split in ("validation", "test"):
         z = data.points(split)[0]
         assert torch.equal(fitted.log_prob(z), alone.log_prob(z))
-    of_start = Mixture(seen[0], (1,) * 10).log_prob(data.points("validation")[0].float()).mean()
+    assert fitted.ended == alone.ended
+    of_start = Mixture(seen[0], (1,) * 10).log_prob(data.points("validation")[0]).mean()
     assert fitted.log_prob(data.points("validation")[0]).mean() > of_start
+    said = capsys.readouterr().out
+    assert ("EM gave up, Adam's is taken: its likelihood is not finite" in said) == gives_up
 
 
-@pytest.mark.parametrize("row", ["matched", "vade"])
-def test_labels_have_no_say(row, fit):
-    data, fitted = fit(row, name="known")
+def test_labels_score_clusters_and_nothing_else(fit):
+    data, fitted = fit("gmm_diagonal")
     generator = torch.Generator().manual_seed(0)
     label = {
         split: value[torch.randperm(len(value), generator=generator)]
         for split, value in data.label.items()
     }
-    permuted = replace(data, label=label)
-    _, other = fit(row, name="permuted", data=permuted)
-    assert other.n_parameters == fitted.n_parameters
-    assert torch.equal(other.predict("test"), fitted.predict("test"))
-    if fitted.log_prob is not None:
-        z = data.points("validation")[0]
-        assert torch.equal(other.log_prob(z), fitted.log_prob(z))
-    scores = [
-        baselines.score_baseline(f, Scorer(d, "test"), "test", 10)
-        for f, d in ((fitted, data), (other, permuted))
-    ]
-    assert scores[0].get("density") == scores[1].get("density")
-    assert scores[0]["accuracy"] != scores[1]["accuracy"]
+    scores, of_others, without = (
+        baselines.score_baseline(fitted, Scorer(replace(data, label=of), "test"), 10)
+        for of in (data.label, label, None)
+    )
+    assert scores["density"] == of_others["density"] == without["density"]
+    assert scores["accuracy"] != of_others["accuracy"]
+    assert "accuracy" not in without
+
+
+@pytest.mark.parametrize(("step", "n_calls"), [(2.0, 1), (0.1, 5)])
+def test_a_density_that_takes_long_is_computed_once(step, n_calls, rings, monkeypatch):
+    clock = count(0, step)
+    monkeypatch.setattr(baselines, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    seen = []
+
+    def log_prob(z):
+        seen.append(z)
+        return -z.square().sum(1)
+
+    fitted = Fitted(3, {}, log_prob=log_prob, n_points=20)
+    score = Scorer(rings, "test", 20)
+    z, log_det = rings.points("validation")
+    outside = Outside("other", 2 * z, log_det)
+    got = baselines.score_baseline(fitted, score, 2, outside)
+    assert [len(z) for z in seen] == [20] * (n_calls + 1)
+    assert torch.equal(seen[-1], outside.z[:20])
+    inside, there = (-z.square().sum(1) for z in (score.z, outside.z[:20]))
+    assert got["ood"] == outside.scores(score, inside, there)
+    assert got["seconds_10k"] == pytest.approx(step * 10_000 / 20)
+    assert score.density(inside).items() <= got.items()
 
 
 class Kill(Exception):
@@ -323,7 +354,7 @@ def test_resumed_equals_uninterrupted(row, trials, tmp_path):
 @pytest.mark.parametrize(
     ("row", "overrides", "said"),
     [
-        ("cnf_conv", [], r"field\.kind is 'conv', but the data are no images: choose mlp"),
+        ("cnf_conv", [], r"^baselines\.cnf_conv\.field\.kind is 'conv', but the data are no images: choose mlp"),
         ("continuous", ["baselines.continuous.decoder.kind=conv"],
          r"baselines\.continuous\.decoder\.kind is 'conv', but the data are no images: choose mlp"),
         ("matche", [], r"model is 'matche': choose one of .*matched, .*kmeans"),
@@ -342,6 +373,52 @@ def test_what_takes_images_is_trained_on_a_table(row, rings, tmp_path):
     record = run_trial(config, rings, None, "mark", tmp_path, quiet=True)
     assert record["status"] == "finished"
     assert "density" in record["test"] or "accuracy" in record["test"]
+
+
+@pytest.mark.parametrize("row", ["autoencoder", "vade", "cnf_mlp"])
+def test_what_is_trained_in_double_precision_takes_points_as_ever(row, rings, tmp_path):
+    config = composed("trainer.precision=64-true", preset="rings")
+    fitted = train_baseline(row, config, rings, None, tmp_path, quiet=True)
+    assert all(value.dtype == torch.float32 for value in fitted.weights.values())
+    if row in NO_DENSITY:
+        assert fitted.predict("test").shape == rings.label["test"].shape
+    else:
+        assert np.isfinite(density(fitted, rings))
+
+
+@pytest.mark.parametrize("preset", known_presets())
+def test_a_preset_of_tables_decodes_without_convolutions(preset):
+    own = {name: [f"data.options.path=x.{name}"] for name in ("csv", "npy")}
+    config = compose_preset(preset, own.get(preset, []))
+    decoder = config["baselines"]["continuous"]["decoder"]
+    assert decoder["kind"] == config["cpmm"]["field"]["kind"]
+
+
+@pytest.mark.parametrize(
+    ("row", "override", "said"),
+    [
+        *((row, "cpmm.n_clusters=151", r"cpmm\.n_clusters is 151: expected at most 150, the training "
+           rf"points that model {row} clusters: lower it")
+          for row in ("kmeans", "gmm_full", "gmm_diagonal", "autoencoder", "vade")),
+        ("gmm_full", "baselines.gmm_full.n_points=3",
+         r"baselines\.gmm_full\.n_points is 3: expected at least 10, .*: raise it"),
+        *((row, f"baselines.{row}.noise=0.1",
+           rf"baselines\.{row}\.noise is 0\.1: expected 0, .* set it to 0, or .*\.likelihood=gaussian")
+          for row in ("autoencoder", "vade")),
+        ("spectral_frechet", "baselines.spectral_frechet.merge.neighbour=30",
+         r"baselines\.spectral_frechet\.merge\.neighbour is 30: expected less than the 30 components"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_fitted_is_refused_before_it_is(row, override, said, fit, monkeypatch):
+    monkeypatch.setattr(baselines, "fit", lambda *arguments, **options: pytest.fail("trained"))
+    with pytest.raises(ValueError, match=f"^{said}"):
+        fit(row, override)
+
+
+def test_an_autoencoder_of_a_table_takes_noise(rings, tmp_path):
+    config = composed("baselines.autoencoder.noise=0.1", preset="rings")
+    fitted = train_baseline("autoencoder", config, rings, None, tmp_path, quiet=True)
+    assert fitted.predict("test").shape == rings.label["test"].shape
 
 
 def test_autoencoders_take_a_table_as_it_is_and_images_as_grey_levels(rings, trials, tmp_path):
@@ -398,10 +475,13 @@ def test_another_data_set_is_told_apart_where_it_is_at_hand(home, tmp_path):
     record = run_trial(config, *inputs, "mark", tmp_path / "missing", quiet=True)
     assert record["status"] == "finished"
     assert str(path) in record["ood_missing"]
+    said = f"not told from another data set: {record['ood_missing']}"
+    assert summarize(record, "bits").endswith(said)
     assert "auroc" not in record
     np.save(path, 16 - load_digits().images[:60].astype(np.uint8))
     told = run_trial(config, *inputs, "mark", tmp_path / "there", quiet=True)
     assert "ood_missing" not in told
+    assert "another data set" not in summarize(told, "bits")
     assert told["test"] == record["test"]
     for name in ("auroc", "aupr", "auroc_data", "aupr_data"):
         assert 0 <= told[name] <= 1
@@ -479,6 +559,20 @@ def test_the_command_explains_itself(command, preset):
     status, _, err = command(preset / "config.yaml")
     assert status == 2
     assert "row" in err.splitlines()[-1]
+
+
+def test_a_model_without_a_finite_density_is_not_published(command, preset, monkeypatch):
+    def log_prob(z):
+        return torch.cat([z[1:, 0], z.new_tensor([float("nan")])])
+
+    broken = Fitted(1, {}, log_prob=log_prob, weights={"mean": torch.zeros(1)})
+    monkeypatch.setitem(baselines.KINDS, "gaussian", lambda run: broken)
+    status, out, err = command(preset / "config.yaml", "gaussian")
+    assert (status, out) == (1, "")
+    (line,) = err.splitlines()
+    said = "the density of the trained model is not finite on the test split"
+    assert line == f"train_baseline: error: {said}"
+    assert not (preset / "baselines").exists()
 
 
 def test_an_unknown_row_ends_in_one_line(command, preset):

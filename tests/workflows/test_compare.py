@@ -9,9 +9,11 @@ from functools import cache, partial
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 from conftest import stage_command
+from scipy.stats import ttest_ind
 
 from cpmm.artifact import file_digest, load_header, seal_folder, verify_files
 from cpmm.figures import plot_costs
@@ -19,6 +21,7 @@ from workflows import compare
 from workflows.compose import compose_preset
 from workflows.marks import mark_evaluation
 from workflows.published import printed, published
+from workflows.sweeps.table import mark_options
 
 RULES = {
     "density": "-(log p(z) + log|dz/dx|) / (M ln 2). Lower is better.",
@@ -59,7 +62,7 @@ TRIALS = [
     *several("cpmm", [2.0, 2.1, 2.2], [0.78, 0.8, 0.82], seconds=300.0, n_parameters=1000,
              seconds_10k=0.5),
     *several("matched", [2.05] * 3, [0.9, 0.9, 0.9], seconds=30.0, n_parameters=100, seconds_10k=0.1),
-    *several("einet_large", [1.9, 1.91, 1.92], [None] * 3, seconds=900.0, n_parameters=9000,
+    *several("einet_large", [1.7, 1.71, 1.72], [None] * 3, seconds=900.0, n_parameters=9000,
              seconds_10k=1.5),
     *several("gaussian", [3.0] * 3, [None] * 3, seconds=0.02, n_parameters=65, seconds_10k=0.01),
     trial("cnf_mlp", 0, 1.6, seconds=9000.0, n_parameters=500, seconds_10k=400.0),
@@ -72,7 +75,14 @@ TRIALS = [
 
 @cache
 def compose():
-    return compose_preset("digits", [])
+    config = compose_preset("digits", [])
+    return config | {"baselines": config["baselines"] | {"my_model": {"kind": "kmeans"}}}
+
+
+def marked(row, config):
+    """A trial's row with the fingerprint that the sweep gives it."""
+    cpmm = config["cpmm"] | {"seed": row["seed"]}
+    return {"fingerprint": mark_options(config | {"model": row["model"], "cpmm": cpmm})} | row
 
 
 def add_preset(root, trials=TRIALS, name="digits", ood=None, columns=None):
@@ -96,9 +106,10 @@ def add_preset(root, trials=TRIALS, name="digits", ood=None, columns=None):
         path = compare.trials_of(folder)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns or list(trials[0]), extrasaction="ignore")
+            names = dict.fromkeys([*(columns or trials[0]), "fingerprint"])
+            writer = csv.DictWriter(file, names, extrasaction="ignore", lineterminator="\n")
             writer.writeheader()
-            writer.writerows(trials)
+            writer.writerows(marked(row, config) for row in trials)
     return folder, config
 
 
@@ -111,6 +122,12 @@ def make(tmp_path):
 def made(tmp_path_factory):
     """What is written of TRIALS."""
     return run(*add_preset(tmp_path_factory.mktemp("made")))
+
+
+def make_frame(trials):
+    """Finished trials as they are read."""
+    frame = pd.DataFrame(trials, columns=list(dict.fromkeys([*trials[0], *compare.NUMBERS])))
+    return frame.astype(dict.fromkeys(compare.NUMBERS, float))
 
 
 def run(folder, config):
@@ -158,16 +175,17 @@ def test_rows_are_means_and_deviations_over_seeds_in_blocks(made):
 
 
 def test_what_beats_cpmm_is_said(made):
-    # Standard errors of differences with CPMM: einet 0.0580, matched and gaussian 0.0577.
+    # Standard errors of differences with CPMM: einet 0.0580, matched and gaussian 0.0577; two degrees of
+    # freedom ask for 4.3 times that.
     _, _, _, text = made
     assert (
-        "In density (bits per dimension), EiNet (large) by 0.190 beats CPMM by more than twice the standard "
-        "error of the difference. Level with it within that: matched mixture 0.050 better. Worse by more "
-        "than that: my_model by 0.400, one Gaussian by 0.900. Not judged, one seed: teacher 0.600 better, "
-        "CNF (MLP) 0.500 better, CPMM's components trained on 0.250 better.\n"
+        "In density (bits per dimension), EiNet (large) by 0.390 beats CPMM, judged by the seeds (Welch's t-test, "
+        "p < 0.05). No such difference: matched mixture 0.050 better. Worse: my_model by 0.400, one Gaussian by "
+        "0.900. Not judged, one seed: teacher 0.600 better, CNF (MLP) 0.500 better, CPMM's components trained on "
+        "0.250 better.\n"
     ) in text
-    assert "In clustering accuracy, matched mixture by 10.0 points beats CPMM by more" in text
-    assert "Worse by more than that: k-means by 8.0 points, my_model by 30.0 points. Not" in text
+    assert "In clustering accuracy, matched mixture by 10.0 points beats CPMM, judged" in text
+    assert "Worse: k-means by 8.0 points, my_model by 30.0 points. Not" in text
     assert "- Not there: spectral (Fréchet), spectral (overlap), curriculum mixture" in text
     assert f"Density, bits per dimension: {RULES['density']}" in text
 
@@ -180,6 +198,75 @@ def test_a_single_seed_is_not_judged(make):
         "In density (bits per dimension) no row is judged, one seed: teacher 0.500 better" in text
     )
     assert "beats" not in text
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "kind"),
+    [
+        ([2.0, 2.1, 2.2], [1.9, 1.91, 1.92], "level"),  # 3.3 standard errors, 2 degrees of freedom
+        ([2.0, 2.2], [1.8, 1.9], "level"),
+        ([2.141, 2.148, 2.134, 2.15, 2.136], [2.026, 2.032], "better"),
+        ([2.141, 2.148, 2.134, 2.15, 2.136], [2.24, 2.26, 2.25], "worse"),
+        ([2.0, 2.0], [2.1, 2.1], "worse"),
+        ([2.0, 2.0], [2.0, 2.0], "level"),
+        ([2.0, 2.1, 2.2], [1.0], "single"),
+        ([2.0], [1.0, 1.1], "single"),
+    ],
+)
+def test_few_seeds_must_differ_by_more(own, other, kind):
+    rows = [("cpmm", own), ("gaussian", other)]
+    trials = [trial(model, s, x) for model, xs in rows for s, x in enumerate(xs)]
+    found = compare.judge(compare.compare(make_frame(trials), {"models": {}}), "density")
+    gain = np.mean(own) - np.mean(other)
+    assert {k: v for k, v in found.items() if v} == {kind: [("one Gaussian", pytest.approx(gain))]}
+    if min(np.ptp(own), np.ptp(other)) > 0:
+        p = ttest_ind(own, other, equal_var=False).pvalue
+        assert (p < compare.LEVEL) == (kind in ("better", "worse"))
+
+
+def test_costs_are_medians_and_one_slow_trial_changes_none(make):
+    names = ("seconds", "seconds_10k", "memory_gb")
+    slow = [
+        row | {"memory_gb": 1.0}
+        | {name: 1e6 for name in names if row["model"] == "cpmm" and row["seed"] == 1}
+        for row in TRIALS
+    ]  # fmt: skip
+    _, rows, shown, text = run(*make(slow))
+    assert [float(rows["cpmm"][f"{name}_median"]) for name in names] == [300, 0.5, 1]
+    assert shown["EiNet (large)"]["training"] == "15 min (3.0×)"
+    assert "Costs are medians over the seeds" in text
+    own = make_frame([row for row in slow if row["model"] == "cpmm"])
+    figure = compare.draw(compare.compare(own, {"models": {}}), "nats")
+    assert [axes.collections[0].get_segments()[0][0][0] for axes in figure.axes] == [1000, 0.5]
+
+
+def test_figures_of_some_seeds_only_say_of_how_many(make):
+    trials = [
+        row
+        | {"auroc": 0.5 + 0.1 * row["seed"] if row["seed"] < 2 else None, "memory_gb": 1.0}
+        | ({"seconds_10k": None, "memory_gb": None} if row["seed"] == 0 else {})
+        for row in TRIALS
+    ]
+    _, rows, shown, text = run(*make(trials))
+    own = shown["CPMM"]
+    assert own["AUROC, mixture's space, %"] == "55.0 ± 7.1 (2 of 3 seeds)"
+    assert own["10,000 densities"] == "0.50 s (1.0×) (2 of 3 seeds)"
+    assert own["memory, GB"] == "1 (2 of 3 seeds)"
+    assert own["training"] == "5.0 min (1.0×)"
+    assert (rows["cpmm"]["auroc_n"], rows["cpmm"]["seconds_n"]) == ("2", "3")
+    assert shown["CNF (MLP)"]["AUROC, mixture's space, %"] == "50.0"  # of the one that finished
+    assert rows["teacher"]["auroc_n"] == ""
+    assert "their number stands behind it" in text
+
+
+def test_what_is_measured_otherwise_is_said(make):
+    trials = [row | {"memory_gb": 1.0} for row in (*TRIALS, trial("vade", 0, accuracy=0.5))]
+    folder, config = make(trials)
+    text = run(folder, config)[3]
+    assert "- VaDE: of raw grey levels k / (n - 1), without the others' dequantization" in text
+    assert "are over seeds only; all rows have the same test points" in text
+    assert "above what it held before" in text
+    assert "grey levels" not in run(*make())[3]
 
 
 def test_failures_stay_with_their_reason(made):
@@ -246,7 +333,7 @@ def test_columns_that_a_sweep_lacks_are_no_error(make):
     columns = ["model", "seed", "status", "density"]
     trials = [trial("gaussian", 0, -1.5), trial("cpmm", 0, status="lost")]
     _, rows, shown, text = run(*make(trials, columns=columns))
-    assert rows["gaussian"]["n_parameters"] == rows["gaussian"]["seconds_mean"] == ""
+    assert rows["gaussian"]["n_parameters"] == rows["gaussian"]["seconds_median"] == ""
     assert shown["one Gaussian"]["density"] == "−1.500"
     assert "In density (bits per dimension) CPMM has no figure" in text
     assert "CPMM, 1 of 1: seed 0: lost: no reason recorded" in text
@@ -281,6 +368,47 @@ def test_a_sweep_that_is_missing_is_named_with_its_command(make):
 
 
 @pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["data.noise_seed=9"], r"trial 1 \(kmeans, seed 0\) is of another configuration than"),
+        (["cpmm.noise=0.123"], r"trial 4 \(cpmm, seed 0\) is of another configuration than"),
+        (["baselines.einet_large.batch_size=77"],
+         r"trial 10 \(einet_large, seed 0\) is of another configuration than"),
+        (["ood@evaluation.ood=mnist"], r"trial 1 \(kmeans, seed 0\) is of another configuration"),
+    ],
+)  # fmt: skip
+def test_trials_of_another_configuration_are_refused(make, overrides, said):
+    folder, config = make()
+    other = compose_preset("digits", overrides)
+    other = other | {"baselines": compose()["baselines"] | other["baselines"]}
+    with pytest.raises(ValueError, match=rf"{said}.*run the sweep table1 of this preset again"):
+        compare.read_trials(compare.trials_of(folder), other)
+    assert len(compare.read_trials(compare.trials_of(folder), config)) == len(TRIALS)
+
+
+def test_trials_without_fingerprint_or_of_an_unknown_model_are_refused(make):
+    folder, config = make([trial("cpmm", 0, 2.0) | {"fingerprint": ""}])
+    again = "run the sweep table1 of this preset again.*preset=digits sweep=table1"
+    with pytest.raises(ValueError, match=rf"\(cpmm, seed 0\) has no fingerprint .*{again}"):
+        compare.main(folder, config)
+    path = compare.trials_of(folder)
+    for model in ("cpmm", "unknown"):
+        path.write_text(f"model,seed,status\n{model},0,finished\n")
+        with pytest.raises(ValueError, match=rf"\({model}, seed 0\) has no fingerprint .*{again}"):
+            compare.read_trials(path, config)
+    path.write_text("model,seed,status,fingerprint\nunknown,0,finished,0f\n")
+    with pytest.raises(ValueError, match=r"\(unknown, seed 0\) is of another configuration"):
+        compare.read_trials(path, config)
+
+
+def test_a_configuration_that_was_written_and_read_has_the_sweeps_fingerprints(make):
+    folder, config = make()
+    read = yaml.safe_load((folder / "config.yaml").read_text())
+    for row in TRIALS:
+        assert marked(row, read) == marked(row, config)
+
+
+@pytest.mark.parametrize(
     ("old", "new", "said"),
     [
         ("2.2,0.82", "two,0.82", r"trial 6 \(cpmm, seed 2\): could not convert .*two"),
@@ -293,18 +421,18 @@ def test_a_sweep_that_is_missing_is_named_with_its_command(make):
         ("cpmm,2,finished", "cpmm,finished", "as many values as there are columns"),
         ("model,seed", "part,seed", "lacks the columns model"),
         ("300.0,1000", "-300.0,1000", r"seconds is -300\.0, below 0"),
-        ("model=my_model\n", "model=my", "its last line is cut short"),
+        ("\n", "", "its last line is cut short"),
     ],
 )
 def test_what_is_damaged_is_said(make, old, new, said):
-    folder, _ = make()
+    folder, config = make()
     path = compare.trials_of(folder)
-    text = path.read_bytes().decode().replace("\r\n", "\n")
+    text = path.read_text()
     assert old in text
     where = text.rindex(old)
     path.write_text(text[:where] + new + text[where + len(old) :])
     with pytest.raises(ValueError, match=rf"trials\.csv is damaged: .*{said}.*sweep=table1"):
-        compare.read_trials(path)
+        compare.read_trials(path, config)
 
 
 def test_other_damage_is_said_too(make):
@@ -313,7 +441,7 @@ def test_other_damage_is_said_too(make):
     for content in (b"", b"model,seed,status\n", b"\xff\xfe\x00", b'model,seed,status\n"a,1,'):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"trials\.csv is damaged"):
-            compare.read_trials(path)
+            compare.read_trials(path, config)
     make()
     (folder / "metrics.json").write_text("{}")
     with pytest.raises(ValueError, match="is not what was evaluated"):

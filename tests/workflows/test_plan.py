@@ -3,6 +3,7 @@
 import math
 import shlex
 from collections import Counter
+from contextlib import nullcontext
 from functools import cache
 
 import pandas as pd
@@ -12,7 +13,7 @@ from conftest import ROOT
 
 from workflows.compose import compose_preset, split_preset
 from workflows.stage import code_fingerprint
-from workflows.sweep import _is_own
+from workflows.sweep import _is_own, run_sweep
 from workflows.sweeps import plan
 from workflows.sweeps.plan import make_trial, plan_trials, set_option, shorten, suggested_trial
 from workflows.sweeps.table import check_claims
@@ -255,6 +256,46 @@ def test_a_search_over_what_cannot_be_is_refused_before_anything_runs(kind, opti
     space = {option: {"choice": choice}}
     with pytest.raises(ValueError, match=option.rpartition(".")[2]):
         plan_trials("digits", sweep(search=search(kind, space=space)), [], [], "code")
+
+
+@pytest.mark.parametrize(
+    ("models", "n_workers", "changes", "said"),
+    [
+        (["cpmm"], 2, {}, None),
+        (["cpmm", "matched", "vade"], 1, {}, None),
+        (["cpmm", "matched", "einet_matched"], 2, {},
+         r"ray\.workers is 2, .* sweep own has model einet_matched, matched: set ray\.workers=1"),
+        (["cpmm", "matched"], 1, {"scheduler": {"kind": "asha"}}, None),
+        *((["cpmm", model], 1, {"scheduler": {"kind": "asha"}},
+           rf"sweep\.scheduler\.kind is 'asha', .* model {model} has none: leave it out")
+          for model in plan.NO_DENSITY),
+        (["kmeans"], 1, {"search": search("random")}, None),
+        (["kmeans"], 1, {"search": search("optuna")},
+         r"sweep\.search\.kind is 'optuna', .* model kmeans has none: leave it out"),
+        (["cpmm"], 1,
+         {"search": search("optuna", space={"model": {"choice": ["cpmm", "vade", "matched"]}})},
+         r"sweep\.search\.kind is 'optuna', .* model vade has none"),
+    ],
+)  # fmt: skip
+def test_models_that_cannot_be_trained_or_compared_are_refused(
+    models, n_workers, changes, said, config
+):
+    trials = [make_trial("digits", (), 0, [], {**config, "model": m}, "code") for m in models]
+    with nullcontext() if said is None else pytest.raises(ValueError, match=f"^{said}"):
+        plan.check_models(trials, sweep(**changes), n_workers)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["sweep=seeds", "model=matched", "ray.workers=2"], r"ray\.workers is 2"),
+        (["sweep=optuna", "model=vade"], r"sweep\.scheduler\.kind is 'asha'"),
+        (["sweep=optuna", "sweep.scheduler.kind=fifo", "model=vade"], r"search\.kind is 'optuna'"),
+    ],
+)
+def test_a_sweep_of_models_that_cannot_be_is_refused_when_it_is_planned(overrides, said):
+    with pytest.raises(ValueError, match=said):
+        run_sweep(overrides, only_plan=True)
 
 
 def test_a_random_search_is_decided_by_its_seed():

@@ -55,6 +55,16 @@ def test_a_clone_has_all_after_a_pull_and_nothing_to_do(clone):
     assert 1 < float(run(clone, sys.executable, "-c", code)) < 3
 
 
+def test_git_carries_no_file_of_an_artifact():
+    stages = yaml.safe_load((ROOT / "dvc.lock").read_text())["stages"]
+    outs = [out["path"] for stage in stages.values() for out in stage.get("outs", [])]
+    carried = subprocess.run(
+        ["git", "ls-files", "--cached", "data"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    folders = tuple(f"{path}/" for path in outs)
+    assert not [path for path in carried if path.startswith(folders)]
+
+
 def test_the_remote_in_the_repository_is_small_and_holds_what_the_lock_names_and_no_more():
     files = [path for path in (ROOT / "data" / "remote").rglob("*") if path.is_file()]
     sizes = [path.stat().st_size for path in files]

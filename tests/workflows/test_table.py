@@ -3,12 +3,14 @@
 import io
 import json
 import shlex
+from functools import cache
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from workflows.sweeps.plan import Trial, shorten, show
+from workflows.compose import compose_preset
+from workflows.sweeps.plan import Trial, make_trial, shorten, show
 from workflows.sweeps.table import (
     best_line,
     best_trial,
@@ -24,11 +26,16 @@ from workflows.sweeps.table import (
 UNIT = "bits per dimension"
 
 
+@cache
+def compose(*overrides):
+    return compose_preset("digits", overrides)
+
+
 def trial(seed, **row):
     words = [f"cpmm.{name}={value}" for name, value in row.items()]
     overrides = (*words, "data.options.path='a b.csv'", f"cpmm.seed={seed}")
     row = tuple((name, str(value)) for name, value in row.items())
-    return Trial("digits", row, seed, overrides, {"name": "digits"}, f"{row}{seed}")
+    return Trial("digits", row, seed, overrides, compose(), f"{row}{seed}")
 
 
 def finished(validation, density, accuracy=None):
@@ -122,6 +129,25 @@ def test_trials_have_one_line_each(results):
     for (item, _), command in zip(results, table["command"], strict=True):
         words = shlex.split(command)
         assert words == ["python", "workflows/trial.py", "preset=digits", *item.overrides]
+
+
+def test_a_trials_fingerprint_is_of_its_options_and_not_of_the_code():
+    def marks(*overrides, code="a", seeds=(0,)):
+        trials = [make_trial("digits", (), s, overrides, compose(*overrides), code) for s in seeds]
+        return trials_table([(t, failed()) for t in trials])["fingerprint"].tolist()
+
+    same = marks("model=gaussian")
+    assert same == marks("model=gaussian", code="b") == marks("model=gaussian", "name=other")
+    others = [
+        *marks("model=gaussian", seeds=(1, 2)),
+        *marks("model=gmm_full"),
+        *marks("model=gaussian", "data.noise_seed=9"),
+        *marks("seed=1"),
+        *marks("cpmm.noise=0.123"),
+        *marks("ood@evaluation.ood=mnist"),
+        *marks(),
+    ]
+    assert len({*same, *others}) == 1 + len(others)
 
 
 def test_the_best_is_chosen_by_validation_alone(results):

@@ -1,9 +1,12 @@
 """One trial, without Ray: the same mixture as the pipeline's stages make."""
 
 import json
+import os
 import shutil
 import sys
+import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY
@@ -11,7 +14,6 @@ from conftest import TINY
 from cpmm.artifact import load_header
 from cpmm.mixture import Mixture
 from workflows import (
-    baselines,
     build_spaces,
     extract_mixture,
     prepare_data,
@@ -23,7 +25,7 @@ from workflows.compose import compose_preset
 from workflows.score import Scorer
 from workflows.stage import pick
 from workflows.sweeps.inputs import locate_inputs, open_inputs
-from workflows.trial import explain, run_trial, summarize
+from workflows.trial import explain, peak_memory, run_trial, summarize
 
 SMALL = [
     *TINY, "data.n_train=150", "spaces.n_spaces=3", "teacher.flow_matching_epochs=1",
@@ -110,7 +112,8 @@ def test_a_record_holds_the_scores_of_the_mixture(finished, home):
     _, factor, offset = data.preprocessing.density_unit
     assert record["validation"] == pytest.approx(float(factor * nats.mean() + offset), rel=1e-12)
     assert record["steps"] == (4 if overrides == ALONE else 5) * 3  # epochs of three batches
-    assert all(record[cost] > 0 for cost in COSTS)
+    assert min(record["seconds"], record["seconds_10k"]) > 0
+    assert 0 <= record["memory_gb"] < 1  # of the training, without torch and the data
     json.dumps(record, allow_nan=False)
     line = summarize(record, "bits per dimension")
     assert line.startswith(f"validation {record['validation']:.4f}, test ")
@@ -150,10 +153,14 @@ def test_a_trial_that_diverges_says_where_and_why(overrides, run):
     assert not (scratch / "mixture").exists()
 
 
-def test_a_mixture_without_a_finite_density_diverged(run, monkeypatch):
-    scores = baselines.score_baseline
-    nan = {"density": float("nan")}
-    monkeypatch.setattr(baselines, "score_baseline", lambda *arguments: scores(*arguments) | nan)
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_a_mixture_without_a_finite_density_diverged(split, run, monkeypatch):
+    density = Scorer.density
+
+    def broken(self, log_prob):
+        return density(self, log_prob if self.split != split else log_prob * float("nan"))
+
+    monkeypatch.setattr(Scorer, "density", broken)
     record, _ = run(*ALONE)
     assert record["status"] == "diverged"
     assert "density of the trained model is not finite" in record["reason"]
@@ -191,6 +198,45 @@ def test_resumed_equals_uninterrupted(finished, run):
         for kind in ("safetensors", "json"):
             files = [f / name / f"{name}.{kind}" for f in (uninterrupted, scratch)]
             assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_the_time_of_processes_that_were_cut_counts(run, tmp_path):
+    checkpoint = tmp_path / "trial" / "last.ckpt"
+    seen = []
+
+    def kill(module):
+        seen.append(module.current_epoch)
+        if seen == [0]:
+            time.sleep(0.2)
+        if seen in ([0, 1], [0, 1, 1, 2]):
+            raise Kill
+
+    with pytest.raises(Kill):
+        run(*ALONE, listeners=[kill])
+    state = torch.load(checkpoint, weights_only=True)
+    assert state["seconds"] >= 0.2
+    torch.save(state | {"seconds": state["seconds"] + 10_000}, checkpoint)
+    with pytest.raises(Kill):
+        run(*ALONE, listeners=[kill])
+    spent = torch.load(checkpoint, weights_only=True)["seconds"]
+    assert spent > 10_000.2
+    record, _ = run(*ALONE, listeners=[kill])
+    assert seen == [0, 1, 1, 2, 2, 3]
+    assert spent < record["seconds"] < 20_000
+
+
+@pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="this system tells no peak of memory"
+)
+def test_memory_is_what_is_taken_beyond_what_is_there():
+    held = np.ones(300 * 2**20, np.uint8)
+    with peak_memory() as nothing:
+        pass
+    with peak_memory() as found:
+        np.ones(300 * 2**20, np.uint8)  # dropped at once: the peak counts
+    assert held.all()
+    assert nothing["gb"] < 0.1
+    assert found["gb"] == pytest.approx(300 / 1024, abs=0.1)
 
 
 def test_listeners_hear_every_epoch_and_quiet_is_quiet(run, capsys):
@@ -259,3 +305,50 @@ def test_a_failed_command_leaves_no_mixture_of_an_earlier_one(root, monkeypatch)
         command(monkeypatch, *SMALL, "cpmm.learning_rate=1e6", "cpmm.gradient_clip=1e9")
     assert json.loads((out / "record.json").read_text())["status"] == "diverged"
     assert not (out / "mixture").exists()
+
+
+@pytest.fixture
+def untrained(monkeypatch):
+    """Whatever is trained fails the test."""
+    monkeypatch.setattr(trial, "run_trial", lambda *arguments: pytest.fail("it was trained"))
+
+
+def fail(monkeypatch, capsys, *arguments):
+    """Run a command that must fail; return the one line it says."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        command(monkeypatch, *arguments)
+    assert end.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("trial: error: ")
+    return line
+
+
+@pytest.mark.usefixtures("untrained")
+def test_the_command_takes_the_place_of_trials_only(root, monkeypatch, capsys):
+    out = root / "kept"
+    (out / "mixture").mkdir(parents=True)
+    (out / "mixture" / "mixture.json").write_text("another's")
+    line = fail(monkeypatch, capsys, *SMALL, "--out", str(out))
+    assert f"{out} has a mixture and no record.json of a trial" in line
+    assert line.endswith("choose another folder with --out")
+    assert [path.name for path in out.rglob("*")] == ["mixture", "mixture.json"]
+    assert (out / "mixture" / "mixture.json").read_text() == "another's"
+
+
+@pytest.mark.usefixtures("untrained")
+def test_the_command_misses_another_data_set_before_it_trains(root, monkeypatch, capsys):
+    path = root / "nowhere.npy"
+    line = fail(
+        monkeypatch, capsys, *SMALL, "ood@evaluation.ood=npy", f"evaluation.ood.options.path={path}",
+        "evaluation.ood.options.levels=17", "evaluation.ood.name=other",
+    )  # fmt: skip
+    assert str(path) in line
+    assert "evaluation.ood=null" in line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_the_command_wants_no_gpu_where_there_is_none(root, monkeypatch, capsys):
+    line = fail(monkeypatch, capsys, *SMALL, *ALONE, "trainer.accelerator=gpu")
+    assert line.endswith("Set trainer.accelerator and trainer.devices to what this machine has.")
+    assert not (root / "data" / "digits" / "trial" / "record.json").exists()

@@ -13,6 +13,7 @@ import numpy as np
 
 from workflows.compose import compose_preset, flatten
 from workflows.marks import mark_model, marks_of_inputs
+from workflows.schema import BASELINES
 from workflows.stage import Config, fingerprint
 
 SECTIONS = ("name", "seeds", "overrides", "parts", "search", "scheduler", "claims")
@@ -24,8 +25,9 @@ METRICS = ("validation", "density", "accuracy", "nmi", "ari", "purity", "failed"
 TAKEN = {
     "part", "row", "n", "n_failed", "n_stopped", "seed", "seeds", "status", *METRICS, "steps",
     "seconds", "seconds_10k", "memory_gb", "n_parameters", "auroc", "aupr", "auroc_data",
-    "aupr_data", "reason", "command", "failures",
+    "aupr_data", "reason", "command", "fingerprint", "failures",
 }  # fmt: skip
+NO_DENSITY = ("autoencoder", "kmeans", "vade")  # kinds of conf/baselines/
 DISTRIBUTIONS = ("uniform", "loguniform", "integer", "choice")
 
 
@@ -218,6 +220,35 @@ def check(sweep: Config) -> None:
         _check_distribution(option, distribution)
     if search["kind"] == "optuna" and sweep["seeds"] > 1:
         raise ValueError("an optuna search trains each suggestion once: set sweep.seeds=1")
+
+
+def check_models(trials: Sequence[Trial], sweep: Config, n_workers: int) -> None:
+    """Check that a sweep's models can be trained and compared as it is to do.
+
+    Args:
+        trials: All of the sweep; for a searcher, the one that it changes.
+        sweep: The section ``sweep``.
+        n_workers: ``ray.workers``.
+
+    Raises:
+        ValueError: If not; names the models.
+    """
+    search, asha = sweep["search"], sweep["scheduler"]["kind"] == "asha"
+    models = {trial.config["model"] for trial in trials}
+    if search["kind"] == "optuna" and "model" in search["space"]:
+        models = set(map(str, search["space"]["model"]["choice"]))
+    if n_workers > 1 and (others := sorted(models - {"cpmm"})):
+        raise ValueError(
+            f"ray.workers is {n_workers}, but workers train together cpmm alone, and sweep {sweep['name']} has "
+            f"model {', '.join(others)}: set ray.workers=1, or leave it out"
+        )
+    blind = sorted(model for model in models if BASELINES.get(model) in NO_DENSITY)
+    if blind and (asha or search["kind"] == "optuna"):
+        by = "scheduler.kind is 'asha'" if asha else "search.kind is 'optuna'"
+        raise ValueError(
+            f"sweep.{by}, which compares trials by validation density, but model {', '.join(blind)} has none: "
+            "leave it out, or set sweep.search.kind to grid or random and sweep.scheduler.kind=fifo"
+        )
 
 
 def _check_numbers(sweep: Config) -> None:

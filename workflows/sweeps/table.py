@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from workflows.stage import Config
+from workflows.marks import mark_model
+from workflows.stage import Config, fingerprint
 from workflows.sweeps.plan import METRICS, Trial, show
 from workflows.trial import SCORES, explain
 
@@ -25,8 +26,13 @@ HIGHER = ("accuracy", "nmi", "ari", "purity")
 FAILED = ("diverged", "failed", "lost")
 
 
+def mark_options(config: Config) -> str:
+    """Fingerprint of what a trial's row is of: all that trains and scores it, but for the code."""
+    return fingerprint(mark_model(config), config["evaluation"]["ood"])
+
+
 def trials_table(results: Results) -> pd.DataFrame:
-    """One row a trial: its axes, seed, status, scores, and the command that repeats it."""
+    """One row a trial: its axes, seed, fingerprint, status, scores, and the command that repeats it."""
     rows = []
     for trial, record in results:
         test = record.get("test") or {}
@@ -34,6 +40,7 @@ def trials_table(results: Results) -> pd.DataFrame:
             {
                 **dict(trial.row),
                 "seed": trial.seed,
+                "fingerprint": mark_options(trial.config),
                 "status": record["status"],
                 "validation": record.get("validation"),
                 **{score: test.get(score) for score in SCORES if score in test},
@@ -139,15 +146,15 @@ def markdown(
         s for s in ("validation", *SCORES) if f"{s}_mean" in rows and s not in ("ari", "purity")
     ]
     header = [*axes, "seeds", *scores, "failures"]
-    lines += [_line(header), _line(["---"] * len(header))]
-    lines += [_line(cells) for cells in cells_of(rows, axes, scores)]
+    lines += [write_line(header), write_line(["---"] * len(header))]
+    lines += [write_line(cells) for cells in cells_of(rows, axes, scores)]
     if claims:
         lines += ["", "## The paper's claims", ""]
-        lines += [_line(["claim", "paper", "here", "holds"]), _line(["---"] * 4)]
+        lines += [write_line(["claim", "paper", "here", "holds"]), write_line(["---"] * 4)]
         for claim in claims:
             paper = f"{claim['paper']['worse']} → {claim['paper']['better']}"
             ours = f"{claim['ours']['worse']} → {claim['ours']['better']}"
-            lines.append(_line([claim["claim"], paper, ours, claim["holds"]]))
+            lines.append(write_line([claim["claim"], paper, ours, claim["holds"]]))
     return "\n".join([*lines, "", best, ""])
 
 
@@ -161,6 +168,11 @@ def cells_of(rows: pd.DataFrame, axes: Sequence[str], scores: Sequence[str]) -> 
         note = "; ".join(filter(None, (failed, stopped)))
         cells.append([*(str(row[a]) for a in axes), str(row["n"]), *numbers, note])
     return cells
+
+
+def write_line(cells: Sequence[str]) -> str:
+    """Write a line of a Markdown table."""
+    return "| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |"
 
 
 def terminal_table(title: str, rows: pd.DataFrame) -> Any:
@@ -280,7 +292,3 @@ def _mean_sd(row: pd.Series, score: str) -> str:
     factor, digits = (100, 1) if score in PERCENT else (1, 3)
     text = f"{factor * mean:.{digits}f}"
     return text if pd.isna(sd) else f"{text} ± {factor * sd:.{digits}f}"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |"

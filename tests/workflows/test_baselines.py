@@ -252,7 +252,7 @@ def test_the_matched_mixture_is_that_of_em_where_it_is_likelier(rings, tmp_path)
         )  # fmt: skip
         of_start = first.to(torch.float64).log_prob(validation).mean()
         got = fitted.log_prob(validation)
-    assert found.best_iteration > 2  # after the last of Adam's steps
+    assert found.best_iteration > 0
     assert fitted.ended == {"best_epoch": found.best_iteration, "steps": len(found.history) - 1}
     assert got.mean() > of_start
     expected = Mixture(found.best.to(torch.float32), first.cluster_sizes).to(torch.float64)

@@ -59,7 +59,11 @@ def test_git_carries_no_file_of_an_artifact():
     stages = yaml.safe_load((ROOT / "dvc.lock").read_text())["stages"]
     outs = [out["path"] for stage in stages.values() for out in stage.get("outs", [])]
     carried = subprocess.run(
-        ["git", "ls-files", "--cached", "data"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["git", "ls-files", "--cached", "data"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.splitlines()
     folders = tuple(f"{path}/" for path in outs)
     assert not [path for path in carried if path.startswith(folders)]

@@ -4,8 +4,8 @@
     python workflows/paper.py mnist fashion_mnist --out docs/results/paper
 
 Tables 1 and 3 have the paper's column, that of small measured anchors, and one for each preset; "-" stands where
-nothing was measured. Figures 2, 4 and 5 are those that evaluate drew. A sweep of a preset that has a single row,
-such as one over seeds, is a column of its own, with mean and standard deviation.
+nothing was measured. Figures 2, 4 and 5 are those that evaluate drew. A preset's sweep of models,
+``table1``, or of a single row, such as one over seeds, is a column of its own, with mean and standard deviation.
 """
 
 from __future__ import annotations
@@ -35,12 +35,18 @@ FIGURES = (
     (5, "trajectories", "fashion_mnist"),
 )
 PERCENT = ("accuracy", "auroc", "aupr", "aupr_out")
+# Models of a sweep by the names that evaluate gives the same models.
+EVALUATED = {
+    "matched": "matched_mixture",
+    "spectral_frechet": "direct_mixture",
+    "gaussian": "full_gaussian",
+}
 DETECTION = {"auroc": "AUROC", "aupr": "AUPR", "aupr_out": "AUPR out"}
 
 
 @dataclass(frozen=True)
 class Column:
-    """What was measured in one evaluation, or in a sweep's row over seeds.
+    """What was measured in one evaluation, or in a sweep.
 
     Attributes:
         name: Of the preset, and of the sweep if there is one.
@@ -97,7 +103,7 @@ def read_preset(folder: Path) -> Column:
 
 
 def read_sweeps(folder: Path) -> list[Column]:
-    """Read the sweeps of a preset that have a single row: the same options over seeds.
+    """Read a preset's sweeps of models, such as ``table1``, and those of a single row: CPMM over seeds.
 
     Raises:
         ValueError: If a table is damaged, or not the one that its metrics were written with.
@@ -106,18 +112,22 @@ def read_sweeps(folder: Path) -> list[Column]:
     for path in sorted((folder / "sweep").glob("*.csv")):
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-        if len(rows) != 1:
+        if not rows or (len(rows) > 1 and "model" not in rows[0]):
             continue
-        row = rows[0]
+        values, counts, agree = {}, [], True
         try:
-            told = json.loads(path.with_suffix(".json").read_text())["rows"][row["row"]]
-            values = {
-                ("cpmm", metric): (float(row[f"{metric}_mean"]), _number(row[f"{metric}_sd"]))
-                for metric in ("density", "accuracy")
-                if row.get(f"{metric}_mean")
-            }
-            agree = all(told[f"{key[1]}_mean"] == value for key, (value, _) in values.items())
-            done = int(row["n"]) - int(row["n_failed"]) - int(row["n_stopped"])
+            told = json.loads(path.with_suffix(".json").read_text())["rows"]
+            for row in rows:
+                model = row.get("model") or "cpmm"
+                for metric in ("density", "accuracy"):
+                    if row.get(f"{metric}_mean"):
+                        mean = float(row[f"{metric}_mean"])
+                        values[EVALUATED.get(model, model), metric] = (
+                            mean,
+                            _number(row[f"{metric}_sd"]),
+                        )
+                        agree &= told[row["row"]][f"{metric}_mean"] == mean
+                counts.append(int(row["n"]) - int(row["n_failed"]) - int(row["n_stopped"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path} and its .json are no table of a sweep ({error!r}): run the sweep again"
@@ -128,7 +138,9 @@ def read_sweeps(folder: Path) -> list[Column]:
             )
         if values:
             name = f"{folder.name}, sweep {path.stem}"
-            note = f"mean ± standard deviation over {done} seeds of the CPMM, test points"
+            done = "-".join(str(n) for n in sorted({min(counts), max(counts)}))
+            many = "" if done == "1" else "s"
+            note = f"mean ± standard deviation over {done} seed{many}, test points"
             columns.append(Column(name, data_of(folder.name), values, None, note))
     return columns
 

@@ -24,7 +24,7 @@ class Figure:
         data: Data set that is modelled.
         outside: Data set that is told from it, Table 3 only.
         row: Name of the row.
-        model: What this project calls the model in ``metrics.json``; empty if it has none.
+        model: What this project calls the model, in ``metrics.json`` or else in the sweep ``table1``; empty if it has none.
         space: Space of the densities, "data" or "mixture"; empty if it is not stated.
         metric: density, accuracy, auroc or aupr.
         paper: As printed, None if the paper has none.

@@ -67,9 +67,10 @@ def add_preset(root, preset, name=None, ood=None, **options):
     return folder
 
 
-def add_sweep(folder, name, rows):
+def add_sweep(folder, name, rows, models=False):
     table = [
-        {
+        ({"part": "clusters", "model": label.split()[-1]} if models else {})
+        | {
             "seed_of": "cpmm.seed", "row": label, "n": 5, "n_failed": 1, "n_stopped": 0,
             "density_mean": density, "density_sd": 0.01, "accuracy_mean": 0.8, "accuracy_sd": 0.02,
         }
@@ -105,10 +106,17 @@ def test_every_figure_of_the_paper_is_there_once():
         found = [f for f in figures if f.table == 1 and f.data == data and f.paper is not None]
         assert len(found) == n
     assert sum(f.table == 3 and f.paper is not None for f in figures) == 8
-    assert {f.model for f in figures} <= {
+    evaluated = {
         "", "cpmm", "teacher", "direct_mixture", "matched_mixture", "full_gaussian", "groups", "kmeans",
         "refined_mixture",
     }  # fmt: skip
+    trials = {path.stem for path in (ROOT / "conf" / "baselines").glob("*.yaml")}
+    assert {f.model for f in figures} <= evaluated | trials
+    # Every row of the sweep has one of Table 1.
+    known = {f.model for f in figures if f.table == 1}
+    assert {paper.EVALUATED.get(row, row) for row in trials} <= known
+    assert set(paper.EVALUATED) <= trials
+    assert set(paper.EVALUATED.values()) <= evaluated
     assert data_of("fashion_mnist_map") == "fashion_mnist"
     assert data_of("mnist_small") == "mnist"
     assert data_of("digits") is None
@@ -122,6 +130,11 @@ def test_tables_hold_what_was_measured_and_a_dash_for_the_rest(root, tmp_path):
     (root / "digits" / "metrics.json").write_text("{")
     add_sweep(folder, "seeds", {"mnist": 2.5})
     add_sweep(folder, "table2", {"a": 1.5, "b": 1.4})
+    models = {
+        "clusters cpmm": 2.4, "clusters matched": 2.3, "clusters spectral_overlap": 2.2,
+        "clusters vade": "", "densities einet_large": 1.9,
+    }  # fmt: skip
+    add_sweep(folder, "table1", models, models=True)
     out = tmp_path / "out"
     lines = paper.write_paper(paper.evaluated_presets(root), out)
     text = (out / "table1.md").read_text()
@@ -132,6 +145,14 @@ def test_tables_hold_what_was_measured_and_a_dash_for_the_rest(root, tmp_path):
     assert own["mnist, sweep seeds BPD"] == "2.500 ± 0.010"
     assert own["mnist, sweep seeds Acc."] == "80.00 ± 2.00"
     assert "table2" not in text
+    by_model = {name: row["mnist, sweep table1 BPD"] for name, row in mnist.items()}
+    assert {name: value for name, value in by_model.items() if value != "-"} == {
+        "CPMM": "2.400 ± 0.010",
+        "Matched GMM": "2.300 ± 0.010",
+        "GMM w/ S.Clust., by overlap (not in the paper)": "2.200 ± 0.010",
+        "EiNet (Large)": "1.900 ± 0.010",
+    }
+    assert mnist["VADE"]["mnist, sweep table1 Acc."] == "80.00 ± 2.00"
     assert mnist["VADE"]["paper Acc."] == "94.50"
     assert mnist["one full Gaussian (not in the paper)"]["mnist BPD"] == "2.013"
     assert mnist["one full Gaussian (not in the paper)"]["anchor BPD"] == "2.012"

@@ -139,8 +139,9 @@ def read_sweeps(folder: Path) -> list[Column]:
         if values:
             name = f"{folder.name}, sweep {path.stem}"
             done = "-".join(str(n) for n in sorted({min(counts), max(counts)}))
-            many = "" if done == "1" else "s"
-            note = f"mean ± standard deviation over {done} seed{many}, test points"
+            note = f"mean ± standard deviation over {done} seeds, test points"
+            if done == "1":
+                note = "one seed, test points"
             columns.append(Column(name, data_of(folder.name), values, None, note))
     return columns
 

@@ -237,7 +237,7 @@ def score(flow: Flow, config: Config, data: DataSplits) -> dict[str, Any]:
     finally:
         hook.remove()
         flow.solver = training_solver
-    density = scorer.density(lambda _: log_prob)
+    density = scorer.density(log_prob)
     if not math.isfinite(density["density"]):
         raise FloatingPointError("the density of the test points is not finite")
     return {**density, "n_points": len(log_prob), "calls_per_batch": n_calls / len(batches)}

@@ -94,7 +94,8 @@ def test_the_mean_score_of_the_test_split_is_the_reported_density(made, cpmm, tm
     np.save(tmp_path / "test.npy", data.raw["test"].numpy())
     _, printed, _ = cpmm("score", made / "rings" / "mixture", tmp_path / "test.npy")
     mixture = FittedMixture.load(made / "rings" / "mixture").mixture
-    reported = Scorer(data, "test").density(mixture.log_prob)["density"]
+    score = Scorer(data, "test")
+    reported = score.density(mixture.log_prob(score.z))["density"]
     assert pd.read_csv(io.StringIO(printed)).iloc[:, 1].mean() == pytest.approx(reported, rel=1e-12)
 
 

@@ -7,12 +7,14 @@ solvers, trajectories and the teacher see one layout.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 
 class Sine(nn.Module):
@@ -184,6 +186,44 @@ class SeparateFields(nn.Module):
         return torch.cat(
             [field(t, row) for field, row in zip(self.fields, h.split(1), strict=True)]
         )
+
+
+class VaryingField(nn.Module):
+    """A field whose weights vary with time: linearly between knots that are evenly spaced over [0, 1].
+
+    A neural ODE of varying depth (Massaroli et al., 2020, "Dissecting neural ODEs", section 3.1, here with
+    hat functions as the basis). The paper's field has one set of weights for all pseudotimes; with n sets a
+    call costs as much, and there are n times as many weights to tell the components of a trajectory
+    apart. All knots start from the weights of ``field``, so that training starts as it does without them.
+
+    Args:
+        field: Gives the kind of field and the start of its weights.
+        n_knots: Sets of weights, at least 2.
+    """
+
+    def __init__(self, field: nn.Module, n_knots: int) -> None:
+        super().__init__()
+        if n_knots < 2:
+            raise ValueError(f"weights that vary with time need n_knots >= 2: got {n_knots}")
+        self.knots = nn.ModuleList(copy.deepcopy(field) for _ in range(n_knots))
+
+    def forward(self, t: Tensor, h: Tensor) -> Tensor:
+        """Velocity of states ``h``, (B, S), at time ``t`` in [0, 1], a scalar.
+
+        Raises:
+            ValueError: If the states have times of their own.
+        """
+        if t.ndim:
+            raise ValueError(
+                f"weights that vary with time are those of one time: got times of shape {tuple(t.shape)}"
+            )
+        position = min(max(float(t.detach()), 0.0), 1.0) * (len(self.knots) - 1)
+        left = min(int(position), len(self.knots) - 2)
+        below, above = (dict(self.knots[k].named_parameters()) for k in (left, left + 1))
+        weights = {
+            name: torch.lerp(weight, above[name], position - left) for name, weight in below.items()
+        }
+        return functional_call(self.knots[left], weights, (t, h))
 
 
 def _scale_(layer: nn.Module, factor: float) -> None:

@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from cpmm.fields import ACTIVATIONS, ConvField, MLPField, SeparateFields, TimeFeatures
+from cpmm.fields import (
+    ACTIVATIONS,
+    ConvField,
+    MLPField,
+    SeparateFields,
+    TimeFeatures,
+    VaryingField,
+)
 
 SHAPE = (2, 5, 3)
 
@@ -123,6 +130,57 @@ def test_separate_fields_take_a_row_each(h):
         assert torch.equal(got[c : c + 1], fields[c](t, h[c : c + 1]))
     with pytest.raises(ValueError, match="zip"):
         SeparateFields(fields)(t, h)
+
+
+@pytest.fixture
+def varying(generator) -> VaryingField:
+    """Three knots at pseudotimes 0, 1/2 and 1, of different weights."""
+    field = VaryingField(make_field("conv"), 3)
+    with torch.no_grad():
+        for parameter in field.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_(0.1 * noise)
+    return field
+
+
+def test_weights_that_vary_start_as_one_field(h):
+    field = make_field("conv")
+    for t in torch.linspace(0, 1, 7, dtype=torch.float64):
+        torch.testing.assert_close(VaryingField(field, 4)(t, h), field(t, h))
+
+
+def test_at_a_knot_the_weights_are_its_own(varying, h):
+    for k, t in enumerate(torch.tensor([0, 0.5, 1], dtype=torch.float64)):
+        torch.testing.assert_close(varying(t, h), varying.knots[k](t, h))
+
+
+def test_between_knots_the_weights_are_on_a_line(varying, h):
+    t = torch.tensor(0.85, dtype=torch.float64)
+    between = make_field("conv")
+    below, above = (varying.knots[k].state_dict() for k in (1, 2))
+    between.load_state_dict({name: 0.3 * below[name] + 0.7 * above[name] for name in below})
+    torch.testing.assert_close(varying(t, h), between(t, h))
+
+
+def test_a_time_teaches_the_knots_beside_it(varying, h):
+    varying(torch.tensor(0.1, dtype=torch.float64), h).square().sum().backward()
+    taught = [
+        any(p.grad is not None and bool(p.grad.any()) for p in knot.parameters())
+        for knot in varying.knots
+    ]
+    assert taught == [True, True, False]
+
+
+def test_weights_that_vary_pass_gradcheck(varying, h):
+    t = torch.tensor(0.3, dtype=torch.float64)
+    assert torch.autograd.gradcheck(varying, (t, h[:2].clone().requires_grad_()))
+
+
+def test_weights_that_vary_take_one_time_for_all_states(varying, h):
+    with pytest.raises(ValueError, match=r"those of one time: got times of shape \(6,\)"):
+        varying(torch.linspace(0, 1, 6, dtype=torch.float64), h)
+    with pytest.raises(ValueError, match="n_knots >= 2: got 1"):
+        VaryingField(make_field("mlp"), 1)
 
 
 @pytest.mark.parametrize("kind", ["mlp", "conv"])

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from workflows.stage import Config, fingerprint
 
+# Options of ``cpmm`` that joined after artifacts were published: null leaves those valid.
+LATER = ("weight_knots",)
+
 
 def mark_prepared(config: Config) -> str:
     """Fingerprint of ``prepared``."""
@@ -29,12 +32,12 @@ def mark_spaces(config: Config) -> str:
 
 
 def mark_cpmm(config: Config) -> str:
-    """Fingerprint of ``cpmm``."""
-    spaces = mark_spaces(config) if config["cpmm"]["curriculum"] else None
+    """Fingerprint of ``cpmm``; an option of :data:`LATER` that is null is not in it."""
+    options = config["cpmm"]
+    options = {k: v for k, v in options.items() if v is not None or k not in LATER}
+    spaces = mark_spaces(config) if options["curriculum"] else None
     precision = config["trainer"]["precision"]
-    return fingerprint(
-        "cpmm", config["cpmm"], config["mixture"], precision, mark_prepared(config), spaces
-    )
+    return fingerprint("cpmm", options, config["mixture"], precision, mark_prepared(config), spaces)
 
 
 def mark_baseline(config: Config, row: str) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cpmm.baselines.direct import DirectMixture
 from cpmm.data import DataSplits
-from cpmm.fields import ConvField, MLPField, SeparateFields
+from cpmm.fields import ConvField, MLPField, SeparateFields, VaryingField
 from cpmm.initialization import (
     GROUPINGS,
     initial_states,
@@ -156,7 +156,9 @@ def make_trajectories(
         )
 
     def shared() -> nn.Module:
-        return make_field(config["field"], data, layout.n_maps)
+        field = make_field(config["field"], data, layout.n_maps)
+        n_knots = config["weight_knots"]
+        return field if n_knots is None else VaryingField(field, n_knots)
 
     def separate() -> nn.Module:
         return SeparateFields([shared() for _ in range(config["n_clusters"])])

@@ -375,6 +375,7 @@ OPTIONS: dict[str, Rule] = {
     "cpmm.epochs_per_space": COUNT_OR_NONE,
     "cpmm.fine_tune_epochs": COUNT_OR_NONE,
     "cpmm.n_draws": COUNT,
+    "cpmm.weight_knots": or_null(whole(2, 1000)),
     "cpmm.n_points": or_null(COUNT),
     "cpmm.n_pseudotimes": COUNT,
     "cpmm.pseudotimes": choice("grid", "uniform", "stratified"),

@@ -7,7 +7,7 @@ from sklearn.datasets import load_digits
 
 from cpmm.data import DataSplits
 from cpmm.preprocessing import Augmentation, Preprocessing
-from workflows import models
+from workflows import marks, models
 from workflows.compose import compose_preset
 
 N = 150
@@ -107,3 +107,22 @@ def test_a_table_has_no_views(override, data):
             table, "cpmm.initialization.kind=gaussian", override, "cpmm.n_factors=1",
             "cpmm.field.kind=mlp",
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("ode", ["shared", "separate"])
+def test_weights_vary_with_as_many_knots_as_asked_for(ode, data):
+    sizes = []
+    for knots in ("null", "2", "5"):
+        overrides = [*TINY, f"cpmm.ode={ode}", f"cpmm.weight_knots={knots}"]
+        config = compose_preset("digits", overrides)["cpmm"]
+        field = models.make_trajectories(config, data).field
+        sizes.append(sum(parameter.numel() for parameter in field.parameters()))
+    assert sizes[1:] == [2 * sizes[0], 5 * sizes[0]]
+
+
+def test_options_that_joined_later_change_a_fingerprint_only_if_they_are_set():
+    config = compose_preset("digits", TINY)
+    before = {name: value for name, value in config["cpmm"].items() if name not in marks.LATER}
+    assert marks.mark_cpmm(config | {"cpmm": before}) == marks.mark_cpmm(config)
+    varied = compose_preset("digits", [*TINY, "cpmm.weight_knots=3"])
+    assert marks.mark_cpmm(varied) != marks.mark_cpmm(config)

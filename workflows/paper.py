@@ -2,6 +2,7 @@
 
     python workflows/paper.py                        what data/ holds of MNIST and Fashion-MNIST
     python workflows/paper.py mnist fashion_mnist --out docs/results/paper
+    python workflows/paper.py mnist --keep           what the tables have of others stays
 
 Tables 1 and 3 have the paper's column, that of small measured anchors, and one for each preset; "-" stands where
 nothing was measured. Figures 2, 4 and 5 are those that evaluate drew. A preset's sweep of models,
@@ -41,6 +42,7 @@ EVALUATED = {
     "spectral_frechet": "direct_mixture",
     "gaussian": "full_gaussian",
 }
+RECORD = ("data", "outside", "row", "source", "space", "metric", "value", "spread")
 DETECTION = {"auroc": "AUROC", "aupr": "AUPR", "aupr_out": "AUPR out"}
 
 
@@ -110,8 +112,7 @@ def read_sweeps(folder: Path) -> list[Column]:
     """
     columns = []
     for path in sorted((folder / "sweep").glob("*.csv")):
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+        rows = _read_csv(path)
         if not rows or (len(rows) > 1 and "model" not in rows[0]):
             continue
         values, counts, agree = {}, [], True
@@ -143,6 +144,44 @@ def read_sweeps(folder: Path) -> list[Column]:
             if done == "1":
                 note = "one seed, test points"
             columns.append(Column(name, data_of(folder.name), values, None, note))
+    return columns
+
+
+def kept_columns(out: Path, but: Iterable[Column]) -> list[Column]:
+    """Read the columns that the tables in ``out`` have, made where those presets were evaluated.
+
+    Args:
+        out: Folder of tables that :func:`write_paper` wrote.
+        but: Columns that take the place of those of the same name.
+
+    Raises:
+        FileNotFoundError: If there are no tables.
+        ValueError: If they are damaged.
+    """
+    replaced = {column.name for column in but}
+    values: dict[str, dict[tuple[str, ...], tuple[float, float | None]]] = {}
+    columns = []
+    try:
+        for number in (1, 3):
+            figures = [figure for figure in published() if figure.table == number]
+            model = {figure.row: figure.model for figure in figures}
+            for row in _read_csv(out / f"table{number}.csv"):
+                space = (row["space"],) if row["space"] else ()
+                found = float(row["value"]), _number(row["spread"])
+                values.setdefault(row["source"], {})[(model[row["row"]], *space, row["metric"])] = (
+                    found
+                )
+        for row in _read_csv(out / "columns.csv"):
+            if row["name"] not in replaced:
+                columns.append(
+                    Column(
+                        row["name"], row["data"], values[row["name"]], row["outside"] or None, row["note"]
+                    )
+                )  # fmt: skip
+    except (KeyError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"{out}: its tables are not as they were written ({error!r}): `git checkout` them, or leave --keep out"
+        ) from error
     return columns
 
 
@@ -180,7 +219,7 @@ def table_1(columns: Sequence[Column]) -> tuple[str, str]:
                         records.append([data, "", name, column.name, "", metric, value, spread])
             rows.append([name, *cells])
         lines += ["", f"## {title}", "", *_markdown(header, rows), *_notes(own)]
-    return "\n".join([*lines, ""]), _csv(records)
+    return "\n".join([*lines, ""]), _csv(RECORD, records)
 
 
 def table_3(columns: Sequence[Column]) -> tuple[str, str]:
@@ -221,7 +260,7 @@ def table_3(columns: Sequence[Column]) -> tuple[str, str]:
                 rows.append([name, *cells])
         title = f"## {TITLES[data]} known, {TITLES[outside]} told apart"
         lines += ["", title, "", *_markdown(header, rows), *_notes(own)]
-    return "\n".join([*lines, ""]), _csv(records)
+    return "\n".join([*lines, ""]), _csv(RECORD, records)
 
 
 def shrink_svg(text: str) -> str:
@@ -242,23 +281,29 @@ def shrink_svg(text: str) -> str:
     return re.sub(r"(data:image/png;base64,)([A-Za-z0-9+/=\s]+)", shrink, text)
 
 
-def write_paper(folders: Iterable[Path], out: Path) -> list[str]:
+def write_paper(folders: Iterable[Path], out: Path, keep: bool = False) -> list[str]:
     """Write the tables and figures.
 
     Args:
         folders: ``data/<preset>`` of each evaluated preset.
         out: Made if missing.
+        keep: Whether what ``out`` has of other presets and sweeps stays.
 
     Returns:
         What was written, and what could not be, a line each.
 
     Raises:
-        FileNotFoundError: As :func:`read_preset`.
-        ValueError: As :func:`read_preset` and :func:`read_sweeps`, or if a figure is too large.
+        FileNotFoundError: As :func:`read_preset` and :func:`kept_columns`.
+        ValueError: As :func:`read_preset`, :func:`read_sweeps` and :func:`kept_columns`, or if a figure is too
+            large.
     """
     folders = list(folders)
     columns = [column for f in folders for column in (read_preset(f), *read_sweeps(f))]
-    texts = {}
+    if keep:
+        columns = sorted(columns + kept_columns(out, columns), key=lambda column: column.name)
+    header = ["name", "data", "outside", "note"]
+    told = [[column.name, column.data, column.outside, column.note] for column in columns]
+    texts = {"columns.csv": _csv(header, told)}
     for number, table in ((1, table_1), (3, table_3)):
         texts[f"table{number}.md"], texts[f"table{number}.csv"] = table(columns)
     said = []
@@ -370,12 +415,17 @@ def _notes(columns: Sequence[Column]) -> list[str]:
     return ["", *(f"- {column.name}: {column.note}." for column in columns)]
 
 
-def _csv(records: Sequence[Sequence[Any]]) -> str:
+def _csv(header: Sequence[str], records: Iterable[Sequence[Any]]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["data", "outside", "row", "source", "space", "metric", "value", "spread"])
+    writer.writerow(header)
     writer.writerows(records)
     return text.getvalue()
+
+
+def _read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def _number(text: str) -> float | None:
@@ -392,10 +442,15 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the presets")
     parser.add_argument("--out", type=Path, default=Path("docs/results/paper"), help="%(default)s")
+    parser.add_argument(
+        "--keep", action="store_true", help="what the tables in --out have of other presets and sweeps stays"
+    )  # fmt: skip
     arguments = parser.parse_args()
     try:
         folders = [arguments.data / preset for preset in arguments.presets]
-        lines = write_paper(folders or evaluated_presets(arguments.data), arguments.out)
+        lines = write_paper(
+            folders or evaluated_presets(arguments.data), arguments.out, arguments.keep
+        )
     except EXPECTED_ERRORS as error:
         print(f"paper: error: {describe(error, arguments.out)}", file=sys.stderr)
         raise SystemExit(1) from None

@@ -190,6 +190,43 @@ def test_tables_hold_what_was_measured_and_a_dash_for_the_rest(root, tmp_path):
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
+def test_columns_made_elsewhere_are_kept_if_asked(root, tmp_path):
+    folder = add_preset(root, "mnist", seed=3)
+    add_sweep(folder, "seeds", {"mnist": 2.5})
+    add_preset(root, "fashion_mnist", ood="mnist")
+    out = tmp_path / "out"
+    paper.write_paper(paper.evaluated_presets(root), out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    (root / "mnist" / "metrics.json").unlink()  # evaluated elsewhere
+    paper.write_paper([root / "fashion_mnist"], out, keep=True)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+    elsewhere = add_preset(tmp_path / "elsewhere", "mnist", seed=4)
+    paper.write_paper([elsewhere], out, keep=True)  # takes the place of mnist's, not of its sweep's
+    text = (out / "table1.md").read_text()
+    assert "seed 4, 10000 test points" in text
+    assert "seed 3, 10000 test points" not in text
+    assert "- mnist, sweep seeds: mean" in text
+    assert "fashion_mnist BPD" in text
+    paper.write_paper([elsewhere], out)
+    assert "fashion_mnist BPD" not in (out / "table1.md").read_text()
+
+
+def test_only_whole_tables_are_kept(root, tmp_path):
+    folder = add_preset(root, "mnist")
+    out = tmp_path / "out"
+    with pytest.raises(FileNotFoundError, match="table1"):
+        paper.write_paper([folder], out, keep=True)
+    add_preset(root, "fashion_mnist")
+    paper.write_paper(paper.evaluated_presets(root), out)
+    text = (out / "table1.csv").read_text()
+    for damaged in (text.replace("2.1234", "2.1x34"), text.replace(",value,", ",worth,")):
+        assert damaged != text
+        (out / "table1.csv").write_text(damaged)
+        with pytest.raises(ValueError, match="tables are not as they were written"):
+            paper.write_paper([folder], out, keep=True)
+
+
 def pictures(text):
     return [
         np.asarray(Image.open(io.BytesIO(base64.b64decode(found))).convert("RGBA"))

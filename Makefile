@@ -30,7 +30,7 @@ repro: setup ## run the pipeline on the presets of params.yaml and print where t
 sweep: setup ## Table 2 of the paper on digits, ten rows over three seeds (13 minutes on two cores)
 	dvc repro sweep@digits-table2
 
-compare: setup ## CPMM and fifteen baselines in one table on digits (about 20 minutes on two cores)
+compare: setup ## CPMM and fifteen baselines in one table on digits (15 minutes on two cores)
 	dvc repro compare@digits
 
 report: setup ## print where the reports are and their main figures

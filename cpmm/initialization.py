@@ -107,8 +107,8 @@ def partition(
 
     Args:
         kind: "kmeans", the best of several starts; "analyzers", the likeliest of C local factor
-            analyzers, see :func:`local_analyzer_groups`; "spectral", spectral clustering of the
-            graph of nearest neighbours, which follows curved groups.
+            analyzers, see :func:`local_analyzer_groups`; "linkage", single linkage, which follows
+            curved groups, see :func:`linkage_groups`.
         x: Points in the input space, (N, M).
         n_groups: C.
         layout: For the number of factors and the floor of log d; "analyzers" only.

@@ -445,7 +445,7 @@ def _flow(run: Run) -> Fitted:
     """A continuous normalizing flow with options of its own, those of the section ``teacher``."""
     from cpmm.odes import Solver
     from cpmm.training import TeacherTraining
-    from workflows.models import make_teacher
+    from workflows.models import compute_device, make_teacher
 
     options, evaluation = run.section, run.config["evaluation"]
     _require_images(run, "field")
@@ -461,18 +461,22 @@ def _flow(run: Run) -> Fitted:
     )  # fmt: skip
     run.fit(module, run.draws(options["batch_size"], options["n_draws"]))
     flow.cpu().float().eval()
+    weights = {name: value.clone() for name, value in flow.state_dict().items()}
+    device = compute_device(run.config["trainer"]["accelerator"])
+    flow.to(device)
     flow.solver, flow.trace = Solver(**evaluation["teacher_solver"]), reported
 
     def log_prob(z: Tensor) -> Tensor:
-        generator = run.generator(45)
+        generator = seeded_generator(run.seed, 45, device=device)
         parts = z.float().split(evaluation["batch_size"])
-        return torch.cat([flow.log_prob(part, generator).double() for part in parts])
+        found = [flow.log_prob(part.to(device), generator).double().cpu() for part in parts]
+        return torch.cat(found)
 
     return Fitted(
         sum(p.numel() for p in flow.parameters()),
         ended(module),
         log_prob=log_prob,
-        weights=flow.state_dict(),
+        weights=weights,
         n_points=evaluation["teacher_points"],
     )
 

@@ -28,7 +28,7 @@ def main(folder: Path, config: Config) -> str:
     import torch
 
     from cpmm.spaces import space_positions
-    from workflows.models import SPACES, choose, make_teacher
+    from workflows.models import SPACES, choose, compute_device, make_teacher
     from workflows.store import (
         clear_partial,
         create_spaces,
@@ -48,7 +48,7 @@ def main(folder: Path, config: Config) -> str:
     if needs_teacher(config):
         teacher = make_teacher(config["teacher"], data, seed)
         load_model(folder / "teacher", "teacher", teacher, mark_teacher(config))
-        teacher = teacher.to(_device(config["trainer"]["accelerator"]))
+        teacher = teacher.to(compute_device(config["trainer"]["accelerator"]))
     mark = mark_spaces(config)
     scratch = scratch_folder(folder, "build_spaces", mark)
     # The flow starts at the input, v = 0, so the last space is written first.
@@ -247,12 +247,6 @@ def _bytes(n: int) -> str:
 
 def _duration(seconds: float) -> str:
     return f"{seconds / 60:.1f}m" if seconds < 7200 else f"{seconds / 3600:.1f}h"
-
-
-def _device(accelerator: str) -> str:
-    import torch
-
-    return "cuda" if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
 
 
 if __name__ == "__main__":

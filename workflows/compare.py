@@ -194,7 +194,7 @@ def read_trials(path: Path, config: Config) -> pd.DataFrame:
         except ValueError as error:
             raise damaged(f"{where}: {error}") from error
         mark = row.get("fingerprint")
-        if not mark or mark != _mark_trial(config, row["model"], int(row["seed"])):
+        if not mark or mark != mark_trial(config, row["model"], int(row["seed"])):
             said = (
                 "is of another configuration than" if mark else "has no fingerprint to compare with"
             )
@@ -550,7 +550,7 @@ def _gain(item: tuple[str, float], metric: str, kind: str) -> str:
     return f"{name} {size} {'better' if gain > 0 else 'worse'}"
 
 
-def _mark_trial(config: Config, model: str, seed: int) -> str | None:
+def mark_trial(config: Config, model: str, seed: int) -> str | None:
     """Fingerprint of a trial of the preset; None of a model that its configuration has not."""
     from workflows.sweeps.table import mark_options
 

@@ -215,21 +215,25 @@ def _score_teacher(
     from cpmm.odes import Solver
     from cpmm.seeds import seeded_generator
     from workflows.marks import mark_teacher
-    from workflows.models import make_teacher
+    from workflows.models import compute_device, make_teacher
     from workflows.score import Scorer
     from workflows.store import load_model
 
     teacher = make_teacher(config["teacher"], data, config["seed"])
     load_model(folder / "teacher", "teacher", teacher, mark_teacher(config))
     teacher.solver = Solver(**config["evaluation"]["teacher_solver"])
+    device = compute_device(config["trainer"]["accelerator"])
+    teacher = teacher.to(device)
     n_points = config["evaluation"]["teacher_points"]
     score = Scorer(data, "test", n_points)
     batches = score.z.float().split(config["evaluation"]["batch_size"])
-    inside = _solve(teacher, batches, seeded_generator(config["seed"], 31), "test")
+    inside = _solve(teacher, batches, seeded_generator(config["seed"], 31, device=device), "test")
     told = {}
     if outside is not None:
         batches = outside.z[:n_points].float().split(config["evaluation"]["batch_size"])
-        found = _solve(teacher, batches, seeded_generator(config["seed"], 34), outside.name)
+        found = _solve(
+            teacher, batches, seeded_generator(config["seed"], 34, device=device), outside.name
+        )
         told = outside.scores(score, inside, found)
     name = "teacher (continuous normalizing flow)"
     if len(inside) < len(data.raw["test"]):
@@ -260,7 +264,7 @@ def _solve(
     hook = teacher.field.register_forward_hook(count)
     log_prob = []
     for i, batch in enumerate(batches):
-        log_prob.append(teacher.log_prob(batch, generator).double())
+        log_prob.append(teacher.log_prob(batch.to(generator.device), generator).double().cpu())
         done, now = done + len(batch), time.monotonic()
         if now - printed >= (0.2 if terminal else 15.0) or done == n:
             printed = now

@@ -23,7 +23,7 @@ from cpmm.initialization import (
 )
 from cpmm.mixture import Mixture
 from cpmm.neighbours import neighbour_groups
-from cpmm.odes import Solver
+from cpmm.odes import FIXED_STEP, Solver
 from cpmm.seeds import seeded_generator
 from cpmm.spaces import Curriculum
 from cpmm.teacher import Flow
@@ -155,9 +155,16 @@ def make_trajectories(
             **pick(config["initialization"], "kind", "mean_scale", "loading_scale", "free_scale"),
         )
 
+    n_knots = config.get("weight_knots")  # one of marks.LATER: an earlier configuration has none
+    solver = Solver(**config["solver"])
+    if n_knots is not None and solver.method in FIXED_STEP and n_knots > solver.n_steps + 1:
+        raise ValueError(
+            f"cpmm.weight_knots is {n_knots}: a solver of {solver.n_steps} steps has no use for more than "
+            f"{solver.n_steps + 1}; lower it, or raise cpmm.solver.n_steps"
+        )
+
     def shared() -> nn.Module:
         field = make_field(config["field"], data, layout.n_maps)
-        n_knots = config["weight_knots"]
         return field if n_knots is None else VaryingField(field, n_knots)
 
     def separate() -> nn.Module:
@@ -165,9 +172,7 @@ def make_trajectories(
 
     with seeded(config["seed"], 12):
         field = choose("cpmm.ode", config["ode"], {"shared": shared, "separate": separate})()
-    return Trajectories(
-        layout, field, initial, Solver(**config["solver"]), config["learned_cluster_weight"]
-    )
+    return Trajectories(layout, field, initial, solver, config["learned_cluster_weight"])
 
 
 def make_disconnected(
@@ -323,6 +328,11 @@ def _fine_tuning_rows(
         seen = [data.draw_views(views, generator, index) for _ in range(n_draws)]
         rows["view"] = torch.cat(seen)
     return Rows(**rows)
+
+
+def compute_device(accelerator: str) -> str:
+    """Where to compute what Lightning does not: on a GPU if ``trainer.accelerator`` allows one."""
+    return "cuda" if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
 
 
 def choose(name: str, value: str, variants: Mapping[str, T]) -> T:

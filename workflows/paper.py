@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from workflows.compare import mark_trial
 from workflows.published import TITLES, Figure, data_of, published
 from workflows.report import SPACES, verify_evaluation
 from workflows.stage import EXPECTED_ERRORS, Config, describe, load_config, write_text
@@ -104,16 +105,27 @@ def read_preset(folder: Path) -> Column:
     )
 
 
-def read_sweeps(folder: Path) -> list[Column]:
+def read_sweeps(folder: Path) -> tuple[list[Column], list[str]]:
     """Read a preset's sweeps of models, such as ``table1``, and those of a single row: CPMM over seeds.
+
+    Returns:
+        Their columns; and what was left out because its trials are of another configuration than the
+        preset's, a line each.
 
     Raises:
         ValueError: If a table is damaged, or not the one that its metrics were written with.
     """
-    columns = []
+    config = load_config(folder / "config.yaml")
+    columns, left_out = [], []
     for path in sorted((folder / "sweep").glob("*.csv")):
         rows = _read_csv(path)
         if not rows or (len(rows) > 1 and "model" not in rows[0]):
+            continue
+        if not _is_of(config, path.with_suffix("") / "trials.csv"):
+            left_out.append(
+                f"left out {path}: its trials are of another configuration than {folder / 'config.yaml'}; "
+                "run the sweep with overrides in params.yaml alone"
+            )
             continue
         values, counts, agree = {}, [], True
         try:
@@ -144,7 +156,16 @@ def read_sweeps(folder: Path) -> list[Column]:
             if done == "1":
                 note = "one seed, test points"
             columns.append(Column(name, data_of(folder.name), values, None, note))
-    return columns
+    return columns, left_out
+
+
+def _is_of(config: Config, path: Path) -> bool:
+    """Whether the trials of a sweep are those of a preset's configuration, but for the model and the seed."""
+    return all(
+        trial["fingerprint"]
+        == mark_trial(config, trial.get("model") or config["model"], int(trial["seed"]))
+        for trial in _read_csv(path)
+    )
 
 
 def kept_columns(out: Path, but: Iterable[Column]) -> list[Column]:
@@ -178,6 +199,10 @@ def kept_columns(out: Path, but: Iterable[Column]) -> list[Column]:
                         row["name"], row["data"], values[row["name"]], row["outside"] or None, row["note"]
                     )
                 )  # fmt: skip
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{error.filename} is missing: leave --keep out to write all anew"
+        ) from error
     except (KeyError, ValueError, TypeError) as error:
         raise ValueError(
             f"{out}: its tables are not as they were written ({error!r}): `git checkout` them, or leave --keep out"
@@ -297,8 +322,12 @@ def write_paper(folders: Iterable[Path], out: Path, keep: bool = False) -> list[
         ValueError: As :func:`read_preset`, :func:`read_sweeps` and :func:`kept_columns`, or if a figure is too
             large.
     """
-    folders = list(folders)
-    columns = [column for f in folders for column in (read_preset(f), *read_sweeps(f))]
+    columns, said = [], []
+    for folder in (folders := list(folders)):
+        columns.append(read_preset(folder))
+        sweeps, left_out = read_sweeps(folder)
+        columns += sweeps
+        said += left_out
     if keep:
         columns = sorted(columns + kept_columns(out, columns), key=lambda column: column.name)
     header = ["name", "data", "outside", "note"]
@@ -306,7 +335,6 @@ def write_paper(folders: Iterable[Path], out: Path, keep: bool = False) -> list[
     texts = {"columns.csv": _csv(header, told)}
     for number, table in ((1, table_1), (3, table_3)):
         texts[f"table{number}.md"], texts[f"table{number}.csv"] = table(columns)
-    said = []
     for folder in folders:
         for number, figure, data in FIGURES:
             path = folder / "evaluation" / "figures" / f"{figure}.svg"
@@ -362,6 +390,8 @@ def _describe_preset(config: Config, metrics: Mapping[str, Any]) -> str:
         f"{metrics['n_test']} test points",
         models["cpmm"]["name"],
     ]
+    if config["cpmm"].get("weight_knots"):
+        parts[-1] += f", the field's weights at {config['cpmm']['weight_knots']} pseudotimes"
     if "teacher" in models:
         parts.append(models["teacher"]["name"])
     return ", ".join(parts)

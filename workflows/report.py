@@ -11,7 +11,6 @@ import base64
 import csv
 import json
 import math
-import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from workflows.marks import mark_evaluation
 from workflows.published import data_of, printed_ood
-from workflows.stage import run_stage
+from workflows.stage import run_stage, write_text
 
 MIME = {".svg": "image/svg+xml", ".png": "image/png"}
 
@@ -213,9 +212,7 @@ def write_report(folder: Path, config: dict) -> Path:
         versions={"Python": platform.python_version(), "PyTorch": metadata.version("torch")},
     )
     path = folder / "report.html"
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(html, encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, html)
     return path
 
 

@@ -145,6 +145,7 @@ def sample(fitted: FittedMixture, arguments: argparse.Namespace) -> None:
 
 def plot(fitted: FittedMixture, arguments: argparse.Namespace) -> None:
     """Draw the means along the trajectories, samples, or the components in the plane."""
+    import torch
     from matplotlib import rc_context
 
     from cpmm import figures
@@ -173,8 +174,9 @@ def plot(fitted: FittedMixture, arguments: argparse.Namespace) -> None:
             raise ValueError(
                 f"--kind components needs 2 features, the mixture has {fitted.n_features}: take means or samples"
             )
-        scale = mixture.components.mean.new_tensor(pre.scale)
-        covariance = mixture.components.covariance() * scale[:, None] * scale
+        mean = mixture.components.mean
+        linear = pre.unwhiten(torch.eye(len(pre.scale)).to(mean)) * mean.new_tensor(pre.scale)
+        covariance = linear.mT @ mixture.components.covariance() @ linear
         figure = figures.plot_components(
             shown(mixture.components.mean), covariance.numpy(), mixture.cluster.numpy(), shown(z)
         )

@@ -112,12 +112,39 @@ def test_a_table_has_no_views(override, data):
 @pytest.mark.parametrize("ode", ["shared", "separate"])
 def test_weights_vary_with_as_many_knots_as_asked_for(ode, data):
     sizes = []
-    for knots in ("null", "2", "5"):
+    for knots in ("null", "2", "3"):
         overrides = [*TINY, f"cpmm.ode={ode}", f"cpmm.weight_knots={knots}"]
         config = compose_preset("digits", overrides)["cpmm"]
         field = models.make_trajectories(config, data).field
         sizes.append(sum(parameter.numel() for parameter in field.parameters()))
-    assert sizes[1:] == [2 * sizes[0], 5 * sizes[0]]
+    assert sizes[1:] == [2 * sizes[0], 3 * sizes[0]]
+
+
+def test_more_knots_than_steps_are_refused(data):
+    overrides = [*TINY, "cpmm.solver.method=euler", "cpmm.solver.n_steps=4"]
+    for knots, works in ((5, True), (6, False)):
+        config = compose_preset("digits", [*overrides, f"cpmm.weight_knots={knots}"])["cpmm"]
+        if works:
+            models.make_trajectories(config, data)
+            continue
+        with pytest.raises(ValueError, match="weight_knots is 6: a solver of 4 steps has no use"):
+            models.make_trajectories(config, data)
+
+
+def test_a_configuration_from_before_an_option_joined_still_makes_trajectories(data):
+    config = compose_preset("digits", TINY)["cpmm"]
+    before = {name: value for name, value in config.items() if name not in marks.LATER}
+    now, then = (models.make_trajectories(c, data).state_dict() for c in (config, before))
+    assert now.keys() == then.keys()
+
+
+@pytest.mark.parametrize("accelerator", ["auto", "gpu", "cpu"])
+def test_what_lightning_does_not_compute_goes_to_the_same_device(accelerator, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    wanted = "cpu" if accelerator == "cpu" else "cuda"
+    assert models.compute_device(accelerator) == wanted
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert models.compute_device(accelerator) == "cpu"
 
 
 def test_options_that_joined_later_change_a_fingerprint_only_if_they_are_set():

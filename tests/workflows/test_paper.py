@@ -17,6 +17,7 @@ from PIL import Image
 from cpmm.artifact import file_digest, seal_folder
 from cpmm.figures import plot_trajectory_means
 from workflows import paper
+from workflows.compare import mark_trial
 from workflows.compose import compose_preset
 from workflows.marks import mark_evaluation
 from workflows.published import data_of, published
@@ -85,6 +86,15 @@ def add_sweep(folder, name, rows, models=False):
         row["row"]: {"density_mean": row["density_mean"], "accuracy_mean": 0.8} for row in table
     }
     (folder / "sweep" / f"{name}.json").write_text(json.dumps({"rows": told}))
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    (folder / "sweep" / name).mkdir()
+    with (folder / "sweep" / name / "trials.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["model", "seed", "fingerprint"])
+        writer.writeheader()
+        for label in rows:
+            model = label.split()[-1] if models else "cpmm"
+            mark = mark_trial(config, model, 0)
+            writer.writerow({"model": model, "seed": 0, "fingerprint": mark})
 
 
 def rows_of(text, title):
@@ -212,10 +222,30 @@ def test_columns_made_elsewhere_are_kept_if_asked(root, tmp_path):
     assert "fashion_mnist BPD" not in (out / "table1.md").read_text()
 
 
+def test_a_sweep_of_another_configuration_is_no_column_of_the_preset(root, tmp_path):
+    folder = add_preset(root, "mnist")
+    add_sweep(folder, "seeds", {"mnist": 2.5})
+    add_sweep(folder, "table1", {"clusters matched": 2.3}, models=True)
+    path = folder / "sweep" / "table1" / "trials.csv"
+    other = mark_trial(compose_preset("mnist", ["cpmm.n_factors=12"]), "matched", 0)
+    mark = mark_trial(compose_preset("mnist", []), "matched", 0)
+    path.write_text(path.read_text().replace(mark, other))
+    said = paper.write_paper([folder], tmp_path / "out")
+    assert any(line.startswith(f"left out {folder / 'sweep' / 'table1.csv'}") for line in said)
+    text = (tmp_path / "out" / "table1.md").read_text()
+    assert "mnist, sweep seeds BPD" in text
+    assert "sweep table1" not in text
+
+
+def test_the_note_of_a_preset_says_how_the_weights_vary(root):
+    folder = add_preset(root, "mnist", **{"cpmm.weight_knots": 5})
+    assert "R = 6, the field's weights at 5 pseudotimes" in paper.read_preset(folder).note
+
+
 def test_only_whole_tables_are_kept(root, tmp_path):
     folder = add_preset(root, "mnist")
     out = tmp_path / "out"
-    with pytest.raises(FileNotFoundError, match="table1"):
+    with pytest.raises(FileNotFoundError, match=r"table1\.csv is missing: leave --keep out"):
         paper.write_paper([folder], out, keep=True)
     add_preset(root, "fashion_mnist")
     paper.write_paper(paper.evaluated_presets(root), out)

@@ -10,9 +10,14 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, TINY
+from matplotlib.figure import Figure
 from PIL import Image
 
+from cpmm import figures
+from cpmm.factor_analyzers import FactorAnalyzers
 from cpmm.fitted import FittedMixture
+from cpmm.mixture import Mixture
+from cpmm.preprocessing import Preprocessing
 from cpmm.seeds import seeded_generator
 from workflows import build_spaces, extract_mixture, prepare_data, tool, train_cpmm, train_teacher
 from workflows.compose import compose_preset
@@ -134,6 +139,32 @@ def test_samples_can_be_scored_and_depend_on_the_seed_alone(preset, made, cpmm, 
         status, _, said = cpmm("score", made / preset / "mixture", tmp_path / name)
         assert (status, "5000 points" in said) == (0, True)
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_ellipses_of_whitened_data_are_those_of_the_data(tmp_path, monkeypatch, cpmm):
+    generator = seeded_generator(0)
+    mixing = torch.tensor([[3.0, 0.0], [2.8, 0.7]], dtype=torch.float64)
+    raw = torch.randn(4000, 2, generator=generator, dtype=torch.float64) @ mixing.mT + 5
+    preprocessing = Preprocessing.fit(raw, None, None, "whitened", generator)
+    one = FactorAnalyzers(
+        torch.zeros(1), torch.zeros(1, 2), torch.zeros(1, 2, 1), torch.zeros(1, 2)
+    )  # a standard normal behind the whitening is the Gaussian of the data
+    header = {
+        "preprocessing": preprocessing.to_dict(), "image_shape": None, "feature_names": ["a", "b"]
+    }  # fmt: skip
+    Mixture(one, (1,)).save(tmp_path / "mixture", header, preprocessing.tensors)
+    drawn = {}
+
+    def draw(mean, covariance, *rest, **options):
+        drawn["covariance"] = covariance
+        return Figure()
+
+    monkeypatch.setattr(figures, "plot_components", draw)
+    status, _, said = cpmm(
+        "plot", tmp_path / "mixture", "--kind", "components", "--out", tmp_path / "a.png"
+    )
+    assert status == 0, said
+    np.testing.assert_allclose(drawn["covariance"][0], np.cov(raw.T.numpy()), rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -184,12 +184,17 @@ def run_dvc(folder: Path, *arguments: str) -> None:
     """Run dvc.
 
     Raises:
-        ValueError: If it fails, with its last words.
+        ValueError: If it fails, with its last words, or takes longer than :data:`PULL_SECONDS`.
     """
-    done = subprocess.run(
-        [sys.executable, "-m", "dvc", *arguments], cwd=folder, capture_output=True, text=True,
-        timeout=PULL_SECONDS, check=False, env={**os.environ, "DVC_NO_ANALYTICS": "1"},
-    )  # fmt: skip
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "dvc", *arguments], cwd=folder, capture_output=True, text=True,
+            timeout=PULL_SECONDS, check=False, env={**os.environ, "DVC_NO_ANALYTICS": "1"},
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise ValueError(
+            f"`dvc {' '.join(arguments)}` did not end within {PULL_SECONDS} s in {folder}: is the remote in reach?"
+        ) from error
     if done.returncode:
         # What follows the first error names the targets, on lines of their own.
         at = done.stderr.find("ERROR")

@@ -152,6 +152,15 @@ def _run(
         if len(recorded_trials(trials, sweep, archive)) < n_trials:
             run_trials(trials, sweep, options, inputs, archive, logs, progress)
     missing = n_trials - len(recorded_trials(trials, sweep, archive))
+    if searched and missing > 0:
+        suggested = suggested_trials(trials[0], archive)
+        if all(archive.record(trial.mark) is not None for trial in suggested):
+            print(
+                f"sweep {sweep['name']} | {len(suggested)} trials in place of {n_trials}: the search suggested "
+                "nothing else; its space has few points, a grid would do",
+                flush=True,
+            )
+            return
     if missing > 0:
         raise ChildProcessError(f"{missing} trials have no record: the same command goes on")
 

@@ -93,6 +93,18 @@ def test_a_killed_search_goes_on_with_what_it_has_tried(project):
 
 
 @pytest.mark.slow
+def test_a_search_of_fewer_points_than_samples_ends(project):
+    few = SEARCH | {"n_samples": 5, "space": {"cpmm.n_factors": {"choice": [1, 2]}}}
+    folder = project(parts={}, seeds=1, search=few)
+    status, out, err = run(folder)
+    assert status == 0, err
+    table = trials(folder)
+    assert 1 <= len(table) <= 2
+    assert table["n_factors"].is_unique
+    assert f"{len(table)} trials in place of 5" in out
+
+
+@pytest.mark.slow
 def test_new_processes_for_each_trial_give_the_same_table(project):
     reused, fresh = project("reused"), project("fresh")
     assert run(reused)[0] == 0

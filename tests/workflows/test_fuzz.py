@@ -801,7 +801,7 @@ ENDS = {
     "cpmm.initialization.free_scale": [0, 1e9], "cpmm.initialization.restarts": [1, 3], "cpmm.initialization.outlier_share": [0, 0.5, 0.99, 0.999999],
     "cpmm.initialization.n_points": [1, 20, 10**6], "cpmm.initialization.n_views": [0, 2], "cpmm.initialization.n_neighbours": [1, 3, 10**6],
     "cpmm.views.rotate": [0, 180], "cpmm.views.shear": [0, 89], "cpmm.views.scale": [0, 0.99], "cpmm.views.translate": [0, 1e6],
-    "cpmm.told_weight": [0, 1, 1e9], "cpmm.weight_knots": [1, 2, 1000], "cpmm.n_points": [1, 20, 10**6], "cpmm.consistency_weight": [0, 1, 1e9], "cpmm.temperature": [1e-300, 1, 1e9],
+    "cpmm.told_weight": [0, 1, 1e9], "cpmm.weight_knots": [None, 2, 3, 1000], "cpmm.n_points": [1, 20, 10**6], "cpmm.consistency_weight": [0, 1, 1e9], "cpmm.temperature": [1e-300, 1, 1e9],
     "cpmm.told_spaces": [0, 1, 10**6], "cpmm.curriculum": [True, False], "cpmm.epochs_per_space": [0, 1, 2], "cpmm.fine_tune_epochs": [0, 1, 2], "cpmm.n_draws": [1, 3],
     "cpmm.n_pseudotimes": [1, 2, 30], "cpmm.pseudotimes": ["grid", "uniform", "stratified"], "cpmm.noise": [0, 1, 1e9], "cpmm.entropy_weight": [-1, 1, 1e9, -1e9], "cpmm.path_weight": [1, 1e9],
     "cpmm.seed": [0, 2**32 - 1], "cpmm.batch_size": BATCH, "cpmm.learning_rate": RATE, "cpmm.initial_rate_factor": [0, 1e9], "cpmm.n_warmup_epochs": [0, 10**6], "cpmm.gradient_clip": [0, 1e-300, 1e9],

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import (
@@ -17,7 +15,11 @@ from torch import Tensor
 
 
 def nats_per_dimension(log_prob: Tensor, log_det: Tensor, n_features: int) -> Tensor:
-    """Negative log-density in units of the data, nats per feature, (N,).
+    r"""Negative log-density in units of the data, nats per feature, (N,) (rule 1 of the evaluation).
+
+    .. math:: -(\log p(z) + \log |dz/dx|) / M
+
+    :attr:`cpmm.preprocessing.Preprocessing.density_unit` makes bits per dimension of it for images.
 
     Args:
         log_prob: Log-density in the model's space, nats, (N,).
@@ -25,20 +27,6 @@ def nats_per_dimension(log_prob: Tensor, log_det: Tensor, n_features: int) -> Te
         n_features: M.
     """
     return -(log_prob + log_det) / n_features
-
-
-def bits_per_dimension(log_prob: Tensor, log_det: Tensor, n_features: int, levels: int) -> Tensor:
-    r"""Bits per dimension of dequantized images, (N,) (rule 1 of the evaluation).
-
-    .. math:: -(\log p(z) + \log |dz/dx|) / (M \ln 2) + \log_2 \text{levels}
-
-    Args:
-        log_prob: Log-density in the model's space, nats, (N,).
-        log_det: Log-determinant of the map from [0, 1] to that space, nats, (N,).
-        n_features: M.
-        levels: Number of grey levels; 256 adds the familiar 8 bits.
-    """
-    return nats_per_dimension(log_prob, log_det, n_features) / math.log(2) + math.log2(levels)
 
 
 def match_clusters(label: np.ndarray, cluster: np.ndarray, n_clusters: int) -> np.ndarray:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from cpmm.seeds import seeded_generator
-from cpmm.teacher import Flow
 
 
 def space_positions(n_spaces: int) -> Tensor:
@@ -45,35 +44,6 @@ def training_subset(n: int, n_train: int | None, seed: int) -> Tensor | None:
             f"spaces.n_train is {n_train}: expected 2 to {n}, the training points, or null for all"
         )
     return torch.randperm(n, generator=seeded_generator(seed, 21))[:n_train].sort().values
-
-
-def flow_spaces(flow: Flow, x: Tensor, positions: Tensor) -> Tensor:
-    """Carry points through the teacher and stop at every position (Eq. 8).
-
-    Args:
-        flow: The teacher.
-        x: Points in the input space, (N, M).
-        positions: Descending from 1 to 0, (V,).
-
-    Returns:
-        u_v(x), (V, N, M).
-    """
-    with torch.no_grad():
-        return flow.transform(x, positions.flip(0).to(x)).flip(0)
-
-
-def noise_spaces(x: Tensor, noise: Tensor, positions: Tensor) -> Tensor:
-    """The teacher-free curriculum (1 - v) x + v noise: the marginals of flow matching's paths.
-
-    Args:
-        x: Points in the input space, (N, M).
-        noise: Standard Gaussian, one draw for all positions, (N, M).
-        positions: v, (V,).
-
-    Returns:
-        (V, N, M).
-    """
-    return torch.stack([torch.lerp(x, noise, float(v)) for v in positions])
 
 
 @dataclass(frozen=True)

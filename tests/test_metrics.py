@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 
 from cpmm.metrics import (
-    bits_per_dimension,
     clustering_scores,
     confusion,
     detection_scores,
     match_clusters,
     nats_per_dimension,
 )
+from cpmm.preprocessing import Preprocessing
 from tests.oracles import best_accuracy
 
 
@@ -102,10 +102,11 @@ def test_bits_are_the_cost_of_a_dequantized_level():
     log_det = torch.full((3,), math.log(3), dtype=torch.float64)
     density = norm(1 / 3, 2 / 3).pdf(x)  # of x
     np.testing.assert_allclose(nats_per_dimension(log_prob, log_det, 1), -np.log(density))
-    bits = bits_per_dimension(log_prob, log_det, 1, 8)
-    np.testing.assert_allclose(bits, -np.log2(density / 8))
+    _, factor, offset = Preprocessing(8, 0.01, (0.0,), (1.0,)).density_unit
+    nats = nats_per_dimension(log_prob, log_det, 1)
+    np.testing.assert_allclose(factor * nats + offset, -np.log2(density / 8))
     # Per dimension: two equal ones cost the same.
-    np.testing.assert_allclose(bits_per_dimension(2 * log_prob, 2 * log_det, 2, 8), bits)
+    np.testing.assert_allclose(nats_per_dimension(2 * log_prob, 2 * log_det, 2), nats)
 
 
 def test_detection_is_the_share_of_pairs_in_order_and_the_mean_precision(generator):

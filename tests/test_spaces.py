@@ -4,12 +4,8 @@ import itertools
 
 import numpy as np
 import pytest
-import torch
 
-from cpmm.odes import Solver
-from cpmm.spaces import Curriculum, flow_spaces, noise_spaces, space_positions
-from cpmm.teacher import Flow
-from tests.oracles import LinearField, assert_moments, linear_solution
+from cpmm.spaces import Curriculum, space_positions
 
 
 @pytest.mark.parametrize("n", [2, 3, 51])
@@ -22,32 +18,6 @@ def test_positions_go_evenly_from_latent_to_input(n):
 def test_fewer_than_two_spaces_raise():
     with pytest.raises(ValueError, match=r"spaces\.n_spaces is 1: expected at least 2"):
         space_positions(1)
-
-
-@pytest.mark.parametrize("method", ["rk4", "dopri5"])
-def test_flow_spaces_are_the_flow_at_each_position(generator, method):
-    matrix = torch.randn(3, 3, generator=generator, dtype=torch.float64)
-    x = torch.randn(5, 3, generator=generator, dtype=torch.float64)
-    solver = Solver(method, n_steps=100, interpolation="cubic", rtol=1e-8, atol=1e-8)
-    positions = space_positions(7)
-    spaces = flow_spaces(Flow(LinearField(matrix), solver), x, positions)
-    torch.testing.assert_close(spaces, linear_solution(matrix, x, positions), rtol=1e-6, atol=1e-6)
-    assert torch.equal(spaces[-1], x)  # the input space is the data, untouched
-    assert not spaces.requires_grad
-
-
-def test_noise_spaces_have_the_marginals_of_flow_matching(generator):
-    n = 40_000
-    factor = torch.tensor([[2.0, 0.0], [1.0, 0.5]], dtype=torch.float64)
-    x = 3 + torch.randn(n, 2, generator=generator, dtype=torch.float64) @ factor.T
-    noise = torch.randn(n, 2, generator=generator, dtype=torch.float64)
-    positions = space_positions(5)
-    spaces = noise_spaces(x, noise, positions)
-    assert torch.equal(spaces[0], noise)
-    assert torch.equal(spaces[-1], x)
-    for v, space in zip(positions.tolist(), spaces, strict=True):
-        covariance = (1 - v) ** 2 * (factor @ factor.T).numpy() + v**2 * np.eye(2)
-        assert_moments(space, np.full(2, 3 * (1 - v)), covariance)
 
 
 def test_curriculum_walks_through_the_spaces_once():

@@ -109,10 +109,6 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
-def _seconds(value: float) -> str:
-    return f"{value:.0f} s" if value < 120 else f"{value / 60:.1f} min"
-
-
 # Columns of the table: key, heading, format, and which end is best: -1 low, 1 high, 0 neither.
 COLUMNS: tuple[tuple[str, str, Callable[[float], str], int], ...] = (
     ("density", "Density", _density, -1),
@@ -122,7 +118,6 @@ COLUMNS: tuple[tuple[str, str, Callable[[float], str], int], ...] = (
     ("purity", "Purity", _percent, 1),
     ("n_components", "Components", _count, 0),
     ("n_parameters", "Parameters", _count, 0),
-    ("seconds", "Training", _seconds, 0),
 )
 # Of the table of another data set: key, heading.
 DETECTION = (("auroc", "AUROC"), ("aupr", "AUPR in"), ("aupr_out", "AUPR out"))
@@ -406,10 +401,7 @@ def _show(model: dict, key: str, form: Callable[[float], str]) -> str:
 
 
 def _reason(model: dict, key: str, models: dict) -> str:
-    """Say why a value is missing: as evaluate says under ``missing``, or by what else is there."""
-    given = model.get("missing", {})
-    if key in given:
-        return str(given[key])
+    """Say why a value is missing, by what else is there."""
     if model.get(key) is not None:
         return f"not a finite number ({model[key]})"
     if key in CLUSTERING and not any(_has(m, key) for m in models.values()):

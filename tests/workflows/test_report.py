@@ -36,7 +36,6 @@ def folder(tmp_path):
                 "density_standard_error": 0.004,
                 "n_components": 250,
                 "n_parameters": 96000,
-                "seconds": 93.1,
                 **SCORES,
             },
             "direct_mixture": {
@@ -48,7 +47,7 @@ def folder(tmp_path):
                 **SCORES,
             },
             "full_gaussian": {"name": "One Gaussian", "density": 2.01},
-            "teacher": {"name": "Teacher", "density": 1.3, "seconds": 610},
+            "teacher": {"name": "Teacher", "density": 1.3},
             "kmeans": {"name": "k-means", "accuracy": 0.781},
         },
         "discretization": {"100": 2.09, "25": 2.10},
@@ -134,7 +133,7 @@ def test_hostile_names_are_text(folder):
     def edit(metrics):
         metrics["preset"] = metrics["unit"] = HOSTILE
         metrics["models"]["cpmm"]["name"] = HOSTILE
-        metrics["models"]["kmeans"]["missing"] = {"density": HOSTILE}
+        metrics["models"]["kmeans"]["density"] = HOSTILE
 
     change(folder, edit)
     (folder / "evaluation" / "rules.json").write_text(json.dumps({HOSTILE: HOSTILE}))
@@ -191,8 +190,7 @@ def test_density_verdict(own, other, verdict):
 
 def test_missing_values_have_reasons(folder):
     def edit(metrics):
-        metrics["models"]["full_gaussian"] |= {"seconds": float("nan"), "n_components": None}
-        metrics["models"]["teacher"]["missing"] = {"n_parameters": "discarded after teaching"}
+        metrics["models"]["full_gaussian"] |= {"n_parameters": float("nan"), "n_components": None}
 
     change(folder, edit)
     metrics = json.loads((folder / "metrics.json").read_text())
@@ -207,10 +205,9 @@ def test_missing_values_have_reasons(folder):
         assert cell["text"] == "–"
         return table["notes"][cell["note"] - 1]
 
-    assert note("One Gaussian", "Training") == "not a finite number (nan)"
+    assert note("One Gaussian", "Parameters") == "not a finite number (nan)"
     assert note("One Gaussian", "Components") == "not measured for this model"
     assert note("One Gaussian", "NMI") == "no clusters to compare with the classes"
-    assert note("Teacher", "Parameters") == "discarded after teaching"
     assert note("k-means", "Density") == "the model gives no density"
     assert len(set(table["notes"])) == len(table["notes"])
     best = {name for name, row in cells.items() if row["Density"]["best"]}

@@ -71,6 +71,28 @@ def test_some_points_go_through_every_space(kind, folder):
     assert not torch.equal(levels[:30], levels[30:])
 
 
+def test_spaces_lie_on_the_paths_of_the_teacher_or_of_noise(folder):
+    solver = ["teacher.solver.method=rk4", "teacher.solver.n_steps=8"]
+    common = ["spaces.n_spaces=5", "spaces.dtype=float32", "spaces.n_train=40"]
+    config = configure(*solver)
+    train_teacher.main(folder, config)
+    teacher = models.make_teacher(config["teacher"], load_prepared(folder / "prepared"), 0)
+    store.load_model(folder / "teacher", "teacher", teacher, mark_teacher(config))
+    positions = torch.tensor([1, 0.75, 0.5, 0.25, 0])
+    _, spaces = build(folder, *common, *solver)
+    x = spaces.train(4)
+    with torch.no_grad():  # Eq. 8, in one solve
+        expected = teacher.transform(x, positions.flip(0)).flip(0)
+    torch.testing.assert_close(torch.stack(list(map(spaces.train, range(5)))), expected)
+
+    _, spaces = build(folder, *common, *solver, "spaces.kind=noise")
+    noise, x = spaces.train(0), spaces.train(4)
+    assert abs(float(noise.mean())) < 0.1
+    assert abs(float(noise.std()) - 1) < 0.1
+    for space, v in enumerate(positions.tolist()):  # the marginals of flow matching's paths
+        torch.testing.assert_close(spaces.train(space), (1 - v) * x + v * noise)
+
+
 def test_fewer_points_are_among_more_and_follow_the_seed(folder):
     chosen = {}
     for n, seed in ((20, 0), (30, 0), (30, 1)):

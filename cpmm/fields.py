@@ -193,7 +193,7 @@ class VaryingField(nn.Module):
 
     A neural ODE of varying depth (Massaroli et al., 2020, "Dissecting neural ODEs", section 3.1, here with
     hat functions as the basis). The paper's field has one set of weights for all pseudotimes; with n sets a
-    call costs as much, and there are n times as many weights to tell the components of a trajectory
+    call costs little more, and there are n times as many weights to tell the components of a trajectory
     apart. All knots start from the weights of ``field``, so that training starts as it does without them.
 
     Args:

@@ -358,15 +358,23 @@ class LossTraining(Recorded):
         self._record("validation", loss, len(batch["x"]))
 
 
-def path_cost(mixture: Mixture) -> Tensor:
-    r"""Kinetic cost of the means of evenly spaced pseudotimes, averaged over the trajectories.
+def path_cost(mixture: Mixture, times: Tensor | None = None) -> Tensor:
+    r"""Kinetic cost of the means, straight between pseudotimes, averaged over the trajectories.
 
-    .. math:: \frac{1}{C M} \sum_c \int_0^1 \|d \mu_c / dt\|^2 dt
+    .. math:: \frac{1}{C M} \sum_c \int \|d \mu_c / dt\|^2 dt
+
+    Args:
+        mixture: Its clusters are trajectories at G pseudotimes.
+        times: These pseudotimes, ascending, (G,); None if they go evenly from 0 to 1.
     """
-    costs = [
-        (mean.diff(dim=0).square().sum(0) * max(1, len(mean) - 1)).mean()
-        for mean in mixture.components.mean.split(mixture.cluster_sizes)
-    ]
+    means = mixture.components.mean.split(mixture.cluster_sizes)
+    if times is None:
+        costs = [
+            (mean.diff(dim=0).square().sum(0) * max(1, len(mean) - 1)).mean() for mean in means
+        ]
+    else:
+        step = times.diff()[:, None].clamp(min=1e-6)
+        costs = [(mean.diff(dim=0).square() / step).sum(0).mean() for mean in means]
     return torch.stack(costs).mean()
 
 
@@ -520,7 +528,8 @@ class MixtureTraining(Recorded):
             entropy = -(share.exp() * share).sum()
             loss = loss - self.entropy_weight * entropy
         if self.path_weight:
-            loss = loss + self.path_weight * path_cost(mixture)
+            drawn = None if self.pseudotimes == "grid" else times.to(x)
+            loss = loss + self.path_weight * path_cost(mixture, drawn)
         if "group" in batch and not told:
             cross_entropy = nn.functional.cross_entropy(
                 by_cluster / self.temperature, batch["group"]

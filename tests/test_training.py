@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +29,7 @@ from cpmm.training import (
     path_cost,
     posterior_disagreement,
 )
-from cpmm.trajectory import StateLayout, Trajectories, pseudotime_grid
+from cpmm.trajectory import StateLayout, Trajectories, draw_pseudotimes, pseudotime_grid
 from tests.oracles import torch_mixture
 
 # Lightning's advice about workers does not fit rows held in memory.
@@ -327,6 +328,21 @@ def test_a_run_of_one_epoch_prints_its_only_line(quiet, tmp_path, capsys):
         assert line.endswith("| eta 0.0m")
 
 
+def test_an_interruption_stays_one(tmp_path):
+    def interrupt(module):
+        raise KeyboardInterrupt
+
+    data = EpochData(random_rows, validation_rows, batch_size=16, seed=0)
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            workflows.fit.fit(
+                "trial", mixture_training(), data, OPTIONS, tmp_path, 1.0, listeners=[interrupt]
+            )
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
 def test_validation_scores_the_rows_of_its_epoch_in_order():
     seen = []
 
@@ -556,6 +572,19 @@ def test_path_cost_is_that_of_a_straight_line():
     assert fa.n_components == 10
     # ||(3, 4)||^2 / M for one trajectory of two.
     assert path_cost(mixture).item() == pytest.approx(25 / M / 2)
+
+
+def test_path_cost_does_not_depend_on_where_a_straight_line_is_looked_at(generator):
+    model = make_trajectories()
+    times = draw_pseudotimes("uniform", 40, generator)
+    mixture = model.mixture(times)
+    mean = torch.cat([times[:, None] * torch.tensor([3.0, 4.0]), torch.zeros(40, M)])
+    object.__setattr__(mixture.components, "mean", mean)
+    length = (times[-1] - times[0]).item()
+    assert path_cost(mixture, times).item() == pytest.approx(length * 25 / M / 2, rel=1e-4)
+    grid = pseudotime_grid(9)
+    mixture = model.mixture(grid)
+    assert path_cost(mixture, grid).item() == pytest.approx(path_cost(mixture).item())
 
 
 def test_path_regularization_shortens_the_trajectories():

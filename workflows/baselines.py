@@ -41,6 +41,7 @@ class Run:
             trainings before it in folders of their own.
         options: Further ones of :func:`workflows.fit.fit`, for the last training.
         progress: Its entry ``module`` is what is being trained.
+        alive: To be called now and then where nothing else says that the row is at work.
     """
 
     row: str
@@ -50,6 +51,7 @@ class Run:
     scratch: Path
     options: Mapping[str, Any]
     progress: dict[str, Any]
+    alive: Callable[[], None]
 
     @property
     def section(self) -> Config:
@@ -94,7 +96,10 @@ class Run:
         """Train a module; ``first`` names a training that is not the last one."""
         scratch = self.scratch if first is None else self.scratch / first
         scratch.mkdir(parents=True, exist_ok=True)
-        options = self.options if first is None else {"quiet": self.options.get("quiet", False)}
+        options = self.options
+        if first is not None:  # its epochs are not those that listeners count
+            quiet = self.options.get("quiet", False)
+            options = {"quiet": quiet, "listeners": [lambda _: self.alive()]}
         self.progress["module"] = module
         name = f"baseline {self.row}" + ("" if first is None else f", {first}")
         fit(
@@ -160,6 +165,7 @@ def train_baseline(
     spaces: Spaces | None,
     scratch: Path,
     progress: dict[str, Any] | None = None,
+    alive: Callable[[], None] = lambda: None,
     **options: Any,
 ) -> Fitted:
     """Train a row of conf/baselines/.
@@ -171,6 +177,7 @@ def train_baseline(
         spaces: The curriculum; only rows of kind "curriculum" need it.
         scratch: Folder of its own; training resumes from the checkpoints there.
         progress: Its entry ``module`` becomes what is being trained.
+        alive: Called now and then while a training before the last one, or a flow's solver, is at work.
         options: Further ones of :func:`workflows.fit.fit`.
 
     Raises:
@@ -179,7 +186,8 @@ def train_baseline(
     """
     section = choose("model", row, config["baselines"])
     build = choose(f"baselines.{row}.kind", section["kind"], KINDS)
-    run = Run(row, config, data, spaces, scratch, options, {} if progress is None else progress)
+    progress = {} if progress is None else progress
+    run = Run(row, config, data, spaces, scratch, options, progress, alive)
     merge = section.get("merge")
     neighbour = merge["neighbour"] if merge and merge["affinity"] == "frechet" else None
     if neighbour is not None and neighbour >= run.n_components:
@@ -323,7 +331,7 @@ def _likelier_by_em(
     try:
         found = fit_by_em(
             start.components.to(torch.float64), run.train.double(), run.validation.double(), run.floor,
-            run.section["em_iterations"], patience=5, batch_size=2048,
+            run.section["em_iterations"], patience=5, batch_size=2048, listener=lambda _: run.alive(),
         )  # fmt: skip
     except FloatingPointError as error:
         print(f"baseline {run.row} | EM gave up, Adam's is taken: {error}", flush=True)
@@ -446,6 +454,7 @@ def _flow(run: Run) -> Fitted:
     from cpmm.odes import Solver
     from cpmm.training import TeacherTraining
     from workflows.models import compute_device, make_teacher
+    from workflows.score import flow_log_prob
 
     options, evaluation = run.section, run.config["evaluation"]
     _require_images(run, "field")
@@ -462,15 +471,15 @@ def _flow(run: Run) -> Fitted:
     run.fit(module, run.draws(options["batch_size"], options["n_draws"]))
     flow.cpu().float().eval()
     weights = {name: value.clone() for name, value in flow.state_dict().items()}
-    device = compute_device(run.config["trainer"]["accelerator"])
+    device = compute_device(run.config["trainer"])
     flow.to(device)
     flow.solver, flow.trace = Solver(**evaluation["teacher_solver"]), reported
 
+    title = None if run.options.get("quiet") else f"baseline {run.row}"
+
     def log_prob(z: Tensor) -> Tensor:
         generator = seeded_generator(run.seed, 45, device=device)
-        parts = z.float().split(evaluation["batch_size"])
-        found = [flow.log_prob(part.to(device), generator).double().cpu() for part in parts]
-        return torch.cat(found)
+        return flow_log_prob(flow, z, generator, evaluation["batch_size"], title, alive=run.alive)
 
     return Fitted(
         sum(p.numel() for p in flow.parameters()),
@@ -611,19 +620,14 @@ def _sklearn(run: Run) -> Fitted:
 
 
 def _kmeans(run: Run) -> Fitted:
-    """k-means in the models' space, before any whitening."""
-    from sklearn.cluster import KMeans
+    """k-means, as evaluate has it."""
+    from workflows.rivals import KMeansRival
 
     _require_points(run)
-    unwhiten, n_starts = run.data.preprocessing.unwhiten, run.section["n_starts"]
-    train = unwhiten(run.data.points("train")[0]).numpy()
-    model = KMeans(run.n_clusters, n_init=n_starts, random_state=run.seed).fit(train)
-
-    def predict(split: str) -> Tensor:
-        return torch.from_numpy(model.predict(unwhiten(run.data.points(split)[0]).numpy())).long()
-
-    centre = torch.from_numpy(model.cluster_centers_)
-    return Fitted(centre.numel(), NOT_TRAINED, predict=predict, weights={"centre": centre})
+    model = KMeansRival(run.data, run.n_clusters, run.section["n_starts"], run.seed)
+    return Fitted(
+        model.centre.numel(), NOT_TRAINED, predict=model.predict, weights={"centre": model.centre}
+    )
 
 
 NOT_TRAINED: dict[str, int | None] = {"best_epoch": None, "steps": None}

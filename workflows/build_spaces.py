@@ -48,7 +48,7 @@ def main(folder: Path, config: Config) -> str:
     if needs_teacher(config):
         teacher = make_teacher(config["teacher"], data, seed)
         load_model(folder / "teacher", "teacher", teacher, mark_teacher(config))
-        teacher = teacher.to(compute_device(config["trainer"]["accelerator"]))
+        teacher = teacher.to(compute_device(config["trainer"]))
     mark = mark_spaces(config)
     scratch = scratch_folder(folder, "build_spaces", mark)
     # The flow starts at the input, v = 0, so the last space is written first.

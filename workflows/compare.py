@@ -474,7 +474,8 @@ def _notes(
     notes.append(f"Density, {metrics['unit']}: {rules['density']}")
     flows, n_points = table[table["block"] == "flows"], options["teacher_points"]
     if len(flows):
-        first = "" if n_points is None else f" on the first {n_points} points of a split,"
+        easier = ", which may be easier than all, as MNIST's are,"
+        first = "" if n_points is None else f" on the first {n_points} points of a split{easier}"
         notes.append(
             f"Flows: densities{first} by {options['teacher_solver']['method']} at the tolerances "
             f"{options['teacher_solver']['rtol']:g}/{options['teacher_solver']['atol']:g}."
@@ -501,7 +502,7 @@ def _notes(
     if table["seconds_10k_median"].notna().any():
         notes.append(
             "10,000 densities: time for the log-densities of as many points on that machine, scaled from fewer; "
-            "in brackets how many times that of CPMM."
+            "mixtures and circuits in float64 on the CPU, flows where they were trained; in brackets how many times that of CPMM."
         )
     if table["memory_gb_median"].notna().any():
         notes.append(

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +9,11 @@ from workflows.stage import Config, publish, run_stage, scratch_folder
 
 if TYPE_CHECKING:
     import pandas as pd
-    import torch
     from torch import Tensor
 
     from cpmm.baselines.direct import DirectMixture
     from cpmm.data import DataSplits
     from cpmm.mixture import Mixture
-    from cpmm.teacher import Flow
     from workflows.outside import Outside
     from workflows.score import Scorer
     from workflows.store import Spaces
@@ -97,7 +92,7 @@ def main(folder: Path, config: Config) -> str:
             },
             "kmeans": {
                 "name": f"k-means, {mixture.n_clusters} clusters",
-                **_kmeans(score, mixture, options["kmeans_restarts"], seed),
+                **_kmeans(score, mixture.n_clusters, options["kmeans_restarts"], seed),
             },
         }
         if config["cpmm"]["initialization"]["kind"] in GROUPINGS:
@@ -196,16 +191,14 @@ def _groups(config: Config, data: DataSplits) -> dict[str, float]:
     )
 
 
-def _kmeans(score: Scorer, mixture: Mixture, n_init: int, seed: int) -> dict[str, float]:
-    """Score k-means on the same split, in the mixture's space before any whitening."""
-    from sklearn.cluster import KMeans
+def _kmeans(score: Scorer, n_clusters: int, n_starts: int, seed: int) -> dict[str, float]:
+    """Score k-means on the same split."""
+    from workflows.rivals import KMeansRival
 
     if score.label is None:
         return {}
-    unwhiten = score.data.preprocessing.unwhiten
-    train = unwhiten(score.data.points("train")[0]).numpy()
-    model = KMeans(mixture.n_clusters, n_init=n_init, random_state=seed).fit(train)
-    return score.clusters(model.predict(unwhiten(score.z).numpy()).astype(int), mixture.n_clusters)
+    model = KMeansRival(score.data, n_clusters, n_starts, seed)
+    return score.clusters(model.predict(score.split).numpy(), n_clusters)
 
 
 def _score_teacher(
@@ -216,25 +209,28 @@ def _score_teacher(
     from cpmm.seeds import seeded_generator
     from workflows.marks import mark_teacher
     from workflows.models import compute_device, make_teacher
-    from workflows.score import Scorer
+    from workflows.score import Scorer, flow_log_prob
     from workflows.store import load_model
 
     teacher = make_teacher(config["teacher"], data, config["seed"])
     load_model(folder / "teacher", "teacher", teacher, mark_teacher(config))
     teacher.solver = Solver(**config["evaluation"]["teacher_solver"])
-    device = compute_device(config["trainer"]["accelerator"])
+    device = compute_device(config["trainer"])
     teacher = teacher.to(device)
     n_points = config["evaluation"]["teacher_points"]
     score = Scorer(data, "test", n_points)
-    batches = score.z.float().split(config["evaluation"]["batch_size"])
-    inside = _solve(teacher, batches, seeded_generator(config["seed"], 31, device=device), "test")
+
+    def solve(z: Tensor, stream: int, what: str) -> Tensor:
+        generator = seeded_generator(config["seed"], stream, device=device)
+        batch_size = config["evaluation"]["batch_size"]
+        return flow_log_prob(
+            teacher, z, generator, batch_size, "evaluate teacher", f"points of {what}"
+        )
+
+    inside = solve(score.z, 31, "test")
     told = {}
     if outside is not None:
-        batches = outside.z[:n_points].float().split(config["evaluation"]["batch_size"])
-        found = _solve(
-            teacher, batches, seeded_generator(config["seed"], 34, device=device), outside.name
-        )
-        told = outside.scores(score, inside, found)
+        told = outside.scores(score, inside, solve(outside.z[:n_points], 34, outside.name))
     name = "teacher (continuous normalizing flow)"
     if len(inside) < len(data.raw["test"]):
         name += f", first {len(inside)} test points"
@@ -245,38 +241,6 @@ def _score_teacher(
         "n_parameters": sum(p.numel() for p in teacher.parameters()),
     }
     return row, told
-
-
-def _solve(
-    teacher: Flow, batches: tuple[Tensor, ...], generator: torch.Generator, what: str
-) -> Tensor:
-    """Log-density of points, batch by batch, with one progress line; nats, (N,), float64."""
-    import torch
-
-    n, done, n_calls = sum(map(len, batches)), 0, 0
-    started = printed = time.monotonic()
-    terminal = sys.stdout.isatty()
-
-    def count(*_: object) -> None:
-        nonlocal n_calls
-        n_calls += 1
-
-    hook = teacher.field.register_forward_hook(count)
-    log_prob = []
-    for i, batch in enumerate(batches):
-        log_prob.append(teacher.log_prob(batch.to(generator.device), generator).double().cpu())
-        done, now = done + len(batch), time.monotonic()
-        if now - printed >= (0.2 if terminal else 15.0) or done == n:
-            printed = now
-            eta = (now - started) * (n - done) / done / 60
-            line = (
-                f"evaluate teacher | {done}/{n} points of {what} | {math.ceil(n_calls / (i + 1))} calls of "
-                f"the field a batch | eta {eta:.1f}m"
-            )
-            end = "\n" if done == n or not terminal else "\r"
-            print(f"\x1b[2K{line}" if terminal else line, end=end, flush=True)
-    hook.remove()
-    return torch.cat(log_prob)
 
 
 def _discretize(folder: Path, config: Config, data: DataSplits, score: Scorer) -> dict[str, float]:
@@ -336,7 +300,8 @@ def _rules(config: Config, data: DataSplits, outside: Outside | None) -> dict[st
         n_points = options["teacher_points"]
         if n_points is not None and n_points < len(data.raw["test"]):
             rules["teacher"] += (
-                f"; scored on the first {n_points} test points alone, its standard error is theirs"
+                f"; scored on the first {n_points} test points alone, its standard error is theirs, and they may "
+                "be easier than all, as those of MNIST are"
             )
         rules["teacher"] += "."
     if outside is not None:

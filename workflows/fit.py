@@ -16,6 +16,7 @@ import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 
 from cpmm.training import EpochData, Recorded
+from workflows.models import compute_device
 from workflows.stage import is_checkpoint, pick
 
 PRECISIONS = ("32-true", "tf32", "bf16-mixed", "64-true")
@@ -108,9 +109,8 @@ def fit(
         raise ValueError(
             f"trainer.precision is {precision!r}: choose one of {', '.join(PRECISIONS)}"
         )
-    # Convolutions only: the expanded square of the log-density needs all its digits.
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    torch.set_float32_matmul_precision("highest")
+    device = compute_device(config)
+    accelerator = "cuda" if config["accelerator"] == "gpu" else device
     checkpoint = scratch / "last.ckpt"
     progress = [] if quiet else [ProgressLine(name, unit)]
     module.listeners = [*progress, *listeners]
@@ -122,7 +122,8 @@ def fit(
         trainer = pl.Trainer(
             max_epochs=module.n_epochs,
             precision="32-true" if precision == "tf32" else precision,
-            **pick(config, "accelerator", "devices", "deterministic") | dict(together or {}),
+            accelerator=accelerator,
+            **pick(config, "devices", "deterministic") | dict(together or {}),
             use_distributed_sampler=False,  # EpochData leaves each process its part
             gradient_clip_val=gradient_clip,
             check_val_every_n_epoch=1,
@@ -143,7 +144,12 @@ def fit(
             ],
         )
         resume = str(checkpoint) if _is_usable(checkpoint, name) else None
-        trainer.fit(module, data, ckpt_path=resume, weights_only=True)
+        try:
+            trainer.fit(module, data, ckpt_path=resume, weights_only=True)
+        except SystemExit as error:
+            if isinstance(error.__context__, KeyboardInterrupt):  # Lightning makes an exit of it
+                raise KeyboardInterrupt from None
+            raise
     module.restore_best()
 
 

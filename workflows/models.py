@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
@@ -330,9 +331,21 @@ def _fine_tuning_rows(
     return Rows(**rows)
 
 
-def compute_device(accelerator: str) -> str:
-    """Where to compute what Lightning does not: on a GPU if ``trainer.accelerator`` allows one."""
-    return "cuda" if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
+def compute_device(trainer: Mapping[str, Any]) -> str:
+    """Where to compute, on a GPU if ``trainer.accelerator`` allows one; and set up how it computes.
+
+    Lightning's own choice would also take devices without float64, which densities need.
+
+    Args:
+        trainer: The section ``trainer``.
+    """
+    # cuBLAS reads it at its first call; Lightning asks for it where ``trainer.deterministic`` is true.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # Convolutions only: the expanded square of the log-density needs all its digits.
+    torch.backends.cudnn.allow_tf32 = trainer["precision"] == "tf32"
+    torch.set_float32_matmul_precision("highest")
+    gpu = trainer["accelerator"] != "cpu" and torch.cuda.is_available()
+    return "cuda" if gpu else "cpu"
 
 
 def choose(name: str, value: str, variants: Mapping[str, T]) -> T:

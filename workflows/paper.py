@@ -18,7 +18,7 @@ import io
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ FIGURES = (
     (5, "trajectories", "fashion_mnist"),
 )
 PERCENT = ("accuracy", "auroc", "aupr", "aupr_out")
-# Models of a sweep by the names that evaluate gives the same models.
+# Models of a sweep by the names of evaluate's rows that they share a row of the paper with.
 EVALUATED = {
     "matched": "matched_mixture",
     "spectral_frechet": "direct_mixture",
@@ -155,8 +155,24 @@ def read_sweeps(folder: Path) -> tuple[list[Column], list[str]]:
             note = f"mean ± standard deviation over {done} seeds, test points"
             if done == "1":
                 note = "one seed, test points"
+            note += _describe_sweep(config, {row.get("model") or "cpmm" for row in rows})
             columns.append(Column(name, data_of(folder.name), values, None, note))
     return columns, left_out
+
+
+def _describe_sweep(config: Config, models: Set[str]) -> str:
+    """What is to be known of the rows of a sweep beside the number of their seeds."""
+    parts = []
+    n_points = config["evaluation"]["teacher_points"]
+    if n_points is not None and any(
+        config["baselines"].get(m, {}).get("kind") == "flow" for m in models
+    ):
+        parts.append(f", flows: the first {n_points} of them")
+    if "matched" in models and config["baselines"]["matched"]["em_iterations"]:
+        parts.append(
+            ", Matched GMM: the likelier of Adam and EM by validation, that of a preset is by Adam"
+        )
+    return "".join(parts)
 
 
 def _is_of(config: Config, path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Mixtures without an ODE: directly optimized from the data, or from CPMM's extracted components."""
+"""What evaluate and the baselines both fit: mixtures without an ODE, and k-means."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 from workflows.stage import Config, pick
 
 if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
     from cpmm.baselines.direct import DirectMixture
     from cpmm.data import DataSplits
     from cpmm.mixture import Mixture
@@ -98,3 +101,35 @@ def direct_training(
         seed,
     )
     return module, rows
+
+
+class KMeansRival:
+    """k-means in the models' space, before any whitening, fitted to the training points.
+
+    Args:
+        data: The splits.
+        n_clusters: C.
+        n_starts: Starts, of which the best is kept.
+        seed: Of the starts.
+
+    Attributes:
+        centre: (C, M), float64.
+    """
+
+    def __init__(self, data: DataSplits, n_clusters: int, n_starts: int, seed: int) -> None:
+        import torch
+        from sklearn.cluster import KMeans
+
+        self._data = data
+        self._model = KMeans(n_clusters, n_init=n_starts, random_state=seed)
+        self._model.fit(self._points("train"))
+        self.centre = torch.from_numpy(self._model.cluster_centers_)
+
+    def predict(self, split: str) -> Tensor:
+        """Cluster of each point of a split, (N,)."""
+        import torch
+
+        return torch.from_numpy(self._model.predict(self._points(split))).long()
+
+    def _points(self, split: str) -> np.ndarray:
+        return self._data.preprocessing.unwhiten(self._data.points(split)[0]).numpy()

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import sys
+import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from cpmm.metrics import clustering_scores, nats_per_dimension
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import Tensor
+    from torch import Generator, Tensor
 
     from cpmm.data import DataSplits
     from cpmm.mixture import Mixture
+    from cpmm.teacher import Flow
 
 
 class Scorer:
@@ -51,3 +56,56 @@ class Scorer:
             "n_components": mixture.components.n_components,
             "n_parameters": mixture.components.n_parameters,
         }
+
+
+def flow_log_prob(
+    flow: Flow,
+    z: Tensor,
+    generator: Generator,
+    batch_size: int,
+    title: str | None = None,
+    what: str = "points",
+    alive: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """Log-density of points by a flow, batch by batch, with one progress line.
+
+    Args:
+        flow: With the solver that it is scored by.
+        z: (N, M).
+        generator: Of Hutchinson's vectors, on the flow's device.
+        batch_size: Points of a batch.
+        title: How the progress line begins; None prints none.
+        what: The points, for the progress line.
+        alive: Called with every evaluation of the field.
+
+    Returns:
+        Nats, (N,), float64, on the CPU.
+    """
+    import torch
+
+    n, done, n_calls = len(z), 0, 0
+    started = printed = time.monotonic()
+    terminal = sys.stdout.isatty()
+
+    def count(*_: object) -> None:
+        nonlocal n_calls
+        n_calls += 1
+        alive()
+
+    hook = flow.field.register_forward_hook(count)
+    log_prob = []
+    for i, batch in enumerate(z.float().split(batch_size)):
+        log_prob.append(flow.log_prob(batch.to(generator.device), generator).double().cpu())
+        done, now = done + len(batch), time.monotonic()
+        if title is None or (now - printed < (0.2 if terminal else 15.0) and done < n):
+            continue
+        printed = now
+        eta = (now - started) * (n - done) / done / 60
+        line = (
+            f"{title} | {done}/{n} {what} | {math.ceil(n_calls / (i + 1))} calls of the field a batch | "
+            f"eta {eta:.1f}m"
+        )
+        end = "\n" if done == n or not terminal else "\r"
+        print(f"\x1b[2K{line}" if terminal else line, end=end, flush=True)
+    hook.remove()
+    return torch.cat(log_prob)

@@ -247,7 +247,8 @@ def scratch_folder(folder: Path, stage: str, mark: str) -> Path:
         mark: Fingerprint of all that the work depends on.
     """
     root = folder / ".scratch"
-    scratch = root / f"{stage}-{fingerprint(mark, code_fingerprint())}"
+    code = code_fingerprint(*sorted(Path(__file__).parent.glob("*.py")))
+    scratch = root / f"{stage}-{fingerprint(mark, code)}"
     for other in root.glob(f"{stage}-*"):
         if other != scratch:
             shutil.rmtree(other, ignore_errors=True)

@@ -247,7 +247,7 @@ def _parser() -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=command.__doc__)
         added.set_defaults(command=command)
         added.add_argument("mixture", metavar="MIXTURE", help="folder, or dvc+REPO[@REV]#PATH")
-        added.add_argument("--device", default="cpu", help="cpu, cuda, mps; default cpu")
+        added.add_argument("--device", default="cpu", help="cpu or cuda; default cpu")
         return added
 
     info = add("info", show_info, "what it is")

@@ -16,8 +16,9 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,7 @@ def run_trial(
     spaces: Spaces | None,
     mark: str,
     scratch: Path,
+    alive: Callable[[], None] = lambda: None,
     **options: Any,
 ) -> dict[str, Any]:
     """Train the model of a configuration, CPMM or a row of conf/baselines/, and score it.
@@ -63,6 +65,7 @@ def run_trial(
         mark: Fingerprint of the trial.
         scratch: Folder of its own; the trial resumes from a checkpoint there. Afterwards what is in
             :data:`FOLDERS` lies in it, as far as the model has it.
+        alive: Called now and then where no epoch ends for long, such as while a flow is scored.
         options: Further ones of :func:`workflows.fit.fit`.
 
     Returns:
@@ -74,7 +77,7 @@ def run_trial(
     import workflows.baselines  # noqa: F401  a second or two, that are not of the training
 
     torch.set_num_threads(config["trainer"]["threads"] or torch.get_num_threads())
-    train = _train_cpmm if config["model"] == "cpmm" else _train_baseline
+    train = _train_cpmm if config["model"] == "cpmm" else partial(_train_baseline, alive=alive)
     outside, missing = _outside(config, data)
     progress: dict[str, Any] = {"module": None}
     started = time.monotonic()
@@ -140,13 +143,16 @@ def _train_baseline(
     mark: str,
     scratch: Path,
     progress: dict[str, Any],
+    alive: Callable[[], None],
     **options: Any,
 ) -> Fitted:
     from workflows.baselines import save_baseline, train_baseline
 
     if options.get("together"):
         raise ValueError(f"ray.workers above 1 trains cpmm alone: model is {config['model']!r}")
-    fitted = train_baseline(config["model"], config, data, spaces, scratch, progress, **options)
+    fitted = train_baseline(
+        config["model"], config, data, spaces, scratch, progress, alive, **options
+    )
     save_baseline(config["model"], fitted, scratch / "baseline", config, data, mark)
     return fitted
 
@@ -205,10 +211,13 @@ def peak_memory() -> Iterator[dict[str, float]]:
         before = _resident("VmRSS")
     except (OSError, AttributeError):
         before = None
-    if torch.cuda.is_available():
+    if (
+        torch.cuda.is_initialized()
+    ):  # else nothing of this process is there, and nothing needs to be
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     yield found
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+    if torch.cuda.is_initialized() and torch.cuda.max_memory_allocated():
         found["gb"] = torch.cuda.max_memory_allocated() / 2**30
     elif before is not None:
         found["gb"] = _resident("VmHWM") - before

@@ -352,6 +352,26 @@ def test_resumed_equals_uninterrupted(row, trials, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("row", "least"), [("vade", 2), ("cnf_mlp", 8), ("matched", 3), ("kmeans", 0)]
+)
+def test_rows_give_signs_of_life_where_no_epoch_ends(row, least, trials, tmp_path):
+    config, inputs, _, _ = trials(row)
+    signs = []  # of the epochs of VaDE's autoencoder, a flow's four evaluations a step of two splits, EM
+    run_trial(config, *inputs, "mark", tmp_path, lambda: signs.append(1), quiet=True)
+    assert len(signs) >= least
+    assert bool(signs) == bool(least)
+
+
+def test_a_flow_says_how_far_its_densities_are(trials, tmp_path, capsys):
+    config, inputs, _, _ = trials("cnf_mlp")
+    fitted = train_baseline("cnf_mlp", config, *inputs, tmp_path, quiet=False)
+    fitted.log_prob(inputs[0].points("test")[0][:3])
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("baseline cnf_mlp | 3/3 points | ")
+    assert line.endswith("calls of the field a batch | eta 0.0m")
+
+
+@pytest.mark.parametrize(
     ("row", "overrides", "said"),
     [
         ("cnf_conv", [], r"^baselines\.cnf_conv\.field\.kind is 'conv', but the data are no images: choose mlp"),

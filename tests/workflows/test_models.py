@@ -138,13 +138,19 @@ def test_a_configuration_from_before_an_option_joined_still_makes_trajectories(d
     assert now.keys() == then.keys()
 
 
+@pytest.mark.parametrize("precision", ["32-true", "tf32"])
 @pytest.mark.parametrize("accelerator", ["auto", "gpu", "cpu"])
-def test_what_lightning_does_not_compute_goes_to_the_same_device(accelerator, monkeypatch):
+def test_what_lightning_does_not_compute_goes_to_the_same_device(
+    accelerator, precision, monkeypatch
+):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", precision != "tf32")
+    trainer = {"accelerator": accelerator, "precision": precision}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     wanted = "cpu" if accelerator == "cpu" else "cuda"
-    assert models.compute_device(accelerator) == wanted
+    assert models.compute_device(trainer) == wanted
+    assert torch.backends.cudnn.allow_tf32 is (precision == "tf32")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert models.compute_device(accelerator) == "cpu"
+    assert models.compute_device(trainer) == "cpu"
 
 
 def test_options_that_joined_later_change_a_fingerprint_only_if_they_are_set():

@@ -237,6 +237,18 @@ def test_a_sweep_of_another_configuration_is_no_column_of_the_preset(root, tmp_p
     assert "sweep table1" not in text
 
 
+def test_the_note_of_a_sweep_says_on_what_flows_were_scored_and_how_the_matched_mixture_was_fitted(
+    root,
+):
+    folder = add_preset(root, "mnist", **{"evaluation.teacher_points": 70})
+    add_sweep(folder, "table1", {"cpmm": 2.5, "cnf_conv": 1.5}, models=True)
+    add_sweep(folder, "clusters", {"cpmm": 2.5, "matched": 2.6}, models=True)
+    notes = {column.name: column.note for column in paper.read_sweeps(folder)[0]}
+    assert notes["mnist, sweep table1"].endswith("test points, flows: the first 70 of them")
+    assert "the first 70" not in notes["mnist, sweep clusters"]
+    assert "Matched GMM: the likelier of Adam and EM" in notes["mnist, sweep clusters"]
+
+
 def test_the_note_of_a_preset_says_how_the_weights_vary(root):
     folder = add_preset(root, "mnist", **{"cpmm.weight_knots": 5})
     assert "R = 6, the field's weights at 5 pseudotimes" in paper.read_preset(folder).note

@@ -93,6 +93,24 @@ def test_a_killed_search_goes_on_with_what_it_has_tried(project):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("scheduler", ["asha", "fifo"])
+@pytest.mark.parametrize("kind", ["grid", "optuna"])
+def test_trials_may_go_through_a_curriculum_before_they_can_be_compared(project, kind, scheduler):
+    space = SEARCH | {"n_samples": 2} if kind == "optuna" else {"kind": "grid"}
+    folder = project(
+        parts={}, seeds=1 if kind == "optuna" else 2, search=space,
+        scheduler={"kind": scheduler, "grace_epochs": 1},
+        overrides={"cpmm.told_spaces": 0, "cpmm.fine_tune_epochs": 3},
+    )  # fmt: skip
+    status, _, err = run(folder, "ray.report_seconds=0")
+    assert status == 0, err
+    table = trials(folder)
+    assert len(table) == 2
+    assert (table["status"] == "finished").any()
+    assert set(table["status"]) <= {"finished", "stopped"}
+
+
+@pytest.mark.slow
 def test_a_search_of_fewer_points_than_samples_ends(project):
     few = SEARCH | {"n_samples": 5, "space": {"cpmm.n_factors": {"choice": [1, 2]}}}
     folder = project(parts={}, seeds=1, search=few)
@@ -127,6 +145,15 @@ def test_two_workers_train_a_trial_together(project):
     difference = (table["density"][:2] - trials(alone)["density"]).abs()
     assert (difference < 0.05).all()
     assert (difference > 0).all()
+
+
+@pytest.mark.slow
+def test_numbers_that_break_in_one_of_two_workers_end_the_trial_at_once(project):
+    breaking = {"cpmm.learning_rate": 1e30, "cpmm.gradient_clip": 1e30, "cpmm.n_warmup_epochs": 0}
+    folder = project(seeds=1, parts={"breaking": {"overrides": breaking}})
+    status, out, err = run(folder, "ray.workers=2", "ray.cpus=1", timeout=400)
+    assert status in (0, 1), err
+    assert trials(folder)["status"].tolist() == ["diverged"], out
 
 
 @pytest.mark.slow

@@ -3,11 +3,14 @@
 import subprocess
 import sys
 import tempfile
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT, project_environment
 
-from workflows.sweeps.worker import trial_scratch
+from workflows.sweeps import worker as sweep_worker
+from workflows.sweeps.worker import GPULost, Reporter, trial_scratch
 
 WORKER = """
 from workflows.sweeps.worker import trial_scratch
@@ -54,3 +57,39 @@ def test_a_trial_removes_what_a_killed_worker_left(worker, temporary):
     with trial_scratch("1" * 16) as scratch:
         assert set(temporary.iterdir()) == {scratch, temporary / "cpmm-notes"}
     assert [path.name for path in temporary.iterdir()] == ["cpmm-notes"]
+
+
+@pytest.mark.parametrize(("report_seconds", "n_told"), [(0, 3), (3600, 0)])
+def test_signs_of_life_are_told_now_and_then(report_seconds, n_told, tmp_path):
+    preprocessing = SimpleNamespace(density_unit=("nats per dimension", 1.0, 0.0))
+    data = SimpleNamespace(
+        preprocessing=preprocessing, n_features=1, points=lambda split: (None, torch.zeros(1))
+    )
+    assignment = SimpleNamespace(options={"report_seconds": report_seconds})
+    told = []
+    reporter = Reporter(
+        SimpleNamespace(mark="1" * 16), assignment, tmp_path, (data, None), told.append
+    )
+    for _ in range(3):
+        reporter.alive()
+    assert told == [{"mark": "1" * 16, "alive": True}] * n_told
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, torch.AcceleratorError])
+def test_what_a_gpu_does_is_not_the_trials_own_failure(error, monkeypatch):
+    def train(*arguments):
+        raise error("CUDA error")
+
+    monkeypatch.setattr(sweep_worker, "_train_alone", train)
+    assignment = SimpleNamespace(options={"workers": 1})
+    with pytest.raises(GPULost, match=f"{error.__name__}: CUDA error"):
+        sweep_worker._train(SimpleNamespace(mark="1" * 16), assignment)
+
+
+@pytest.mark.parametrize(("gpus", "accelerator"), [([], "cpu"), ([0], "auto")])
+def test_a_trial_that_is_given_no_gpu_takes_none(gpus, accelerator, monkeypatch):
+    monkeypatch.setattr(sweep_worker.ray, "get_gpu_ids", lambda: gpus)
+    config = {"trainer": {"accelerator": "auto", "devices": 1}}
+    given = sweep_worker.on_given_device(config)
+    assert given == {"trainer": {"accelerator": accelerator, "devices": 1}}
+    assert config["trainer"]["accelerator"] == "auto"

@@ -328,8 +328,16 @@ def _optuna(search: Config, seed: int, points: list[dict[str, Any]], values: lis
         for option, distribution in search["space"].items()
         for kind, values in distribution.items()
     }
+
+    class Search(OptunaSearch):
+        """Passes over reports without a density."""
+
+        def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+            if METRIC in result:
+                super().on_trial_result(trial_id, result)
+
     known = {"points_to_evaluate": points, "evaluated_rewards": values} if points else {}
-    return OptunaSearch(space=space, metric=METRIC, mode="min", seed=seed, **known)
+    return Search(space=space, metric=METRIC, mode="min", seed=seed, **known)
 
 
 def _index(template: Trial) -> str:

@@ -18,7 +18,15 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from workflows.sweeps import cluster
 from workflows.sweeps.plan import Trial
-from workflows.sweeps.worker import Assignment, Reporter, call, failure, prepare, trial_scratch
+from workflows.sweeps.worker import (
+    Assignment,
+    Reporter,
+    call,
+    failure,
+    on_given_device,
+    prepare,
+    trial_scratch,
+)
 from workflows.trial import FOLDERS, run_trial
 
 # Of the trial itself, whoever runs it; a lost peer is a RuntimeError.
@@ -85,7 +93,7 @@ def _work(config: dict[str, Any]) -> None:
             "devices": "auto",
         }
         record = run_trial(
-            trial.config, *reporter.inputs, trial.mark, scratch,
+            on_given_device(trial.config), *reporter.inputs, trial.mark, scratch,
             listeners=[reporter], quiet=True, together=together,
         )  # fmt: skip
         if first and record["status"] == "finished":
@@ -96,6 +104,8 @@ def _work(config: dict[str, Any]) -> None:
         # Numbers may break in one worker alone, and the others then only lose their peer.
         if first or record["status"] != "finished":
             _leave(trial, assignment, record | {"reports": reporter.reports})
+        if record["status"] != "finished":  # the others wait for this one until they are stopped
+            raise FloatingPointError(record["reason"])
 
 
 @contextmanager

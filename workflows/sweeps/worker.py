@@ -57,6 +57,23 @@ class Assignment:
     every_epoch: bool
 
 
+class GPULost(RayError):
+    """A GPU failed, or had no memory left beside other trials: the trial is tried again elsewhere."""
+
+
+def _is_of_a_gpu(error: Exception) -> bool:
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError)
+
+
+def on_given_device(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Keep a trial that is given no GPU off those of the machine, which other trials are given."""
+    if ray.get_gpu_ids():
+        return dict(config)
+    return {**config, "trainer": {**config["trainer"], "accelerator": "cpu"}}
+
+
 def call(method: Any, *arguments: Any) -> Any:
     """Call the archive, and wait for it.
 
@@ -150,6 +167,8 @@ def _train(trial: Trial, assignment: Assignment) -> dict[str, Any]:
         except (ArchiveError, RayError):
             raise  # the cluster's doing, not the trial's: it is tried again
         except Exception as error:
+            if _is_of_a_gpu(error):
+                raise GPULost(f"{type(error).__name__}: {error}") from error
             record = failure(error)
         record["overrides"] = list(trial.overrides)
         record["row"], record["seed"] = dict(trial.row), trial.seed
@@ -170,11 +189,14 @@ def _train_alone(
 ) -> dict[str, Any]:
     """Train in this process."""
     reporter = prepare(trial, assignment, scratch, report)
-    config = trial.config
-    if not ray.get_gpu_ids():  # the machine may have GPUs that other trials are given
-        config = {**config, "trainer": {**config["trainer"], "accelerator": "cpu"}}
     record = run_trial(
-        config, *reporter.inputs, trial.mark, scratch, listeners=[reporter], quiet=True
+        on_given_device(trial.config),
+        *reporter.inputs,
+        trial.mark,
+        scratch,
+        reporter.alive,
+        listeners=[reporter],
+        quiet=True,
     )
     return record | {"reports": reporter.reports}
 
@@ -236,6 +258,13 @@ class Reporter:
             self.told = now
             self.report(row | {"phase": module.describe_phase(), "n_steps": _n_steps(module)})
             self._gauge(row)
+
+    def alive(self) -> None:
+        """Tell Tune now and then that the trial is at work, where no epoch ends for long."""
+        now = time.monotonic()
+        if now - self.told >= self.assignment.options["report_seconds"]:
+            self.told = now
+            self.report({"mark": self.trial.mark, "alive": True})
 
     def _describe(self, module: Any, row: Mapping[str, Any] | None = None) -> dict[str, Any]:
         row = module.history[-1] if row is None else row

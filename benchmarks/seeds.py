@@ -19,6 +19,7 @@ import pandas as pd
 import yaml
 
 from workflows.compose import ROOT, compose_preset
+from workflows.stage import EXPECTED_ERRORS, describe
 
 STAGES = (
     "prepare_data",
@@ -52,18 +53,27 @@ def run_seed(config: dict) -> pd.DataFrame:
     return rows.assign(seed=seed).rename_axis("model").reset_index()
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("preset")
     parser.add_argument("overrides", nargs="*", help="in Hydra's syntax, such as cpmm.n_factors=4")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--jobs", type=int, default=2, help="seeds run side by side")
+    parser.add_argument("--seeds", type=_positive, default=5, help="how many; default 5")
+    parser.add_argument("--jobs", type=_positive, default=2, help="run side by side; default 2")
     parser.add_argument("--csv", type=Path, help="where to write the scores of every seed")
     arguments = parser.parse_args()
-    configs = [
-        compose_preset(arguments.preset, [*arguments.overrides, f"seed={seed}"])
-        for seed in range(arguments.seeds)
-    ]
+    try:
+        configs = [
+            compose_preset(arguments.preset, [*arguments.overrides, f"seed={seed}"])
+            for seed in range(arguments.seeds)
+        ]
+    except EXPECTED_ERRORS as error:
+        raise SystemExit(f"seeds: error: {describe(error)}") from None
     with ThreadPoolExecutor(arguments.jobs) as pool:
         scores = pd.concat(pool.map(run_seed, configs), ignore_index=True)
     if arguments.csv:

@@ -53,7 +53,8 @@ class Preprocessing:
         """
         if self.levels is not None and (self.alpha is None or not 0 < self.alpha < 0.5):
             raise ValueError(
-                f"data.alpha, the margin of the logit, is {self.alpha}: expected 0 < alpha < 0.5"
+                f"data.alpha, the margin of the logit, is {self.alpha}: grey levels need 0 < alpha < 0.5, such "
+                "as 1e-6, the paper's, or 0.01"
             )
         if self.levels is None and self.map is not None:
             raise ValueError(
@@ -157,10 +158,12 @@ class Preprocessing:
         """
         if self.levels is None:
             return raw.double()
-        low, high = int(raw.min()), int(raw.max())
-        if low < 0 or high >= self.levels:
+        if int(raw.min()) < 0 or int(raw.max()) >= self.levels:
+            levels = raw.double()  # uint8 knows no 256
+            n, m = ((levels < 0) | (levels >= self.levels)).nonzero()[0].tolist()
             raise ValueError(
-                f"grey levels must be 0 to {self.levels - 1}: got {low} to {high}; set data.levels"
+                f"grey levels must be 0 to {self.levels - 1}: feature {m + 1} of point {n + 1} is "
+                f"{levels[n, m].item():.6g}"
             )
         noise = torch.rand(raw.shape, generator=generator, dtype=torch.float64, device=raw.device)
         return (raw.double() + noise) / self.levels

@@ -39,6 +39,21 @@ def test_the_benchmark_runs_and_its_peers_agree(tmp_path):
     assert any(row["name"].startswith("SPFlow Einet") for row in parts["einsum"])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["nopreset"], 1, "seeds: error: unknown preset 'nopreset'"),
+        (["digits", "cpmm.n_factor=3"], 1, "seeds: error: preset 'digits' cannot be composed"),
+        (["digits", "--seeds", "0"], 2, "--seeds: expected a whole number of at least 1, got '0'"),
+    ],
+)
+def test_seeds_at_fault_are_named(arguments, status, said):
+    command = [sys.executable, "benchmarks/seeds.py", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, "Traceback" in done.stderr) == (status, False)
+    assert said in done.stderr
+
+
 def test_an_unknown_part_is_refused():
     command = [sys.executable, "benchmarks/speed.py", "density", "speed"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

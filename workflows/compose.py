@@ -10,8 +10,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from workflows.schema import check_options, show
-from workflows.stage import describe, end_with_dvc, write_text
+from workflows.schema import check_cpmm, check_options, show
+from workflows.stage import describe, digest_files, end_with_dvc, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -51,6 +51,7 @@ def compose_preset(
     Raises:
         ValueError: If the preset or an option is unknown, an override cannot be read, or a value is
             not what ``workflows/schema.py`` expects.
+        OSError: If a file of the data cannot be read.
     """
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
@@ -77,6 +78,10 @@ def compose_preset(
             "params.yaml"
         )
     check_options(resolved, plain)
+    check_cpmm(resolved["cpmm"])
+    for source in (resolved["data"], resolved["evaluation"]["ood"]):
+        if source is not None and (digests := digest_files(source["options"])):
+            source["digests"] = digests  # an edited file is another configuration
     return resolved
 
 

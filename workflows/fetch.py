@@ -28,8 +28,13 @@ def located(address: str) -> Iterator[Path]:
         path = path.parent if path.suffix in (".json", ".safetensors") else path
         if not path.is_dir():
             raise FileNotFoundError(
-                f"there is no mixture {address}: give its folder, such as data/digits/mixture, or {FORM}"
+                f"there is no mixture {address}: give its folder, such as data/digits/mixture (`dvc pull` or `dvc "
+                f"repro` brings what git does not hold), or {FORM}"
             )
+        if not (path / "mixture.json").exists():
+            inside = sorted(found.parent for found in path.glob("*/mixture.json"))
+            if inside:
+                raise FileNotFoundError(f"{path} is no mixture, but holds one: give {inside[0]}")
         yield path
         return
     repository, revision, path = split_address(address)

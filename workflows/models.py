@@ -24,7 +24,7 @@ from cpmm.initialization import (
 )
 from cpmm.mixture import Mixture
 from cpmm.neighbours import neighbour_groups
-from cpmm.odes import FIXED_STEP, Solver
+from cpmm.odes import Solver
 from cpmm.seeds import seeded_generator
 from cpmm.spaces import Curriculum
 from cpmm.teacher import Flow
@@ -32,6 +32,7 @@ from cpmm.training import EpochData, MixtureTraining, Rows
 from cpmm.trajectory import StateLayout, Trajectories, pseudotime_grid
 from cpmm.views import AffineViews
 from workflows.marks import mark_cpmm
+from workflows.schema import check_cpmm
 from workflows.stage import pick
 from workflows.store import Spaces, load_model
 
@@ -156,13 +157,9 @@ def make_trajectories(
             **pick(config["initialization"], "kind", "mean_scale", "loading_scale", "free_scale"),
         )
 
+    check_cpmm(config)
     n_knots = config.get("weight_knots")  # one of marks.LATER: an earlier configuration has none
     solver = Solver(**config["solver"])
-    if n_knots is not None and solver.method in FIXED_STEP and n_knots > solver.n_steps + 1:
-        raise ValueError(
-            f"cpmm.weight_knots is {n_knots}: a solver of {solver.n_steps} steps has no use for more than "
-            f"{solver.n_steps + 1}; lower it, or raise cpmm.solver.n_steps"
-        )
 
     def shared() -> nn.Module:
         field = make_field(config["field"], data, layout.n_maps)
@@ -258,6 +255,7 @@ def make_mixture_training(
         spaces: The curriculum; None trains on the input space alone.
         make_model: Takes the arguments of :func:`make_trajectories`, and its place.
     """
+    check_cpmm(config)
     curriculum = make_curriculum(config, len(spaces) if spaces else 0)
     fine_tuning = data.points("validation")[0].float()
     start = spaces.train(0) if spaces else data.points("train")[0].float()
@@ -273,11 +271,6 @@ def make_mixture_training(
             )
         group = group.repeat(len(start) // len(group))
     model = (make_model or make_trajectories)(config, data, start, group)
-    if (config["told_spaces"] or tells_later) and group is None:
-        raise ValueError(
-            f"cpmm.told_spaces is {config['told_spaces']}, cpmm.told_weight {config['told_weight']}, but cpmm.initialization.kind "
-            f"{config['initialization']['kind']!r} makes no groups: choose one of {', '.join(GROUPINGS)}"
-        )
     module = MixtureTraining(
         model,
         curriculum,

@@ -78,7 +78,9 @@ class RowReader:
     def _open_csv(self) -> int:
         try:
             names = pd.read_csv(self.path, nrows=0, **self._options()).columns.tolist()
-        except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
+        except pd.errors.EmptyDataError as error:
+            raise ValueError(f"{self.path} is empty: expected a header and rows") from error
+        except (pd.errors.ParserError, UnicodeDecodeError) as error:
             raise ValueError(f"{self.path} is not UTF-8 text with a header: {error}") from error
         lacking = [name for name in self.names if name not in names]
         if lacking:

@@ -2,7 +2,8 @@
 
 A value out of range ends here, in the first second and by its own name, not in a stage hours later. Whole
 numbers are written without a point: 3.0 is refused where 3 is meant, as it would be another fingerprint
-of the same configuration. What several options say together is checked where they are used.
+of the same configuration. What options of CPMM say together, without the data, is checked beside it; the
+rest where it is used.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ class Rule:
     accepts: Callable[[Any], bool]
 
 
+FIXED_STEP = ("euler", "midpoint", "heun2", "heun3", "rk4")  # as in cpmm/odes.py, which needs torch
+GROUPINGS = ("kmeans", "analyzers", "linkage", "neighbours")  # as in cpmm/initialization.py
 MANY = 1_000_000  # of anything that is counted; a slip of the keyboard ends here
 LARGEST = 1e9  # of anything that is measured
 
@@ -138,7 +141,7 @@ def _field(prefix: str) -> dict[str, Rule]:
 
 def _solver(prefix: str, *left_out: str) -> dict[str, Rule]:
     rules = {
-        "method": choice("euler", "midpoint", "heun2", "heun3", "rk4", "dopri5", "adaptive_heun"),
+        "method": choice(*FIXED_STEP, "dopri5", "adaptive_heun"),
         "n_steps": COUNT,
         "interpolation": choice("linear", "cubic"),
         "rtol": number(0, ends="(]"),
@@ -281,8 +284,8 @@ def _files(prefix: str) -> dict[str, Rule]:
         "path": text(),
         "label_column": or_null(text()),
         "delimiter": Rule(
-            "expected one character, such as ',', ';' or '\\t'",
-            lambda value: isinstance(value, str) and len(value) == 1,
+            "expected one character, such as ',' or ';', or \\t for a tab",
+            lambda value: isinstance(value, str) and (len(value) == 1 or value == r"\t"),
         ),
         "label_path": or_null(text()),
         "levels": whole(1, 256),
@@ -354,9 +357,7 @@ OPTIONS: dict[str, Rule] = {
     "cpmm.ode": choice("shared", "separate"),
     **_field("cpmm.field"),
     **_solver("cpmm.solver"),
-    "cpmm.initialization.kind": choice(
-        "gaussian", "random", "kmeans", "analyzers", "linkage", "neighbours"
-    ),
+    "cpmm.initialization.kind": choice("gaussian", "random", *GROUPINGS),
     "cpmm.initialization.mean_scale": WEIGHT,
     "cpmm.initialization.loading_scale": WEIGHT,
     "cpmm.initialization.free_scale": WEIGHT,
@@ -482,6 +483,28 @@ def check_options(config: Mapping[str, Any], plain: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"{name} is missing: it cannot be left out (in conf/ it is {show(value)})"
             )
+
+
+def check_cpmm(cpmm: Mapping[str, Any]) -> None:
+    """Check what options of the section ``cpmm`` say together.
+
+    Raises:
+        ValueError: If groups are told that nothing makes, or weights have more knots than steps.
+    """
+    kind = cpmm["initialization"]["kind"]
+    if (cpmm["told_spaces"] or cpmm["told_weight"]) and kind not in GROUPINGS:
+        raise ValueError(
+            f"cpmm.told_spaces is {cpmm['told_spaces']}, cpmm.told_weight {cpmm['told_weight']}, but "
+            f"cpmm.initialization.kind {kind!r} makes no groups: choose one of {', '.join(GROUPINGS)}, or set "
+            "both to 0"
+        )
+    n_knots = cpmm.get("weight_knots")  # one of marks.LATER: an earlier configuration has none
+    method, n_steps = cpmm["solver"]["method"], cpmm["solver"]["n_steps"]
+    if n_knots is not None and method in FIXED_STEP and n_knots > n_steps + 1:
+        raise ValueError(
+            f"cpmm.weight_knots is {n_knots}: a solver of {n_steps} steps has no use for more than "
+            f"{n_steps + 1}; lower it, or raise cpmm.solver.n_steps"
+        )
 
 
 def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

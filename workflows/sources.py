@@ -253,6 +253,7 @@ def read_csv(path: str, label_column: str | None, delimiter: str) -> Source:
         FileNotFoundError: If there is no such file.
     """
     _require_file(path, "data.options.path")
+    delimiter = "\t" if delimiter == r"\t" else delimiter
     if len(delimiter) != 1:
         raise ValueError(f"data.options.delimiter must be one character: got {delimiter!r}")
     options: dict[str, Any] = {

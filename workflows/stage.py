@@ -226,6 +226,16 @@ def fingerprint(*parts: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def digest_files(options: Mapping[str, Any]) -> dict[str, str]:
+    """Hash the files that options of a source name, by option; what is not there has none."""
+    digests = {}
+    for name in ("path", "label_path"):
+        if options.get(name) and Path(options[name]).is_file():
+            with Path(options[name]).open("rb") as file:
+                digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
+
+
 def code_fingerprint(*files: Path) -> str:
     """Hash the source of the method, and further files: work half done by other code is not resumed."""
     digest = hashlib.sha256()

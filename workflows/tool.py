@@ -17,7 +17,8 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +94,7 @@ def score(fitted: FittedMixture, arguments: argparse.Namespace) -> None:
                 pd.DataFrame({"log_prob": log_prob.cpu().numpy(), column: density.cpu().numpy()})
             )
             total, n = total + float(density.sum()), n + len(density)
-    _say(arguments, f"{n} points, mean {total / n:.4f} {fitted.unit}")
+    _say(arguments, f"{n} points, mean {total / n:.6g} {fitted.unit}")
 
 
 def predict(fitted: FittedMixture, arguments: argparse.Namespace) -> None:
@@ -124,6 +125,7 @@ def sample(fitted: FittedMixture, arguments: argparse.Namespace) -> None:
         raise ValueError(f"-n is {n}: expected 1 or more")
     to_npy = arguments.out is not None and arguments.out.suffix == ".npy"
     if to_npy:
+        _check_out(arguments.out, [".npy"])
         shape = fitted.image_shape or (fitted.n_features,)
         shape = shape[1:] if fitted.image_shape and shape[0] == 1 else shape
         dtype = np.dtype(np.float64 if fitted.preprocessing.levels is None else np.uint8)
@@ -151,6 +153,7 @@ def plot(fitted: FittedMixture, arguments: argparse.Namespace) -> None:
     from cpmm import figures
     from cpmm.seeds import seeded_generator
 
+    _check_out(arguments.out, [".png", ".svg", ".pdf"])
     mixture = fitted.mixture.to("cpu")
     shape, pre = fitted.image_shape, fitted.preprocessing
     z, component = mixture.sample(2000, seeded_generator(arguments.seed))
@@ -217,6 +220,10 @@ def _apply(fitted: FittedMixture, arguments: argparse.Namespace, function: Any) 
 def _check_device(name: str) -> None:
     import torch
 
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(
+            f"--device is {name!r}: expected cpu, cuda, or one of several such as cuda:1"
+        )
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -227,9 +234,23 @@ def _check_device(name: str) -> None:
 def _output(arguments: argparse.Namespace) -> Any:
     from workflows.rows import csv_writer
 
-    if arguments.out is not None and arguments.out.suffix != ".csv":
-        raise ValueError(f"--out {arguments.out} must end in .csv")
+    endings = [".csv", ".npy"] if arguments.name == "sample" else [".csv"]
+    _check_out(arguments.out, endings, getattr(arguments, "points", None))
     return csv_writer(arguments.out)
+
+
+def _check_out(out: Path | None, endings: Sequence[str], points: Path | None = None) -> None:
+    """Refuse a file that cannot be written, or whose place is that of the input."""
+    if out is None:
+        return
+    if out.suffix not in endings:
+        raise ValueError(f"--out {out} must end in {' or '.join(endings)}")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"--out {out}: there is no folder {out.parent}: make it first")
+    if points is not None and out.exists() and points.exists() and out.samefile(points):
+        raise ValueError(
+            f"--out {out} is the input itself, and would take its place: name another file"
+        )
 
 
 def _say(arguments: argparse.Namespace, text: str) -> None:
@@ -241,6 +262,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="cpmm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--version", action="version", version=f"cpmm {metadata.version('cpmm')}")
     commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
 
     def add(name: str, command: Any, text: str) -> argparse.ArgumentParser:
@@ -259,20 +281,45 @@ def _parser() -> argparse.ArgumentParser:
         added = add(name, command, text)
         added.add_argument("points", type=Path, help="a .csv with the features, or a .npy file")
         added.add_argument("--out", type=Path, help="a .csv file; standard output if not given")
-        added.add_argument("--seed", type=int, default=0, help="of the dequantization; default 0")
+        added.add_argument("--seed", type=_seed, default=0, help="of the dequantization; default 0")
         added.add_argument(
-            "--batch-size", type=_positive, default=BATCH_SIZE, help="rows at a time"
+            "--batch-size",
+            type=_positive,
+            default=BATCH_SIZE,
+            help=f"rows at a time; default {BATCH_SIZE}",
         )
-        added.add_argument("--delimiter", default=",", help="of the .csv file; default a comma")
+        added.add_argument(
+            "--delimiter",
+            type=_character,
+            default=",",
+            help="of the .csv file, \\t for a tab; default a comma",
+        )
     draw = add("sample", sample, "draw points")
     draw.add_argument("-n", type=int, default=100, help="how many; default 100")
-    draw.add_argument("--seed", type=int, default=0, help="default 0")
+    draw.add_argument("--seed", type=_seed, default=0, help="default 0")
     draw.add_argument("--out", type=Path, help="a .csv or .npy file; standard output if not given")
     picture = add("plot", plot, "draw a figure")
     picture.add_argument("--kind", choices=KINDS, default="means", help="default means")
-    picture.add_argument("--seed", type=int, default=0, help="of the samples; default 0")
+    picture.add_argument("--seed", type=_seed, default=0, help="of the samples; default 0")
     picture.add_argument("--out", type=Path, required=True, help="a .png, .svg or .pdf file")
     return parser
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number from 0 to 2^63 - 1, got {text!r}"
+        )
+    return int(text)
+
+
+def _character(text: str) -> str:
+    text = "\t" if text == "\\t" else text
+    if len(text) != 1:
+        raise argparse.ArgumentTypeError(
+            f"expected one character, such as , or ; or \\t, got {text!r}"
+        )
+    return text
 
 
 def _positive(text: str) -> int:

@@ -140,18 +140,20 @@ def main() -> None:
     )
     parser.add_argument("presets", nargs="*", help="folders of data/; those of params.yaml if none")
     presets = parser.parse_args().presets
-    n_bad = n_all = 0
+    n_bad = n_absent = n_all = 0
     try:
         presets = presets or yaml.safe_load((ROOT / "params.yaml").read_text())["presets"]
         for preset in presets:
             for name, fault in verify_preset(preset):
                 n_all, n_bad = n_all + 1, n_bad + (fault is not None)
+                n_absent += not (ROOT / name).exists()
                 print(f"{name}: {'whole' if fault is None else fault}", flush=True)
     except EXPECTED_ERRORS as error:
         print(f"verify: error: {describe(error)}", file=sys.stderr)
         raise SystemExit(1) from None
     if n_bad:
-        print(f"verify: error: {n_bad} of {n_all} outputs are damaged", file=sys.stderr)
+        absent = f", {n_absent} of them not there" if n_absent else ""
+        print(f"verify: error: {n_bad} of {n_all} outputs are not whole{absent}", file=sys.stderr)
         raise SystemExit(1)
     print(f"verify: {n_all} outputs are whole")
 

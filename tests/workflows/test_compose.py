@@ -1,3 +1,4 @@
+import hashlib
 import re
 import subprocess
 import sys
@@ -6,7 +7,11 @@ import pytest
 import yaml
 from conftest import ROOT
 
+from cpmm.initialization import GROUPINGS
+from cpmm.odes import FIXED_STEP
+from workflows import prepare_data, schema
 from workflows.compose import compose_preset, flatten, overrides_of, read_overrides, split_preset
+from workflows.marks import mark_prepared
 
 PRESETS = sorted(path.stem for path in (ROOT / "conf" / "preset").glob("*.yaml"))
 
@@ -30,6 +35,43 @@ def test_every_preset_composes_and_keeps_its_name(preset):
     config = compose_preset(preset, needs.get(preset, []))
     assert config["name"] == preset
     assert yaml.safe_load(yaml.safe_dump(config)) == config
+
+
+def test_a_file_that_was_edited_is_another_configuration(tmp_path):
+    path = tmp_path / "table.csv"
+    overrides = [f"data.options.path={path}"]
+    assert (
+        "digests" not in compose_preset("csv", overrides)["data"]
+    )  # to be missed where it is read
+    marks = set()
+    for text in ("a,b\n1,2\n", "a,b\n1,3\n"):
+        path.write_text(text)
+        config = compose_preset("csv", overrides)
+        assert config["data"]["digests"] == {"path": hashlib.sha256(text.encode()).hexdigest()}
+        marks.add(mark_prepared(config))
+    assert len(marks) == 2
+    path.write_text("a,b\n" + "1,2\n3,4\n" * 300)
+    with pytest.raises(
+        ValueError, match=r"table\.csv \(data\.options\.path\) has changed since .* config@csv"
+    ):
+        prepare_data.main(tmp_path, config)
+    assert "digests" not in compose_preset("digits", [])["data"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["cpmm.initialization.kind=random"], r"told_spaces is \d+, .*'random' makes no groups"),
+        (["cpmm.weight_knots=90"], "weight_knots is 90: a solver of 4 steps"),
+    ],
+)
+def test_what_options_say_together_is_checked_when_they_are_composed(overrides, said):
+    with pytest.raises(ValueError, match=said):
+        compose_preset("digits", overrides)
+
+
+def test_the_table_of_options_knows_the_methods_names():
+    assert (schema.FIXED_STEP, schema.GROUPINGS) == (FIXED_STEP, GROUPINGS)
 
 
 def test_an_override_changes_its_value_alone():

@@ -122,13 +122,10 @@ def test_weights_vary_with_as_many_knots_as_asked_for(ode, data):
 
 def test_more_knots_than_steps_are_refused(data):
     overrides = [*TINY, "cpmm.solver.method=euler", "cpmm.solver.n_steps=4"]
-    for knots, works in ((5, True), (6, False)):
-        config = compose_preset("digits", [*overrides, f"cpmm.weight_knots={knots}"])["cpmm"]
-        if works:
-            models.make_trajectories(config, data)
-            continue
-        with pytest.raises(ValueError, match="weight_knots is 6: a solver of 4 steps has no use"):
-            models.make_trajectories(config, data)
+    config = compose_preset("digits", [*overrides, "cpmm.weight_knots=5"])["cpmm"]
+    models.make_trajectories(config, data)
+    with pytest.raises(ValueError, match="weight_knots is 6: a solver of 4 steps has no use"):
+        models.make_trajectories(config | {"weight_knots": 6}, data)
 
 
 def test_a_configuration_from_before_an_option_joined_still_makes_trajectories(data):

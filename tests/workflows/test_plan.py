@@ -448,6 +448,20 @@ def test_every_sweep_of_conf_plans(name):
     assert len({trial.label for trial in trials}) == len(rows)
 
 
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [("table2", "mnist_cpu_plain"), ("table2_small", "mnist"), ("images", "mnist_cpu"), ("optuna", "mnist")],
+)  # fmt: skip
+def test_sweeps_fit_presets_of_images_too(name, preset):
+    section = compose_preset(preset, [f"sweep={name}"], "sweep")["sweep"]
+    for trial in plan_trials(preset, section | {"seeds": 1}, [], [], "code"):
+        cpmm = trial.config["cpmm"]
+        told = cpmm["told_spaces"] or cpmm["told_weight"]
+        assert bool(told) == (
+            cpmm["initialization"]["kind"] in ("analyzers", "neighbours") and name != "optuna"
+        )
+
+
 def test_the_ablation_plans_at_the_end_of_each_axis():
     section = compose_preset("digits", ["sweep=ablation"], "sweep")["sweep"]
     for part in section["parts"].values():

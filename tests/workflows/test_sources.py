@@ -463,6 +463,11 @@ def test_csv_delimiter_is_one_character(tmp_path, delimiter):
         csv(tmp_path, "a,b\n1,2\n", delimiter=delimiter)
 
 
+def test_a_tab_may_be_written_out(tmp_path):
+    found = csv(tmp_path, "a\tb\n1\t2\n3\t4\n", delimiter=r"\t")
+    assert found.feature_names == ("a", "b")
+
+
 @pytest.mark.parametrize("path", ["no/such/table.csv", None])
 def test_csv_missing_file(path):
     with raises(FileNotFoundError, path, "set data.options.path"):

@@ -89,7 +89,7 @@ def test_scores_are_those_of_the_library_whatever_the_file(preset, ending, made,
     assert got.columns.tolist() == ["log_prob", fitted.unit.replace(" ", "_")]
     np.testing.assert_allclose(got["log_prob"], expected, rtol=1e-12)
     np.testing.assert_allclose(got.iloc[:, 1], fitted.density(expected), rtol=1e-12)
-    assert f"{len(raw)} points, mean {got.iloc[:, 1].mean():.4f}" in said
+    assert f"{len(raw)} points, mean {got.iloc[:, 1].mean():.6g}" in said
 
 
 def test_the_mean_score_of_the_test_split_is_the_reported_density(made, cpmm, tmp_path):
@@ -236,19 +236,61 @@ def test_an_array_whose_header_lies_is_not_scored(change, made, cpmm, tmp_path):
         (["info", "nowhere"], "there is no mixture nowhere"),
         (["info", "dvc+.#"], "no address"),
         (["sample", "{mixture}", "-n", "0"], "-n is 0"),
-        (["sample", "{mixture}", "--out", "a.txt"], "must end in .csv"),
-        (["info", "{mixture}", "--device", "nowhere"], "--device nowhere cannot be used here"),
+        (["sample", "{mixture}", "--out", "a.txt"], "--out a.txt must end in .csv or .npy"),
+        (["sample", "{mixture}", "--out", "no/a.npy"], "there is no folder no: make it first"),
+        (["plot", "{mixture}", "--out", "abc"], "--out abc must end in .png or .svg or .pdf"),
+        (["info", "{folder}"], "holds one: give {mixture}"),
+        (["info", "{mixture}", "--device", "mps"], "--device is 'mps': expected cpu, cuda"),
+        (["info", "{mixture}", "--device", "cuda:77"], "--device cuda:77 cannot be used here"),
         (["plot", "{mixture}", "--kind", "components", "--out", "a.png"], "needs 2 features"),
     ],
 )
 def test_bad_options_are_named(arguments, message, made, cpmm, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    mixture = str(made / "digits" / "mixture")
-    status, _, said = cpmm(*(a.format(mixture=mixture) for a in arguments))
+    places = {"folder": made / "digits", "mixture": made / "digits" / "mixture"}
+    status, _, said = cpmm(*(a.format(**places) for a in arguments))
     assert status == 1
     assert said.startswith("cpmm: error: ")
-    assert message in said
+    assert message.format(**places) in said
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sample", "{mixture}", "--seed", "-1"], "--seed: expected a whole number from 0"),
+        (["score", "{mixture}", "a.csv", "--delimiter", ""], "--delimiter: expected one character"),
+        (["score", "{mixture}", "a.csv", "--delimiter", "::"], "--delimiter: expected one character"),
+    ],
+)  # fmt: skip
+def test_values_that_cannot_be_are_refused_with_the_options_name(
+    arguments, message, made, cpmm, capsys
+):
+    mixture = str(made / "digits" / "mixture")
+    status, _, said = cpmm(*(a.format(mixture=mixture) for a in arguments))
+    assert status == 2
+    assert message in said
+
+
+def test_points_are_not_overwritten_and_tabs_may_be_written_out(made, cpmm, tmp_path):
+    mixture, path = made / "rings" / "mixture", tmp_path / "points.csv"
+    assert cpmm("sample", mixture, "-n", "5", "--out", path)[0] == 0
+    before = path.read_bytes()
+    (tmp_path / "same.csv").symlink_to(path)
+    for command in ("score", "predict"):
+        for out in (path, tmp_path / "same.csv"):
+            status, _, said = cpmm(command, mixture, path, "--out", out)
+            assert (status, path.read_bytes()) == (1, before)
+            assert "is the input itself" in said
+    tabbed = tmp_path / "tabs.csv"
+    tabbed.write_bytes(before.replace(b",", b"\t"))
+    assert (
+        cpmm("score", mixture, tabbed, "--delimiter", r"\t")[:2] == cpmm("score", mixture, path)[:2]
+    )
+    (tmp_path / "empty.csv").write_text("")
+    assert (
+        "empty.csv is empty: expected a header" in cpmm("score", mixture, tmp_path / "empty.csv")[2]
+    )
 
 
 @pytest.mark.parametrize(

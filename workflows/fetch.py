@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from workflows.stage import temporary_files_in
+
 PREFIX = "dvc+"
 FORM = "dvc+REPOSITORY[@REVISION]#PATH, such as dvc+https://host/project.git@v1#data/digits/mixture or dvc+.@v1#data/digits/mixture"
 
@@ -40,7 +42,8 @@ def located(address: str) -> Iterator[Path]:
     repository, revision, path = split_address(address)
     with tempfile.TemporaryDirectory(prefix="cpmm-") as folder:
         target = Path(folder) / (Path(path).name or "mixture")
-        _get(repository, revision, path, target)
+        with temporary_files_in(Path(folder) / ".clones"):  # which DVC may leave behind
+            _get(repository, revision, path, target)
         yield target
 
 
@@ -64,6 +67,7 @@ def split_address(address: str) -> tuple[str, str | None, str]:
 def _get(repository: str, revision: str | None, path: str, target: Path) -> None:
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
+    from dvc.repo.open_repo import clean_repos
     from dvc.scm import SCMError
 
     try:
@@ -75,3 +79,5 @@ def _get(repository: str, revision: str | None, path: str, target: Path) -> None
             f"{path} cannot be fetched from {repository} at revision {revision or 'HEAD'}: {said}; check the "
             "address, and that the repository's DVC remote is within reach (`dvc pull` there)"
         ) from error
+    finally:
+        clean_repos()  # forget clones that will not be there

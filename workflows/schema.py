@@ -491,7 +491,9 @@ def check_cpmm(cpmm: Mapping[str, Any]) -> None:
     Raises:
         ValueError: If groups are told that nothing makes, or weights have more knots than steps.
     """
-    kind = cpmm["initialization"]["kind"]
+    kind, kinds = cpmm["initialization"]["kind"], OPTIONS["cpmm.initialization.kind"]
+    if not kinds.accepts(kind):
+        raise ValueError(f"cpmm.initialization.kind is {show(kind)}: {kinds.expected}")
     if (cpmm["told_spaces"] or cpmm["told_weight"]) and kind not in GROUPINGS:
         raise ValueError(
             f"cpmm.told_spaces is {cpmm['told_spaces']}, cpmm.told_weight {cpmm['told_weight']}, but "

@@ -452,7 +452,7 @@ def test_autoencoders_take_a_table_as_it_is_and_images_as_grey_levels(rings, tri
     _, (data, _), _, scratch = trials("vade")
     tensors, _ = load_artifact(scratch / "baseline", "baseline")
     assert not any("output_log_variance" in name for name in tensors)
-    run = baselines.Run("vade", composed(), data, None, tmp_path, {}, {})
+    run = baselines.Run("vade", composed(), data, None, tmp_path, {}, {}, lambda: None)
     points, likelihood = baselines._grey(run)
     assert likelihood == "bernoulli"
     assert torch.equal(points("test") * 16, data.raw["test"].float())

@@ -311,7 +311,7 @@ def test_a_bad_table_is_named(content, named, tmp_path, make_folder, run_stage):
 
 
 def test_missing_images_say_where_they_were_looked_for(tmp_path, make_folder, run_stage):
-    folder = make_folder("mnist", f"data.options.folder={tmp_path}")
+    folder = make_folder("mnist", f"data.options.folder={tmp_path}", "cpmm.weight_knots=null")
     status, _, errors = run_stage("prepare_data", folder)
     assert status == 1
     assert errors.startswith("prepare_data: error: ")

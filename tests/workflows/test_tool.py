@@ -1,9 +1,11 @@
 """The command line on mixtures: every command, good and bad input, addresses of DVC repositories."""
 
+import gc
 import io
 import json
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pandas as pd
@@ -346,7 +348,8 @@ def repository(made, tmp_path):
 @pytest.mark.filterwarnings(  # DVC leaves its clones' packs to the garbage collector
     "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
 )
-def test_a_mixture_of_any_revision_by_its_address(repository, cpmm):
+def test_a_mixture_of_any_revision_by_its_address(repository, cpmm, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     for revision, n in (("@v1", 6), ("@v2", 30), ("", 30)):
         address = f"dvc+file://{repository}{revision}#mixture"
         status, printed, said = cpmm("info", address, "--json")
@@ -364,6 +367,8 @@ def test_a_mixture_of_any_revision_by_its_address(repository, cpmm):
         assert status == 1, address
         assert named in said
         assert said.splitlines()[-1].startswith("cpmm: error: ")
+    assert not list(tmp_path.glob("*dvc-c*"))  # clones, and their caches
+    gc.collect()  # here, where its warnings are let pass
 
 
 def test_help_is_quick_and_both_names_work():

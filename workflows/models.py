@@ -259,17 +259,7 @@ def make_mixture_training(
     curriculum = make_curriculum(config, len(spaces) if spaces else 0)
     fine_tuning = data.points("validation")[0].float()
     start = spaces.train(0) if spaces else data.points("train")[0].float()
-    index = spaces.train_index if spaces else None
-    tells_later = config["told_weight"] > 0
-    of_all = make_groups(config, data) if tells_later else None  # training points
-    group = make_groups(config, data, index) if of_all is None else of_all[_all_or(index)]
-    if group is not None:  # the spaces hold their training points draw by draw
-        if index is not None and len(found := group.unique()) < config["n_clusters"]:
-            raise ValueError(
-                f"{len(found)} of {config['n_clusters']} groups of the training points have points among "
-                f"the {len(group)} in the spaces: raise spaces.n_train, or lower cpmm.n_clusters"
-            )
-        group = group.repeat(len(start) // len(group))
+    of_points, group = _groups(config, data, spaces.train_index if spaces else None, len(start))
     model = (make_model or make_trajectories)(config, data, start, group)
     module = MixtureTraining(
         model,
@@ -289,8 +279,8 @@ def make_mixture_training(
     def rows(epoch: int, generator: torch.Generator) -> Rows:
         space = curriculum.space(epoch)
         if space is None:
-            return _fine_tuning_rows(config, data, of_all, generator)
-        if tells_later or epoch < module.told_epochs:
+            return _fine_tuning_rows(config, data, of_points, generator)
+        if of_points is not None or epoch < module.told_epochs:
             return Rows(x=guided(space), group=group)
         return Rows(x=guided(space))
 
@@ -299,6 +289,38 @@ def make_mixture_training(
         return fine_tuning if index is None else spaces.validation(index)
 
     return module, EpochData(rows, validation_rows, config["batch_size"], config["seed"])
+
+
+def _groups(
+    config: Mapping[str, Any], data: DataSplits, index: Tensor | None, n_rows: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Groups of all training points and of the rows of a space, which may be fewer, or several draws.
+
+    Those of all points are only looked for if they are told on the input space too
+    (``told_weight``), and then the rows have theirs; else the rows are grouped by themselves.
+
+    Args:
+        config: The section ``cpmm``.
+        data: The splits.
+        index: Training points that go through the spaces; None: all.
+        n_rows: Rows of a space, draw by draw.
+
+    Returns:
+        (N,) and (n_rows,), each None if there is none.
+
+    Raises:
+        ValueError: If a group has no point in the spaces.
+    """
+    of_points = make_groups(config, data) if config["told_weight"] else None
+    group = make_groups(config, data, index) if of_points is None else of_points[_all_or(index)]
+    if group is None:
+        return None, None
+    if index is not None and len(found := group.unique()) < config["n_clusters"]:
+        raise ValueError(
+            f"{len(found)} of {config['n_clusters']} groups of the training points have points among "
+            f"the {len(group)} in the spaces: raise spaces.n_train, or lower cpmm.n_clusters"
+        )
+    return of_points, group.repeat(n_rows // len(group))
 
 
 def _all_or(index: Tensor | None) -> Tensor | slice:

@@ -408,6 +408,10 @@ def _describe_preset(config: Config, metrics: Mapping[str, Any]) -> str:
     ]
     if config["cpmm"].get("weight_knots"):
         parts[-1] += f", the field's weights at {config['cpmm']['weight_knots']} pseudotimes"
+    if config["cpmm"]["curriculum"] and config["spaces"]["kind"] == "noise":
+        parts.append("noise in place of the teacher")
+    if config["trainer"]["precision"] != "32-true":
+        parts.append(f"trained with {config['trainer']['precision']}")
     if "teacher" in models:
         parts.append(models["teacher"]["name"])
     return ", ".join(parts)

@@ -254,6 +254,14 @@ def test_the_note_of_a_preset_says_how_the_weights_vary(root):
     assert "R = 6, the field's weights at 5 pseudotimes" in paper.read_preset(folder).note
 
 
+def test_the_note_of_a_preset_says_what_it_was_trained_through_and_with(root):
+    note = paper.read_preset(add_preset(root, "mnist")).note
+    assert ("noise in place" in note, "trained with" in note) == (False, False)
+    changes = {"spaces.kind": "noise", "trainer.precision": "bf16-mixed"}
+    note = paper.read_preset(add_preset(root, "mnist", "mnist_other", **changes)).note
+    assert "noise in place of the teacher, trained with bf16-mixed" in note
+
+
 def test_only_whole_tables_are_kept(root, tmp_path):
     folder = add_preset(root, "mnist")
     out = tmp_path / "out"

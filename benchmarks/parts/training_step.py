@@ -10,28 +10,29 @@ from copy import deepcopy
 import torch
 
 from cpmm.factor_analyzers import FactorAnalyzers
-from cpmm.fields import ConvField
+from cpmm.fields import ConvField, VaryingField
 from cpmm.odes import Solver
 from cpmm.trajectory import StateLayout, Trajectories, pseudotime_grid
 from parts.timing import Row, time_in_turns
+from workflows.compose import compose_preset
 
 PARTS = ("solve", "likelihood", "likelihood backward", "solve backward", "optimizer")
-SETTINGS = {  # width, augmentation, midpoint steps
-    "the paper's field": (64, 4, 12),
-    "a small field": (32, 1, 6),
-}
-N_CLUSTERS, N_PSEUDOTIMES, BATCH = 10, 25, 512
+PRESETS = ("mnist", "mnist_cpu_plain")  # the paper's field, and a small one
 
 
 class Step:
     """One step up the likelihood of random points; remembers the shortest time of each part."""
 
     def __init__(
-        self, trajectories: Trajectories, x: torch.Tensor, dtype: torch.dtype | None
+        self,
+        trajectories: Trajectories,
+        x: torch.Tensor,
+        n_pseudotimes: int,
+        dtype: torch.dtype | None,
     ) -> None:
         self.trajectories, self.x, self.dtype = trajectories, x, dtype
         self.optimizer = torch.optim.Adam(trajectories.parameters(), lr=1e-4)
-        self.times = pseudotime_grid(N_PSEUDOTIMES)
+        self.times = pseudotime_grid(n_pseudotimes)
         self.seconds = dict.fromkeys(PARTS, float("inf"))
 
     def __call__(self) -> None:
@@ -59,37 +60,39 @@ class Step:
 
 
 def time_training_step(quick: bool, repeats: int, compiled: bool) -> list[Row]:
-    """Time both settings; with ``compiled``, torch.compile of the field too."""
+    """Time the steps of presets on random points; with ``compiled``, torch.compile of the field too."""
     rows = []
-    for name, (width, augmentation, n_steps) in SETTINGS.items():
+    for preset in PRESETS:
         side = 14 if quick else 28
         generator = torch.Generator().manual_seed(0)
-        layout = StateLayout(side**2, 6, augmentation)
+        options = compose_preset(preset, [])["cpmm"]
+        layout = StateLayout(side**2, options["n_factors"], options["augmentation"])
+        shape = (layout.n_maps, side, side)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            field = ConvField(
-                (layout.n_maps, side, side), width, 2, last_layer_scale=0.1, coordinates=True
-            )
-        initial = 0.1 * torch.randn(N_CLUSTERS, layout.size, generator=generator)
-        trajectories = Trajectories(layout, field, initial, Solver("midpoint", n_steps))
-        x = torch.randn(BATCH, layout.n_features, generator=generator)
+            field = ConvField(shape, **{k: v for k, v in options["field"].items() if k != "kind"})
+        if options["weight_knots"] is not None:
+            field = VaryingField(field, options["weight_knots"])
+        initial = 0.1 * torch.randn(options["n_clusters"], layout.size, generator=generator)
+        trajectories = Trajectories(layout, field, initial, Solver(**options["solver"]))
+        x = torch.randn(options["batch_size"], layout.n_features, generator=generator)
         rows.append(
             Row(
-                f"{name}: width {width}, {layout.n_maps} maps of {side} x {side}, {n_steps} steps, "
-                f"batch {BATCH}"
+                f"{preset}: width {options['field']['width']}, {layout.n_maps} maps of {side} x {side}, "
+                f"{options['solver']['n_steps']} steps, batch {len(x)}"
             )
         )
-        rows += _time_variants(trajectories, x, repeats, compiled)
+        rows += _time_variants(trajectories, x, options["n_pseudotimes"], repeats, compiled)
     return rows
 
 
 def _time_variants(
-    trajectories: Trajectories, x: torch.Tensor, repeats: int, compiled: bool
+    trajectories: Trajectories, x: torch.Tensor, n_pseudotimes: int, repeats: int, compiled: bool
 ) -> list[Row]:
     def variant(change: Callable[[Trajectories], object], dtype: torch.dtype | None = None) -> Step:
         other = deepcopy(trajectories)
         change(other)
-        return Step(other, x, dtype)
+        return Step(other, x, n_pseudotimes, dtype)
 
     steps = {
         "plain": variant(lambda other: None),

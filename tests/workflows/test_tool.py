@@ -367,7 +367,7 @@ def test_a_mixture_of_any_revision_by_its_address(repository, cpmm, tmp_path, mo
         assert status == 1, address
         assert named in said
         assert said.splitlines()[-1].startswith("cpmm: error: ")
-    assert not list(tmp_path.glob("*dvc-c*"))  # clones, and their caches
+    assert not list(tmp_path.rglob("*dvc-c*"))  # clones, and their caches
     gc.collect()  # here, where its warnings are let pass
 
 

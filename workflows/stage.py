@@ -17,6 +17,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -230,10 +231,17 @@ def digest_files(options: Mapping[str, Any]) -> dict[str, str]:
     """Hash the files that options of a source name, by option; what is not there has none."""
     digests = {}
     for name in ("path", "label_path"):
-        if options.get(name) and Path(options[name]).is_file():
-            with Path(options[name]).open("rb") as file:
-                digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+        if options.get(name) and (path := Path(options[name])).is_file():
+            state = path.stat()
+            digests[name] = _digest_file(path.resolve(), state.st_mtime_ns, state.st_size)
     return digests
+
+
+@lru_cache(maxsize=16)
+def _digest_file(path: Path, mtime_ns: int, size: int) -> str:
+    """Hash a file once for all the trials of a sweep, as long as it looks the same."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def code_fingerprint(*files: Path) -> str:

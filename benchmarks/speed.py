@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="also torch.compile of the field")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, help="of torch; its own choice by default")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the step")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the figures")
     arguments = parser.parse_args()
     if unknown := set(arguments.parts) - set(names):
@@ -42,10 +43,12 @@ def main() -> None:
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device is cuda, but torch finds no CUDA device here")
     options = (arguments.quick, arguments.repeats)
     parts = {
         "density": lambda: time_log_density(*options),
-        "step": lambda: time_training_step(*options, arguments.compile),
+        "step": lambda: time_training_step(*options, arguments.compile, arguments.device),
         "einsum": lambda: time_einsum_network(*options),
         "reading": lambda: time_reading(*options),
         "writing": lambda: time_writing(*options),
@@ -61,7 +64,9 @@ def main() -> None:
             print(f"{part} | {row.name:60}{milliseconds:13}{figure}".rstrip(), flush=True)
     if arguments.json:
         settings = {"torch": torch.__version__, "threads": torch.get_num_threads()}
-        options = {name: getattr(arguments, name) for name in ("quick", "repeats", "compile")}
+        options = {
+            name: getattr(arguments, name) for name in ("quick", "repeats", "compile", "device")
+        }
         text = json.dumps(settings | options | {"parts": figures}, indent=2)
         arguments.json.write_text(text + "\n")
         print(f"speed: {len(figures)} parts -> {arguments.json}")

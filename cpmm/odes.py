@@ -102,6 +102,13 @@ class Solver:
     def _integrate(self, field: Callable, initial: Tensor, knots: Tensor) -> Tensor:
         if self.gradient == "checkpoint" and torch.is_grad_enabled():
             field = _Checkpointed(field)
+        if self.method in FIXED_STEP and self.gradient != "adjoint":
+            # torchdiffeq writes each state into one tensor of all, and the gradient of each write goes
+            # through all of that tensor: a fifth of a training step. The first and last remain.
+            steps = _Remembered(field)
+            grid = {"grid_constructor": lambda *_: knots}
+            end = odeint(steps, initial, knots[[0, -1]], method=self.method, options=grid)[-1]
+            return torch.stack([*steps.states, end])
         integrate = odeint_adjoint if self.gradient == "adjoint" else odeint
         try:
             return integrate(
@@ -128,6 +135,21 @@ class Solver:
             + s**2 * (3 - 2 * s) * above
             + s**2 * (s - 1) * slopes[left + 1]
         )
+
+
+class _Remembered(nn.Module):
+    """A field that remembers the states before each step; torchdiffeq calls it back with them."""
+
+    def __init__(self, field: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.field = field
+        self.states: list[Tensor] = []
+
+    def callback_step(self, t: Tensor, h: Tensor, step: Tensor) -> None:
+        self.states.append(h)
+
+    def forward(self, t: Tensor, h: Tensor) -> Tensor:
+        return self.field(t, h)
 
 
 class _Checkpointed(nn.Module):

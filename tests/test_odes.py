@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import Tensor, nn
+from torchdiffeq import odeint
 
 from cpmm.odes import ADAPTIVE, FIXED_STEP, GRADIENTS, Solver
 from tests.oracles import LinearField, linear_solution
@@ -223,3 +224,25 @@ def test_an_adaptive_solver_that_gives_up_says_so(field):
     initial = torch.full((1,), 2.0, dtype=torch.float64)  # 1 / (1/2 - t) explodes at t = 1/2
     with pytest.raises(FloatingPointError, match="dopri5 solver gave up"):
         Solver("dopri5").solve(field, initial, TIMES)
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("method", FIXED_STEP)
+def test_states_and_gradients_of_fixed_steps_are_torchdiffeqs_own(
+    matrix, initial, method, backwards
+):
+    knots = torch.linspace(*((1, 0) if backwards else (0, 1)), 5, dtype=torch.float64)
+    weight = torch.arange(1.0, 6.0, dtype=torch.float64)[:, None, None]
+    found = []
+    for solve in (
+        lambda field, h: Solver(method, 4).solve(
+            field, h, knots, float(knots[0]), float(knots[-1])
+        ),
+        lambda field, h: odeint(field, h, knots, method=method),
+    ):
+        field, start = LinearField(matrix), initial.clone().requires_grad_()
+        states = solve(field, start)
+        (weight * states).square().sum().backward()
+        found.append((states.detach(), field.matrix.grad, start.grad))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)

@@ -471,7 +471,7 @@ def _flow(run: Run) -> Fitted:
     run.fit(module, run.draws(options["batch_size"], options["n_draws"]))
     flow.cpu().float().eval()
     weights = {name: value.clone() for name, value in flow.state_dict().items()}
-    device = compute_device(run.config["trainer"])
+    device = compute_device(run.config["trainer"], exact=True)
     flow.to(device)
     flow.solver, flow.trace = Solver(**evaluation["teacher_solver"]), reported
 

@@ -50,7 +50,8 @@ def main(folder: Path, config: Config) -> str:
     scratch = scratch_folder(folder, "evaluate", mark)
     out = scratch / "evaluation"
     (out / "figures").mkdir(parents=True, exist_ok=True)
-    score = Scorer(data, "test")
+    n_first = options["teacher_points"] if needs_teacher(config) else None
+    score = Scorer(data, "test", n_first=n_first)
 
     floor = config["cpmm"]["log_diagonal_floor"]
     sizes = {"direct": mixture.components.n_components, "matched": mixture.n_clusters}
@@ -215,7 +216,7 @@ def _score_teacher(
     teacher = make_teacher(config["teacher"], data, config["seed"])
     load_model(folder / "teacher", "teacher", teacher, mark_teacher(config))
     teacher.solver = Solver(**config["evaluation"]["teacher_solver"])
-    device = compute_device(config["trainer"])
+    device = compute_device(config["trainer"], exact=True)
     teacher = teacher.to(device)
     n_points = config["evaluation"]["teacher_points"]
     score = Scorer(data, "test", n_points)
@@ -240,6 +241,8 @@ def _score_teacher(
         "n_points": len(inside),
         "n_parameters": sum(p.numel() for p in teacher.parameters()),
     }
+    if len(inside) < len(data.raw["test"]):
+        row["density_of_first"] = row["density"]
     return row, told
 
 
@@ -301,7 +304,8 @@ def _rules(config: Config, data: DataSplits, outside: Outside | None) -> dict[st
         if n_points is not None and n_points < len(data.raw["test"]):
             rules["teacher"] += (
                 f"; scored on the first {n_points} test points alone, its standard error is theirs, and they may "
-                "be easier than all, as those of MNIST are"
+                "be easier than all, as those of MNIST are: compare with the others' density_of_first, on the same "
+                "points"
             )
         rules["teacher"] += "."
     if outside is not None:

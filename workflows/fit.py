@@ -58,9 +58,11 @@ class ProgressLine(Callback):
             return
         self.printed = now
         rate = (module.global_step - self.first_step) / max(1e-9, now - self.started)
-        n_steps = round(module.global_step * module.n_epochs / (module.current_epoch + 1))
+        row, before = module.history[-1], module.history[-2:-1]
+        # Epochs of fine-tuning may be shorter than the ones before them: those to come are as the last.
+        n_epoch = row["step"] - (before[0]["step"] if before else 0)
+        n_steps = module.global_step + n_epoch * (module.n_epochs - module.current_epoch - 1)
         eta = (n_steps - module.global_step) / rate
-        row = module.history[-1]
         losses = " ".join(
             f"{short} {row[column]:.4f}"
             for short, column in (("train", "train"), ("val", "validation"))

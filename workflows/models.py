@@ -346,18 +346,19 @@ def _fine_tuning_rows(
     return Rows(**rows)
 
 
-def compute_device(trainer: Mapping[str, Any]) -> str:
+def compute_device(trainer: Mapping[str, Any], exact: bool = False) -> str:
     """Where to compute, on a GPU if ``trainer.accelerator`` allows one; and set up how it computes.
 
     Lightning's own choice would also take devices without float64, which densities need.
 
     Args:
         trainer: The section ``trainer``.
+        exact: Whether for figures that are reported: without TF32, whatever ``trainer.precision`` is.
     """
     # cuBLAS reads it at its first call; Lightning asks for it where ``trainer.deterministic`` is true.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # Convolutions only: the expanded square of the log-density needs all its digits.
-    torch.backends.cudnn.allow_tf32 = trainer["precision"] == "tf32"
+    torch.backends.cudnn.allow_tf32 = trainer["precision"] == "tf32" and not exact
     torch.set_float32_matmul_precision("highest")
     gpu = trainer["accelerator"] != "cpu" and torch.cuda.is_available()
     return "cuda" if gpu else "cpu"

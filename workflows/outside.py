@@ -13,6 +13,7 @@ from torch import Tensor
 from cpmm.data import SPLITS, DataSplits
 from cpmm.metrics import detection_scores
 from cpmm.seeds import seeded_generator
+from workflows.stage import check_digests
 
 if TYPE_CHECKING:
     from workflows.score import Scorer
@@ -84,6 +85,7 @@ def read_outside(options: Mapping[str, Any], data: DataSplits) -> Outside:
         raise type(error)(
             f"{said} (to go without another data set: evaluation.ood=null)"
         ) from error
+    check_digests(options, "evaluation.ood")
     _require_same_kind(name, source, data)
     raw = torch.from_numpy(source.x[-source.official_test :])  # all, if it is 0
     _require_other_points(name, raw, data)

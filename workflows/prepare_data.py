@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from workflows.marks import mark_prepared
-from workflows.stage import Config, digest_files, pick, publish, run_stage, scratch_folder
+from workflows.stage import Config, check_digests, pick, publish, run_stage, scratch_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,12 +27,7 @@ def main(folder: Path, config: Config) -> str:
 
     options = config["data"]
     source = read_source({"source": options["source"], **options["options"]})
-    for name, digest in options.get("digests", {}).items():
-        if digest_files(options["options"]).get(name) != digest:
-            raise ValueError(
-                f"{options['options'][name]} (data.options.{name}) has changed since the configuration was "
-                f"composed: run `dvc repro -f config@{config['name']}` first"
-            )
+    check_digests(options, "data")
     raw = torch.from_numpy(source.x)
     index = split_indices(
         len(raw), **pick(options, "n_train", "n_validation", "n_test"), official_test=source.official_test,

@@ -112,6 +112,7 @@ def _percent(value: float) -> str:
 # Columns of the table: key, heading, format, and which end is best: -1 low, 1 high, 0 neither.
 COLUMNS: tuple[tuple[str, str, Callable[[float], str], int], ...] = (
     ("density", "Density", _density, -1),
+    ("density_of_first", "On the points that the teacher is scored on", _density, -1),
     ("accuracy", "Accuracy", _percent, 1),
     ("nmi", "NMI", _density, 1),
     ("ari", "ARI", _density, 1),
@@ -408,7 +409,9 @@ def _reason(model: dict, key: str, models: dict) -> str:
         return "no labels to compare with"
     if key in CLUSTERING:
         return "no clusters to compare with the classes"
-    return "not measured for this model" if key != "density" else "the model gives no density"
+    if key in ("density", "density_of_first"):
+        return "the model gives no density"
+    return "not measured for this model"
 
 
 if __name__ == "__main__":

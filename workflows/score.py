@@ -26,11 +26,19 @@ class Scorer:
         data: The splits.
         split: Which of them is scored.
         n_points: The first so many points of it, with the noise that they have among all; None: all.
+        n_first: Of them, the first so many are scored by themselves too, beside what is scored on no more.
     """
 
-    def __init__(self, data: DataSplits, split: str, n_points: int | None = None) -> None:
+    def __init__(
+        self,
+        data: DataSplits,
+        split: str,
+        n_points: int | None = None,
+        n_first: int | None = None,
+    ) -> None:
         self.data = data
         self.split = split
+        self.n_first = n_first
         self.z, self.log_det = (part[:n_points] for part in data.points(split))
         self.label = None if data.label is None else data.label[split][:n_points].numpy()
         _, self.factor, self.offset = data.preprocessing.density_unit
@@ -39,10 +47,13 @@ class Scorer:
         """Mean density in units of the data and its standard error, from the points' nats, (N,)."""
         nats = nats_per_dimension(log_prob, self.log_det, self.data.n_features)
         value = self.factor * nats + self.offset
-        return {
+        scores = {
             "density": float(value.mean()),
             "density_standard_error": float(value.std() / len(value) ** 0.5),
         }
+        if self.n_first is not None and self.n_first < len(value):
+            scores["density_of_first"] = float(value[: self.n_first].mean())
+        return scores
 
     def clusters(self, cluster: np.ndarray, n_clusters: int) -> dict[str, float]:
         """Clustering scores, nothing without labels."""

@@ -237,6 +237,25 @@ def digest_files(options: Mapping[str, Any]) -> dict[str, str]:
     return digests
 
 
+def check_digests(section: Mapping[str, Any], name: str) -> None:
+    """Refuse files of a source that are others than when the configuration was composed.
+
+    Args:
+        section: ``data`` or ``evaluation.ood``.
+        name: Of the section.
+
+    Raises:
+        ValueError: If one has changed.
+    """
+    now = digest_files(section["options"])
+    for option, digest in section.get("digests", {}).items():
+        if now.get(option) != digest:
+            raise ValueError(
+                f"{section['options'][option]} ({name}.options.{option}) has changed since the configuration was "
+                "composed: run `dvc repro -f` of the preset's config stage first, such as `dvc repro -f config@csv`"
+            )
+
+
 @lru_cache(maxsize=16)
 def _digest_file(path: Path, mtime_ns: int, size: int) -> str:
     """Hash a file once for all the trials of a sweep, as long as it looks the same."""

@@ -211,9 +211,7 @@ def peak_memory() -> Iterator[dict[str, float]]:
         before = _resident("VmRSS")
     except (OSError, AttributeError):
         before = None
-    if (
-        torch.cuda.is_initialized()
-    ):  # else nothing of this process is there, and nothing needs to be
+    if torch.cuda.is_initialized():  # else nothing of this process is on a GPU
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     yield found

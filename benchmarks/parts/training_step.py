@@ -29,37 +29,46 @@ class Step:
         x: torch.Tensor,
         n_pseudotimes: int,
         dtype: torch.dtype | None,
+        tf32: bool,
     ) -> None:
-        self.trajectories, self.x, self.dtype = trajectories, x, dtype
+        self.trajectories, self.x, self.dtype, self.tf32 = trajectories, x, dtype, tf32
         self.optimizer = torch.optim.Adam(trajectories.parameters(), lr=1e-4)
-        self.times = pseudotime_grid(n_pseudotimes)
+        self.times = pseudotime_grid(n_pseudotimes, x)
         self.seconds = dict.fromkeys(PARTS, float("inf"))
 
     def __call__(self) -> None:
         """Take the step."""
-        clock = [time.perf_counter()]
-        with torch.autocast("cpu", self.dtype) if self.dtype else nullcontext():
+        device = self.x.device.type
+
+        def now() -> float:
+            if device == "cuda":
+                torch.cuda.synchronize()
+            return time.perf_counter()
+
+        torch.backends.cudnn.allow_tf32 = self.tf32  # of convolutions alone, as in training
+        clock = [now()]
+        with torch.autocast(device, self.dtype) if self.dtype else nullcontext():
             mixture = self.trajectories.mixture(self.times)
-            clock.append(time.perf_counter())
+            clock.append(now())
             # The same numbers cut off from the ODE: its gradients are then taken apart.
             solved = vars(mixture.components)
             cut = {name: value.detach().requires_grad_() for name, value in solved.items()}
             components = FactorAnalyzers(**cut)
             mixture = type(mixture)(components, mixture.cluster_sizes)
             loss = -mixture.cluster_joint_log_prob(self.x).logsumexp(1).mean() / self.x.shape[1]
-        clock.append(time.perf_counter())
+        clock.append(now())
         loss.backward()
-        clock.append(time.perf_counter())
+        clock.append(now())
         torch.autograd.backward(list(solved.values()), [value.grad for value in cut.values()])
-        clock.append(time.perf_counter())
+        clock.append(now())
         self.optimizer.step()
         self.optimizer.zero_grad()
-        clock.append(time.perf_counter())
+        clock.append(now())
         for name, start, end in zip(PARTS, clock, clock[1:], strict=False):
             self.seconds[name] = min(self.seconds[name], end - start)
 
 
-def time_training_step(quick: bool, repeats: int, compiled: bool) -> list[Row]:
+def time_training_step(quick: bool, repeats: int, compiled: bool, device: str) -> list[Row]:
     """Time the steps of presets on random points; with ``compiled``, torch.compile of the field too."""
     rows = []
     for preset in PRESETS:
@@ -75,7 +84,8 @@ def time_training_step(quick: bool, repeats: int, compiled: bool) -> list[Row]:
             field = VaryingField(field, options["weight_knots"])
         initial = 0.1 * torch.randn(options["n_clusters"], layout.size, generator=generator)
         trajectories = Trajectories(layout, field, initial, Solver(**options["solver"]))
-        x = torch.randn(options["batch_size"], layout.n_features, generator=generator)
+        trajectories = trajectories.to(device)
+        x = torch.randn(options["batch_size"], layout.n_features, generator=generator).to(device)
         rows.append(
             Row(
                 f"{preset}: width {options['field']['width']}, {layout.n_maps} maps of {side} x {side}, "
@@ -89,16 +99,22 @@ def time_training_step(quick: bool, repeats: int, compiled: bool) -> list[Row]:
 def _time_variants(
     trajectories: Trajectories, x: torch.Tensor, n_pseudotimes: int, repeats: int, compiled: bool
 ) -> list[Row]:
-    def variant(change: Callable[[Trajectories], object], dtype: torch.dtype | None = None) -> Step:
+    def variant(
+        change: Callable[[Trajectories], object],
+        dtype: torch.dtype | None = None,
+        tf32: bool = False,
+    ) -> Step:
         other = deepcopy(trajectories)
         change(other)
-        return Step(other, x, n_pseudotimes, dtype)
+        return Step(other, x, n_pseudotimes, dtype, tf32)
 
     steps = {
         "plain": variant(lambda other: None),
         "channels_last": variant(lambda other: other.field.to(memory_format=torch.channels_last)),
         "bfloat16 autocast": variant(lambda other: None, torch.bfloat16),
     }
+    if x.is_cuda:
+        steps["tf32 in convolutions"] = variant(lambda other: None, tf32=True)
     if compiled:  # needs a C++ compiler
         steps["torch.compile of the field"] = variant(lambda other: other.field.compile())
     seconds = time_in_turns(steps, repeats)

@@ -146,6 +146,8 @@ def test_what_lightning_does_not_compute_goes_to_the_same_device(
     wanted = "cpu" if accelerator == "cpu" else "cuda"
     assert models.compute_device(trainer) == wanted
     assert torch.backends.cudnn.allow_tf32 is (precision == "tf32")
+    assert models.compute_device(trainer, exact=True) == wanted
+    assert torch.backends.cudnn.allow_tf32 is False
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert models.compute_device(trainer) == "cpu"
 

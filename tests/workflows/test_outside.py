@@ -93,8 +93,19 @@ def test_every_density_tells_points_apart_in_both_spaces(evaluated, upside_down)
 
 def test_the_teacher_scores_the_first_points_and_says_so(evaluated):
     folder, printed = evaluated
-    teacher = json.loads((folder / "metrics.json").read_text())["models"]["teacher"]
+    models = json.loads((folder / "metrics.json").read_text())["models"]
+    teacher = models["teacher"]
     assert teacher["n_points"] == 50
+    assert teacher["density_of_first"] == teacher["density"]
+    data, mixture = (
+        load_prepared(folder / "prepared"),
+        FittedMixture.load(folder / "mixture").mixture,
+    )
+    first = Scorer(data, "test", 50)
+    same = first.density(mixture.to(torch.float64).log_prob(first.z))["density"]
+    assert models["cpmm"]["density_of_first"] == pytest.approx(same, rel=1e-12)
+    assert models["cpmm"]["density_of_first"] != models["cpmm"]["density"]
+    assert {name for name, row in models.items() if "density_of_first" in row} == set(MODELS)
     assert teacher["name"].endswith("first 50 test points")
     rules = json.loads((folder / "evaluation" / "rules.json").read_text())
     assert "the first 50 test points alone" in rules["teacher"]
@@ -120,6 +131,7 @@ def test_the_first_points_have_the_noise_that_they_have_among_all(evaluated):
 def test_the_report_has_the_table(evaluated):
     page = (evaluated[0] / "report.html").read_text(encoding="utf-8")
     assert 'id="ood"' in page
+    assert "On the points that the teacher is scored on" in page
     assert "Told from negative" in page
     assert "AUPR out, units of the data" in page
 
@@ -222,3 +234,20 @@ def test_fashion_mnist_is_told_from_mnist_unless_it_is_not():
     )
     assert compose_preset("fashion_mnist", ["evaluation.ood=null"])["evaluation"]["ood"] is None
     assert compose_preset("mnist", [])["evaluation"]["ood"] is None
+
+
+def test_an_edited_file_of_the_other_data_set_is_refused(evaluated, upside_down, tmp_path):
+    folder, _ = evaluated
+    path = tmp_path / "negative.npy"
+    values = np.load(upside_down)
+    np.save(path, values)
+    options = ["ood@evaluation.ood=npy", f"evaluation.ood.options.path={path}",
+               "evaluation.ood.options.levels=17", "evaluation.ood.name=negative"]  # fmt: skip
+    ood = compose_preset("digits", options)["evaluation"]["ood"]
+    data = load_prepared(folder / "prepared")
+    assert len(read_outside(ood, data).z) == 60
+    np.save(path, values[:40])
+    with pytest.raises(
+        ValueError, match=r"negative\.npy \(evaluation\.ood\.options\.path\) has changed"
+    ):
+        read_outside(ood, data)

@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from workflows import (
     trial,
 )
 from workflows.compose import compose_preset
+from workflows.fit import ProgressLine
 from workflows.score import Scorer
 from workflows.stage import pick
 from workflows.sweeps.inputs import locate_inputs, open_inputs
@@ -248,6 +250,18 @@ def test_listeners_hear_every_epoch_and_quiet_is_quiet(run, capsys):
     assert min(heard, key=lambda row: row["validation"])["epoch"] == record["best_epoch"]
     run(*ALONE, name="loud", quiet=False)
     assert "trial | step 12/12 | fine-tuning" in capsys.readouterr().out
+
+
+def test_the_steps_to_come_are_told_by_the_last_epochs(capsys):
+    line = ProgressLine("trial", every=0)
+    steps = [49, 98, 123]  # epochs of a space, then a shorter one of fine-tuning
+    module = SimpleNamespace(n_epochs=5, describe_phase=lambda: "fine-tuning", history=[])
+    for epoch, step in enumerate(steps):
+        module.current_epoch, module.global_step = epoch, step
+        module.history.append({"epoch": epoch, "step": step, "train": 1.0})
+        line(module)
+    told = [part.split()[1] for part in capsys.readouterr().out.split("|") if " step " in part]
+    assert told == ["49/245", "98/245", "123/173"]
 
 
 def command(monkeypatch, *arguments):

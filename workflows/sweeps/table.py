@@ -150,6 +150,7 @@ def markdown(
     lines += [write_line(cells) for cells in cells_of(rows, axes, scores)]
     if claims:
         lines += ["", "## The paper's claims", ""]
+        lines += ["From the row that should be worse to the one that should be better.", ""]
         lines += [write_line(["claim", "paper", "here", "holds"]), write_line(["---"] * 4)]
         for claim in claims:
             paper = f"{claim['paper']['worse']} → {claim['paper']['better']}"

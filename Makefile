@@ -8,7 +8,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro sweep compare report test lint slow servers bench clean
+.PHONY: help setup repro sweep compare report test lint slow gpu servers bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -45,6 +45,9 @@ test: setup lint ## lint, then every test that is neither slow nor needs a GPU
 
 slow: setup ## the tests left out of `make test`: kills, whole pipelines
 	pytest -m 'slow and not gpu'
+
+gpu: setup ## the tests that need a CUDA device (2 minutes)
+	pytest -m gpu
 
 servers: setup ## tests with real ssh and S3 servers, and what they need
 	@PATH="$$PATH:/usr/sbin:/usr/local/sbin"; command -v sshd > /dev/null || { \

@@ -98,7 +98,7 @@ class DataSplits:
     def _points_in_parts(self, raw: Tensor, generator: torch.Generator) -> list[Tensor]:
         """Dequantize and preprocess: float64 takes eight times the memory, part by part."""
         return [
-            self.preprocessing.forward(self.preprocessing.dequantize(part, generator))[0].float()
+            self.preprocessing.transform(self.preprocessing.dequantize(part, generator)).float()
             for part in raw.split(PART)
         ]
 

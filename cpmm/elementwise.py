@@ -74,6 +74,11 @@ class ElementwiseMap:
         z, log_slope = (torch.cat(tensors).reshape(x.shape) for tensors in zip(*parts, strict=True))
         return z, log_slope
 
+    def transform(self, x: Tensor) -> Tensor:
+        """Map numbers of any shape, without the derivatives."""
+        parts = [_place(part, *self._tensors(x))[0] for part in x.flatten().split(CHUNK)]
+        return torch.cat(parts).reshape(x.shape)
+
     def inverse(self, z: Tensor) -> Tensor:
         """Undo :meth:`forward`."""
         parts = [spline_inverse(part, *self._tensors(z)) for part in z.flatten().split(CHUNK)]
@@ -109,6 +114,15 @@ def spline(x: Tensor, knot: Tensor, value: Tensor, log_slope: Tensor) -> tuple[T
     Returns:
         z and log dz/dx, of the shape of ``x``; both differentiable in every argument.
     """
+    z, t, s, d0, d1, both, below = _place(x, knot, value, log_slope)
+    log_derivative = (
+        2 * (s / below).log() + (d1 * t.square() + 2 * s * both + d0 * (1 - t).square()).log()
+    )
+    return z, log_derivative
+
+
+def _place(x: Tensor, knot: Tensor, value: Tensor, log_slope: Tensor) -> tuple[Tensor, ...]:
+    """Map numbers, and give what their derivatives need: z, t, s, both slopes, t (1 - t), denominator."""
     inner = x.clamp(knot[0], knot[-1])
     x0, w, z0, h, d0, d1 = _bins(inner, knot, knot, value, log_slope)
     t = ((inner - x0) / w).clamp(0, 1)
@@ -116,11 +130,8 @@ def spline(x: Tensor, knot: Tensor, value: Tensor, log_slope: Tensor) -> tuple[T
     both = t * (1 - t)
     below = s + (d0 + d1 - 2 * s) * both
     z = z0 + h * (s * t.square() + d0 * both) / below
-    log_derivative = (
-        2 * (s / below).log() + (d1 * t.square() + 2 * s * both + d0 * (1 - t).square()).log()
-    )
     slope = torch.where(x < knot[0], log_slope[0].exp(), log_slope[-1].exp())
-    return z + slope * (x - inner), log_derivative
+    return z + slope * (x - inner), t, s, d0, d1, both, below
 
 
 def spline_inverse(z: Tensor, knot: Tensor, value: Tensor, log_slope: Tensor) -> Tensor:

@@ -186,13 +186,8 @@ class Preprocessing:
         Raises:
             ValueError: If ``x`` has another number of features.
         """
-        if x.ndim != 2 or x.shape[1] != self.n_features:
-            raise ValueError(
-                f"x must be (N, {self.n_features}) for this preprocessing: got shape "
-                f"{tuple(x.shape)}"
-            )
-        shift, scale = x.new_tensor(self.shift), x.new_tensor(self.scale)
-        log_det = -scale.log().sum().expand(len(x))
+        self._require_features(x)
+        log_det = -x.new_tensor(self.scale).log().sum().expand(len(x))
         if self.levels is not None:
             s = self.alpha + (1 - 2 * self.alpha) * x
             log_det = log_det + (math.log1p(-2 * self.alpha) - s.log() - torch.log1p(-s)).sum(1)
@@ -200,11 +195,30 @@ class Preprocessing:
         if self.map is not None:
             x, log_slope = self.map.forward(x)
             log_det = log_det + log_slope.sum(1)
-        x = (x - shift) / scale
         if self.whitening is not None:
-            x = x @ self.whitening.to(x)
             log_det = log_det + torch.linalg.slogdet(self.whitening).logabsdet.to(x)
-        return x, log_det
+        return self._align(x), log_det
+
+    def transform(self, x: Tensor) -> Tensor:
+        """Map as :meth:`forward` does, without the log-determinant, in half the time: z, (N, M)."""
+        self._require_features(x)
+        if self.levels is not None:
+            x = torch.logit(self.alpha + (1 - 2 * self.alpha) * x)
+        if self.map is not None:
+            x = self.map.transform(x)
+        return self._align(x)
+
+    def _require_features(self, x: Tensor) -> None:
+        if x.ndim != 2 or x.shape[1] != self.n_features:
+            raise ValueError(
+                f"x must be (N, {self.n_features}) for this preprocessing: got shape "
+                f"{tuple(x.shape)}"
+            )
+
+    def _align(self, x: Tensor) -> Tensor:
+        """Shift and scale each feature, and whiten if asked for: the last, linear part of the way."""
+        x = (x - x.new_tensor(self.shift)) / x.new_tensor(self.scale)
+        return x if self.whitening is None else x @ self.whitening.to(x)
 
     def unwhiten(self, z: Tensor) -> Tensor:
         """Undo the whitening alone, (N, M): where Euclidean distances tell groups of the data apart."""

@@ -134,6 +134,29 @@ def test_parts_are_put_together_again(rough, generator):
     assert torch.equal(rough.inverse(z)[-5:], rough.inverse(z[-5:]))
 
 
+@pytest.mark.parametrize("whitened", [False, True])
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("levels", [None, 256])
+def test_points_alone_are_those_that_come_with_a_log_det(
+    rough, generator, levels, mapped, whitened
+):
+    whitening = torch.randn(3, 3, generator=generator, dtype=torch.float64) if whitened else None
+    alpha = None if levels is None else ALPHA
+    pre = Preprocessing(
+        levels,
+        alpha,
+        (1.0, 2.0, 3.0),
+        (0.5, 2.0, 4.0),
+        rough if mapped and levels else None,
+        whitening,
+    )
+    x = torch.rand(50, 3, generator=generator, dtype=torch.float64)
+    x[0] = torch.tensor([0.0, 1.0, 0.5])
+    assert torch.equal(pre.transform(x), pre.forward(x)[0])
+    with pytest.raises(ValueError, match=r"x must be \(N, 3\) for this preprocessing"):
+        pre.transform(x[:, :2])
+
+
 def test_log_det_behind_logit_and_scale_is_that_of_autograd(rough, generator):
     pre = Preprocessing(256, ALPHA, (1.0, 2.0, 3.0), (0.5, 2.0, 4.0), rough)
     x = torch.rand(5, 3, generator=generator, dtype=torch.float64)

@@ -15,6 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils import parameters_to_vector
 
 
 class Sine(nn.Module):
@@ -196,6 +197,9 @@ class VaryingField(nn.Module):
     call costs little more, and there are n times as many weights to tell the components of a trajectory
     apart. All knots start from the weights of ``field``, so that training starts as it does without them.
 
+    Each set is one vector, so that a call interpolates all weights at once: a tensor for each layer would be half
+    as many operations of a training step again, small ones, and on a GPU their number is the step's time.
+
     Args:
         field: Gives the kind of field and the start of its weights.
         n_knots: Sets of weights, at least 2.
@@ -205,7 +209,13 @@ class VaryingField(nn.Module):
         super().__init__()
         if n_knots < 2:
             raise ValueError(f"weights that vary with time need n_knots >= 2: got {n_knots}")
-        self.knots = nn.ModuleList(copy.deepcopy(field) for _ in range(n_knots))
+        self._shapes = {name: weight.shape for name, weight in field.named_parameters()}
+        start = parameters_to_vector(field.parameters()).detach()
+        self.knots = nn.ParameterList(start.clone() for _ in range(n_knots))
+        self.field = copy.deepcopy(field)
+        for name in self._shapes:  # each call brings its weights along
+            place, _, last = name.rpartition(".")
+            self.field.get_submodule(place).register_parameter(last, None)
 
     def forward(self, t: Tensor, h: Tensor) -> Tensor:
         """Velocity of states ``h``, (B, S), at time ``t`` in [0, 1], a scalar.
@@ -219,11 +229,12 @@ class VaryingField(nn.Module):
             )
         position = min(max(float(t.detach()), 0.0), 1.0) * (len(self.knots) - 1)
         left = min(int(position), len(self.knots) - 2)
-        below, above = (dict(self.knots[k].named_parameters()) for k in (left, left + 1))
-        weights = {
-            name: torch.lerp(weight, above[name], position - left) for name, weight in below.items()
-        }
-        return functional_call(self.knots[left], weights, (t, h))
+        weights = torch.lerp(self.knots[left], self.knots[left + 1], position - left)
+        parts = weights.split([shape.numel() for shape in self._shapes.values()])
+        named = zip(self._shapes.items(), parts, strict=True)
+        return functional_call(
+            self.field, {name: part.view(shape) for (name, shape), part in named}, (t, h)
+        )
 
 
 def _scale_(layer: nn.Module, factor: float) -> None:

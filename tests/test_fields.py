@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import vector_to_parameters
 
 from cpmm.fields import (
     ACTIVATIONS,
@@ -143,6 +144,12 @@ def varying(generator) -> VaryingField:
     return field
 
 
+def with_weights(vector):
+    field = make_field("conv")
+    vector_to_parameters(vector.detach(), field.parameters())
+    return field
+
+
 def test_weights_that_vary_start_as_one_field(h):
     field = make_field("conv")
     for t in torch.linspace(0, 1, 7, dtype=torch.float64):
@@ -151,24 +158,33 @@ def test_weights_that_vary_start_as_one_field(h):
 
 def test_at_a_knot_the_weights_are_its_own(varying, h):
     for k, t in enumerate(torch.tensor([0, 0.5, 1], dtype=torch.float64)):
-        torch.testing.assert_close(varying(t, h), varying.knots[k](t, h))
+        torch.testing.assert_close(varying(t, h), with_weights(varying.knots[k])(t, h))
 
 
 def test_between_knots_the_weights_are_on_a_line(varying, h):
     t = torch.tensor(0.85, dtype=torch.float64)
-    between = make_field("conv")
-    below, above = (varying.knots[k].state_dict() for k in (1, 2))
-    between.load_state_dict({name: 0.3 * below[name] + 0.7 * above[name] for name in below})
+    between = with_weights(0.3 * varying.knots[1] + 0.7 * varying.knots[2])
     torch.testing.assert_close(varying(t, h), between(t, h))
 
 
 def test_a_time_teaches_the_knots_beside_it(varying, h):
     varying(torch.tensor(0.1, dtype=torch.float64), h).square().sum().backward()
-    taught = [
-        any(p.grad is not None and bool(p.grad.any()) for p in knot.parameters())
-        for knot in varying.knots
-    ]
+    taught = [knot.grad is not None and bool(knot.grad.any()) for knot in varying.knots]
     assert taught == [True, True, False]
+
+
+def test_sets_of_weights_are_all_that_there_is_to_learn_and_to_save(varying):
+    n_weights = sum(p.numel() for p in make_field("conv").parameters())
+    assert {name: len(p) for name, p in varying.named_parameters()} == {
+        f"knots.{k}": n_weights for k in range(3)
+    }
+    assert varying.state_dict().keys() == dict(varying.named_parameters()).keys()
+    field = make_field("conv")
+    other = VaryingField(field, 3)
+    assert list(field.parameters())  # the given one keeps its own
+    other.load_state_dict(varying.state_dict())
+    for ours, theirs in zip(other.knots, varying.knots, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_weights_that_vary_pass_gradcheck(varying, h):

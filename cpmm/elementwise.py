@@ -76,7 +76,7 @@ class ElementwiseMap:
 
     def transform(self, x: Tensor) -> Tensor:
         """Map numbers of any shape, without the derivatives."""
-        parts = [_place(part, *self._tensors(x))[0] for part in x.flatten().split(CHUNK)]
+        parts = [_place(part, *self._tensors(x)).z for part in x.flatten().split(CHUNK)]
         return torch.cat(parts).reshape(x.shape)
 
     def inverse(self, z: Tensor) -> Tensor:
@@ -114,15 +114,30 @@ def spline(x: Tensor, knot: Tensor, value: Tensor, log_slope: Tensor) -> tuple[T
     Returns:
         z and log dz/dx, of the shape of ``x``; both differentiable in every argument.
     """
-    z, t, s, d0, d1, both, below = _place(x, knot, value, log_slope)
-    log_derivative = (
-        2 * (s / below).log() + (d1 * t.square() + 2 * s * both + d0 * (1 - t).square()).log()
-    )
-    return z, log_derivative
+    at = _place(x, knot, value, log_slope)
+    above = at.d1 * at.t.square() + 2 * at.s * at.both + at.d0 * (1 - at.t).square()
+    return at.z, 2 * (at.s / at.below).log() + above.log()
 
 
-def _place(x: Tensor, knot: Tensor, value: Tensor, log_slope: Tensor) -> tuple[Tensor, ...]:
-    """Map numbers, and give what their derivatives need: z, t, s, both slopes, t (1 - t), denominator."""
+@dataclass(frozen=True)
+class _Placed:
+    """Numbers on the spline, each field of their shape: z, and what :func:`spline` calls t, s, d0 and d1.
+
+    Attributes:
+        both: t (1 - t).
+        below: The denominator.
+    """
+
+    z: Tensor
+    t: Tensor
+    s: Tensor
+    d0: Tensor
+    d1: Tensor
+    both: Tensor
+    below: Tensor
+
+
+def _place(x: Tensor, knot: Tensor, value: Tensor, log_slope: Tensor) -> _Placed:
     inner = x.clamp(knot[0], knot[-1])
     x0, w, z0, h, d0, d1 = _bins(inner, knot, knot, value, log_slope)
     t = ((inner - x0) / w).clamp(0, 1)
@@ -131,7 +146,7 @@ def _place(x: Tensor, knot: Tensor, value: Tensor, log_slope: Tensor) -> tuple[T
     below = s + (d0 + d1 - 2 * s) * both
     z = z0 + h * (s * t.square() + d0 * both) / below
     slope = torch.where(x < knot[0], log_slope[0].exp(), log_slope[-1].exp())
-    return z + slope * (x - inner), t, s, d0, d1, both, below
+    return _Placed(z + slope * (x - inner), t, s, d0, d1, both, below)
 
 
 def spline_inverse(z: Tensor, knot: Tensor, value: Tensor, log_slope: Tensor) -> Tensor:

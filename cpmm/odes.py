@@ -87,6 +87,8 @@ class Solver:
         low, high = min(start, end), max(start, end)
         if not bool(((times >= low - 1e-6) & (times <= high + 1e-6)).all()):
             raise ValueError(f"times must lie in [{low}, {high}]: got {times.tolist()}")
+        if start == end:
+            return initial.expand(len(times), *initial.shape)
         if self.method in FIXED_STEP:
             n = max(1, round(self.n_steps * (high - low)))
             knots = torch.linspace(start, end, n + 1, dtype=times.dtype, device=times.device)
@@ -102,9 +104,9 @@ class Solver:
     def _integrate(self, field: Callable, initial: Tensor, knots: Tensor) -> Tensor:
         if self.gradient == "checkpoint" and torch.is_grad_enabled():
             field = _Checkpointed(field)
-        if self.method in FIXED_STEP and self.gradient != "adjoint":
+        if self.method in FIXED_STEP and self.gradient != "adjoint" and torch.is_grad_enabled():
             # torchdiffeq writes each state into one tensor of all, and the gradient of each write goes
-            # through all of that tensor: a fifth of a training step. The first and last remain.
+            # through all of that tensor: a fifth of a training step. So only the ends are asked for.
             steps = _Remembered(field)
             grid = {"grid_constructor": lambda *_: knots}
             end = odeint(steps, initial, knots[[0, -1]], method=self.method, options=grid)[-1]

@@ -246,3 +246,10 @@ def test_states_and_gradients_of_fixed_steps_are_torchdiffeqs_own(
         found.append((states.detach(), field.matrix.grad, start.grad))
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", FIXED_STEP + ADAPTIVE)
+def test_an_interval_of_no_length_leaves_the_initial_state(matrix, initial, method):
+    times = torch.full((3,), 0.5, dtype=torch.float64)
+    states = Solver(method).solve(LinearField(matrix), initial, times, 0.5, 0.5)
+    assert torch.equal(states, initial.expand(3, *initial.shape))

@@ -50,8 +50,7 @@ def main(folder: Path, config: Config) -> str:
     scratch = scratch_folder(folder, "evaluate", mark)
     out = scratch / "evaluation"
     (out / "figures").mkdir(parents=True, exist_ok=True)
-    n_first = options["teacher_points"] if needs_teacher(config) else None
-    score = Scorer(data, "test", n_first=n_first)
+    score = Scorer(data, "test", n_first=options["teacher_points"])
 
     floor = config["cpmm"]["log_diagonal_floor"]
     sizes = {"direct": mixture.components.n_components, "matched": mixture.n_clusters}
@@ -283,6 +282,11 @@ def _rules(config: Config, data: DataSplits, outside: Outside | None) -> dict[st
         f"for {options['direct']['epochs']} epochs; best epoch by validation.",
         "refined_mixture": "The extracted components as the start of the same Adam, for as many epochs.",
     }
+    n_first = options["teacher_points"]
+    if n_first is not None and n_first < len(data.raw["test"]):
+        rules["density_of_first"] = (
+            f"The same over the first {n_first} test points, which flows are scored on."
+        )
     if data.label is not None:
         rules["accuracy"] = (
             "Share of test points whose cluster's class, matched one to one (Hungarian), is theirs."

@@ -66,8 +66,8 @@ def read_outside(options: Mapping[str, Any], data: DataSplits) -> Outside:
         data: What the models know; its preprocessing and its noise seed are used.
 
     Raises:
-        ValueError: If an option or a file is wrong, the points are of another kind, or the data
-            set is the same.
+        ValueError: If an option or a file is wrong, the file is another than when the configuration
+            was composed, the points are of another kind, or the data set is the same.
         FileNotFoundError: If a file is missing.
         ConnectionError: If a download fails.
     """

@@ -27,7 +27,7 @@ def main(folder: Path, config: Config) -> str:
 
     options = config["data"]
     source = read_source({"source": options["source"], **options["options"]})
-    check_digests(options, "data")
+    check_digests(options, "data", f"config@{config['name']}")
     raw = torch.from_numpy(source.x)
     index = split_indices(
         len(raw), **pick(options, "n_train", "n_validation", "n_test"), official_test=source.official_test,

@@ -112,7 +112,7 @@ def _percent(value: float) -> str:
 # Columns of the table: key, heading, format, and which end is best: -1 low, 1 high, 0 neither.
 COLUMNS: tuple[tuple[str, str, Callable[[float], str], int], ...] = (
     ("density", "Density", _density, -1),
-    ("density_of_first", "On the points that the teacher is scored on", _density, -1),
+    ("density_of_first", "Density on the flows' points", _density, -1),
     ("accuracy", "Accuracy", _percent, 1),
     ("nmi", "NMI", _density, 1),
     ("ari", "ARI", _density, 1),

@@ -26,7 +26,7 @@ class Scorer:
         data: The splits.
         split: Which of them is scored.
         n_points: The first so many points of it, with the noise that they have among all; None: all.
-        n_first: Of them, the first so many are scored by themselves too, beside what is scored on no more.
+        n_first: The first so many of them have a density of their own too, to compare with a flow's.
     """
 
     def __init__(

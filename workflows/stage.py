@@ -237,22 +237,23 @@ def digest_files(options: Mapping[str, Any]) -> dict[str, str]:
     return digests
 
 
-def check_digests(section: Mapping[str, Any], name: str) -> None:
+def check_digests(section: Mapping[str, Any], name: str, stage: str = "config") -> None:
     """Refuse files of a source that are others than when the configuration was composed.
 
     Args:
         section: ``data`` or ``evaluation.ood``.
         name: Of the section.
+        stage: Of DVC, that composes it.
 
     Raises:
         ValueError: If one has changed.
     """
-    now = digest_files(section["options"])
+    now = digest_files(section.get("options", {}))
     for option, digest in section.get("digests", {}).items():
         if now.get(option) != digest:
             raise ValueError(
                 f"{section['options'][option]} ({name}.options.{option}) has changed since the configuration was "
-                "composed: run `dvc repro -f` of the preset's config stage first, such as `dvc repro -f config@csv`"
+                f"composed: run `dvc repro -f {stage}` first"
             )
 
 

@@ -29,7 +29,7 @@ def main(folder: Path, config: Config, row: str) -> str:
     mark = mark_baseline(config, row)
     scratch = scratch_folder(folder, f"baseline-{row}", fingerprint(mark, trial_code()))
     fitted = train_baseline(row, config, data, spaces, scratch / "training")
-    score = Scorer(data, "test", fitted.n_points)
+    score = Scorer(data, "test", fitted.n_points, config["evaluation"]["teacher_points"])
     scores = score_baseline(fitted, score, config["cpmm"]["n_clusters"], outside)
     scores.pop("seconds_10k", None)  # results are the same every time, times are not
     out = scratch / row

@@ -185,7 +185,7 @@ def _score(
             validation = score.density(fitted.log_prob(score.z))["density"]
         if not math.isfinite(validation):
             raise FloatingPointError("the density of the trained model is not finite")
-    score = Scorer(data, "test", fitted.n_points)
+    score = Scorer(data, "test", fitted.n_points, config["evaluation"]["teacher_points"])
     test = score_baseline(fitted, score, config["cpmm"]["n_clusters"], outside)
     others = {name: test.pop(name) for name in ("seconds_10k",) if name in test}
     for space, end in (("mixture", ""), ("data", "_data")):

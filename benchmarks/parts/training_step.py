@@ -110,7 +110,6 @@ def _time_variants(
 
     steps = {
         "plain": variant(lambda other: None),
-        "channels_last": variant(lambda other: other.field.to(memory_format=torch.channels_last)),
         "bfloat16 autocast": variant(lambda other: None, torch.bfloat16),
     }
     if x.is_cuda:

@@ -13,7 +13,6 @@ from conftest import ROOT, STAGES, TINY, copy_project, project_environment
 
 from cpmm.mixture import Mixture
 from cpmm.seeds import seeded_generator
-from cpmm.teacher import flow_matching_loss
 from cpmm.trajectory import pseudotime_grid
 from workflows import build_spaces, prepare_data, train_teacher
 from workflows.compose import compose_preset
@@ -99,7 +98,6 @@ def test_a_flow_is_that_of_the_cpu(home):
         log_prob = teacher.log_prob(x.to(device), generator)
         u = teacher.transform(x.to(device), torch.tensor([0.5, 1.0]).double().to(device))
         found.append((log_prob.detach().cpu(), u.detach().cpu()))
-        assert flow_matching_loss(teacher.field, x.to(device), generator).isfinite()
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
@@ -207,7 +205,7 @@ def test_trials_of_a_sweep_share_the_device(tmp_path):
         cwd=folder, env=project_environment(folder), capture_output=True, text=True, check=False, timeout=400,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "1 GPUs" in done.stdout
+    assert f"{torch.cuda.device_count()} GPUs" in done.stdout
     records = [
         json.loads(path.read_text())
         for path in folder.glob("data/digits/.scratch/sweep/trials/*/record.json")

@@ -109,6 +109,7 @@ def test_the_teacher_scores_the_first_points_and_says_so(evaluated):
     assert teacher["name"].endswith("first 50 test points")
     rules = json.loads((folder / "evaluation" / "rules.json").read_text())
     assert "the first 50 test points alone" in rules["teacher"]
+    assert "the first 50 test points" in rules["density_of_first"]
     assert "60 points of negative" in rules["ood"]
     lines = [line for line in printed.splitlines() if line.startswith("evaluate teacher | ")]
     assert "50/50 points of test" in lines[0]
@@ -131,7 +132,7 @@ def test_the_first_points_have_the_noise_that_they_have_among_all(evaluated):
 def test_the_report_has_the_table(evaluated):
     page = (evaluated[0] / "report.html").read_text(encoding="utf-8")
     assert 'id="ood"' in page
-    assert "On the points that the teacher is scored on" in page
+    assert "Density on the flows&#39; points" in page
     assert "Told from negative" in page
     assert "AUPR out, units of the data" in page
 

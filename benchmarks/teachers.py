@@ -218,8 +218,7 @@ def score(flow: Flow, config: Config, data: DataSplits) -> dict[str, Any]:
 
     from cpmm.odes import Solver
     from cpmm.seeds import seeded_generator
-    from workflows.evaluate import _solve
-    from workflows.score import Scorer
+    from workflows.score import Scorer, flow_log_prob
 
     options, n_calls = config["evaluation"], 0
 
@@ -228,19 +227,27 @@ def score(flow: Flow, config: Config, data: DataSplits) -> dict[str, Any]:
         n_calls += 1
 
     scorer = Scorer(data, "test", options["teacher_points"])
-    batches = scorer.z.float().split(options["batch_size"])
+    batch_size = options["batch_size"]
     training_solver, flow.solver = flow.solver, Solver(**options["teacher_solver"])
     hook = flow.field.register_forward_hook(count)
     try:
         with torch.no_grad():
-            log_prob = _solve(flow, batches, seeded_generator(config["seed"], 31), "test")
+            log_prob = flow_log_prob(
+                flow,
+                scorer.z,
+                seeded_generator(config["seed"], 31),
+                batch_size,
+                "teachers",
+                "points of test",
+            )
     finally:
         hook.remove()
         flow.solver = training_solver
     density = scorer.density(log_prob)
     if not math.isfinite(density["density"]):
         raise FloatingPointError("the density of the test points is not finite")
-    return {**density, "n_points": len(log_prob), "calls_per_batch": n_calls / len(batches)}
+    n_batches = math.ceil(len(log_prob) / batch_size)
+    return {**density, "n_points": len(log_prob), "calls_per_batch": n_calls / n_batches}
 
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -222,14 +222,13 @@ def score(flow: Flow, config: Config, data: DataSplits) -> dict[str, Any]:
 
     options, n_calls = config["evaluation"], 0
 
-    def count(*_: object) -> None:
+    def count() -> None:
         nonlocal n_calls
         n_calls += 1
 
     scorer = Scorer(data, "test", options["teacher_points"])
     batch_size = options["batch_size"]
     training_solver, flow.solver = flow.solver, Solver(**options["teacher_solver"])
-    hook = flow.field.register_forward_hook(count)
     try:
         with torch.no_grad():
             log_prob = flow_log_prob(
@@ -239,9 +238,9 @@ def score(flow: Flow, config: Config, data: DataSplits) -> dict[str, Any]:
                 batch_size,
                 "teachers",
                 "points of test",
+                alive=count,
             )
     finally:
-        hook.remove()
         flow.solver = training_solver
     density = scorer.density(log_prob)
     if not math.isfinite(density["density"]):

@@ -12,6 +12,8 @@ import yaml
 
 import workflows.stage
 from workflows.compose import compose_preset
+from workflows.sweeps.inputs import locate_inputs, open_inputs
+from workflows.trial import run_trial
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = (
@@ -94,6 +96,22 @@ def project_environment(folder):
     """Environment in which a copy of the project runs its own code, with this Python."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return os.environ | {"PATH": path, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+
+
+def make_inputs(folder, options):
+    """Make data, teacher and spaces of digits in ``folder``, by the stages; return it."""
+    config = compose_preset("digits", options)
+    for stage in STAGES[:3]:
+        importlib.import_module(f"workflows.{stage}").main(folder, config)
+    return folder
+
+
+def train_trial(home, scratch, options, **how):
+    """Run a trial of digits on the inputs in ``home``; return its record and its folder."""
+    config = compose_preset("digits", options)
+    scratch.mkdir(exist_ok=True)
+    inputs = open_inputs(locate_inputs(config, home))
+    return run_trial(config, *inputs, "mark", scratch, **{"quiet": True} | how), scratch
 
 
 @pytest.fixture

@@ -9,17 +9,22 @@ import sys
 import pytest
 import torch
 import yaml
-from conftest import ROOT, STAGES, TINY, copy_project, project_environment
+from conftest import (
+    ROOT,
+    STAGES,
+    TINY,
+    copy_project,
+    make_inputs,
+    project_environment,
+    train_trial,
+)
 
 from cpmm.mixture import Mixture
 from cpmm.seeds import seeded_generator
 from cpmm.trajectory import pseudotime_grid
-from workflows import build_spaces, prepare_data, train_teacher
 from workflows.compose import compose_preset
 from workflows.models import compute_device, make_teacher, make_trajectories
 from workflows.store import load_prepared
-from workflows.sweeps.inputs import locate_inputs, open_inputs
-from workflows.trial import run_trial
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,10 +43,7 @@ IMAGES = [  # the digits as the images that they are, through the layers of the 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """Data, teacher and spaces, made on the device."""
-    folder = tmp_path_factory.mktemp("home") / "digits"
-    for stage in (prepare_data, train_teacher, build_spaces):
-        stage.main(folder, compose_preset("digits", IMAGES))
-    return folder
+    return make_inputs(tmp_path_factory.mktemp("home") / "digits", IMAGES)
 
 
 @pytest.fixture
@@ -49,11 +51,7 @@ def train(home, tmp_path):
     """Run a trial on the device; return its record and folder."""
 
     def train(*overrides, name="trial", **options):
-        config = compose_preset("digits", [*IMAGES, *overrides])
-        scratch = tmp_path / name
-        scratch.mkdir(exist_ok=True)
-        inputs = open_inputs(locate_inputs(config, home))
-        return run_trial(config, *inputs, "mark", scratch, quiet=True, **options), scratch
+        return train_trial(home, tmp_path / name, [*IMAGES, *overrides], **options)
 
     return train
 

@@ -10,16 +10,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, make_inputs, train_trial
 
 from cpmm.artifact import load_header
 from cpmm.mixture import Mixture
 from workflows import (
-    build_spaces,
     extract_mixture,
-    prepare_data,
     train_cpmm,
-    train_teacher,
     trial,
 )
 from workflows.compose import compose_preset
@@ -51,10 +48,7 @@ def without_costs(record):
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """Data, teacher and spaces of the tiny pipeline."""
-    folder = tmp_path_factory.mktemp("home") / "digits"
-    for stage in (prepare_data, train_teacher, build_spaces):
-        stage.main(folder, compose_preset("digits", SMALL))
-    return folder
+    return make_inputs(tmp_path_factory.mktemp("home") / "digits", SMALL)
 
 
 @pytest.fixture
@@ -69,11 +63,7 @@ def run(home, tmp_path):
 
 def train(home, scratch, *overrides, **options):
     """Run a trial of the tiny configuration; return its record and folder."""
-    config = compose_preset("digits", [*SMALL, *overrides])
-    scratch.mkdir(exist_ok=True)
-    inputs = open_inputs(locate_inputs(config, home))
-    options = {"quiet": True} | options
-    return run_trial(config, *inputs, "mark", scratch, **options), scratch
+    return train_trial(home, scratch, [*SMALL, *overrides], **options)
 
 
 @pytest.fixture(scope="module", params=[CHANGED, ALONE], ids=["curriculum", "alone"])

@@ -11,6 +11,8 @@ from scipy.special import logsumexp
 from scipy.stats import multivariate_normal
 from torch import Tensor, nn
 from torch.distributions import Categorical, LowRankMultivariateNormal, MixtureSameFamily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from cpmm.factor_analyzers import FactorAnalyzers
 
@@ -114,3 +116,20 @@ def best_accuracy(label: np.ndarray, cluster: np.ndarray, n_classes: int, n_clus
         float(np.mean([match[c] == y for y, c in zip(label, cluster, strict=True)]))
         for match in itertools.permutations(range(size))
     )
+
+
+class SubnormalNumbers(TorchDispatchMode):
+    """While it is entered, collects the names of operations with a subnormal number in their result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor) and value.is_floating_point():
+                size = value.detach().abs()
+                if bool(((size > 0) & (size < torch.finfo(value.dtype).tiny)).any()):
+                    self.operations.append(str(function))
+        return result

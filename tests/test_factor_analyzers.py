@@ -17,6 +17,7 @@ from cpmm.factor_analyzers import (
     sample_components,
 )
 from tests.oracles import (
+    SubnormalNumbers,
     assert_moments,
     dense_component_log_prob,
     dense_covariance,
@@ -51,6 +52,27 @@ def test_log_prob_passes_gradcheck(generator):
 
     inputs = [t.clone().requires_grad_() for t in (x, fa.mean, fa.loading, fa.log_diagonal)]
     assert torch.autograd.gradcheck(function, inputs)
+
+
+def test_gradients_take_no_subnormal_numbers_through_the_products(generator):
+    fa = random_factor_analyzers(generator, 4, 30, 2)
+    x = torch.randn(6, 30, generator=generator)
+    share = torch.rand(6, 4, generator=generator)
+    share[:, 1:] *= torch.tensor([1e-10, 1e-30, 1e-40])  # posteriors of points far away
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        names = ("mean", "loading", "log_diagonal")
+        inputs = {name: getattr(fa, name).to(dtype).requires_grad_() for name in names}
+        log_prob = component_log_prob(x.to(dtype), replace(fa, **inputs))
+        with SubnormalNumbers() as subnormal:
+            log_prob.backward(share.to(dtype))
+        assert subnormal.operations == []
+        gradients.append([value.grad for value in inputs.values()])
+    for single, double in zip(*gradients, strict=True):
+        # To single precision those of the last two components are none.
+        torch.testing.assert_close(single[:2], double[:2].float(), rtol=1e-3, atol=1e-16)
+        assert not single[2:].any()
+        assert double[2:].any()
 
 
 def test_batches_that_share_a_preparation_add_up_to_one_call(generator):

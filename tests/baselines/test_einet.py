@@ -12,6 +12,8 @@ from torch import Tensor
 from cpmm.baselines.einet import (
     SMOOTHING,
     EinsumNetwork,
+    _sum_products,
+    _weights,
     count_parameters,
     group_columns,
     leaf_regions,
@@ -20,7 +22,7 @@ from cpmm.baselines.einet import (
 )
 from cpmm.seeds import seeded_generator
 from cpmm.training import EpochData, LossTraining, Rows
-from tests.oracles import assert_moments
+from tests.oracles import SubnormalNumbers, assert_moments
 from workflows.fit import fit
 
 FLOOR = -6.0
@@ -189,6 +191,21 @@ def test_unlikely_pairs_do_not_underflow(generator):
     assert bool(torch.isfinite(model.log_prob(x)))
     score = model.log_prob(x).detach()
     torch.testing.assert_close(score, slow_log_prob(model.double(), x).float())
+
+
+def test_sums_take_no_subnormal_numbers_and_lose_no_digit(generator):
+    value = -120 * torch.rand(4, 6, 50, generator=generator)  # nats, of two regions' halves
+    logit = torch.randn(2, 3, 36, generator=generator)
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        inputs = [t.to(dtype, copy=True).requires_grad_() for t in (value, logit)]
+        with SubnormalNumbers() as subnormal:
+            sums = _sum_products(inputs[0], _weights(inputs[1]))
+            sums.mean().backward()
+        assert subnormal.operations == []
+        results.append((sums, *(tensor.grad for tensor in inputs)))
+    for single, double in zip(*results, strict=True):
+        torch.testing.assert_close(single, double.float(), rtol=1e-5, atol=1e-7)
 
 
 def test_batches_do_not_matter_without_gradients(generator):

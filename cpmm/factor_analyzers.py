@@ -222,12 +222,12 @@ def component_log_prob(x: Tensor, fa: FactorAnalyzers) -> Tensor:
 def _without_subnormal(gradient: Tensor | None) -> Tensor | None:
     """Set to zero what products would take below the normal numbers: a CPU is slow over those.
 
-    Of a component that is not the points' own nothing else is left; beside the gradients of those
-    that are, it is far below the last digit.
+    That is far below the last digit of the gradients of the components that the points are near to.
     """
     if gradient is None:  # undefined, as autograd may leave it
         return None
-    return nn.functional.hardshrink(gradient, torch.finfo(gradient.dtype).tiny ** 0.5)
+    info = torch.finfo(gradient.dtype)
+    return nn.functional.hardshrink(gradient, info.tiny / info.eps)
 
 
 def sample_components(fa: FactorAnalyzers, index: Tensor, generator: torch.Generator) -> Tensor:

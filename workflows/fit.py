@@ -50,29 +50,45 @@ class ProgressLine(Callback):
                 flush=True,
             )
 
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        module: Recorded,
+        outputs: object,
+        batch: object,
+        batch_index: int,
+    ) -> None:
+        """Print the step within an epoch that takes long."""
+        if time.monotonic() - self.printed >= self.every:
+            self._print(module, trainer.num_training_batches, batch_index + 1)
+
     def __call__(self, module: Recorded) -> None:
         """Print the epoch that has just ended."""
-        now = time.monotonic()
         last = module.current_epoch + 1 == module.n_epochs
-        if now - self.printed < self.every and not last:
-            return
-        self.printed = now
+        if last or time.monotonic() - self.printed >= self.every:
+            row, before = module.history[-1], module.history[-2:-1]
+            n_epoch = row["step"] - (before[0]["step"] if before else 0)
+            self._print(module, n_epoch, n_epoch, end="\n" if last else "")
+
+    def _print(self, module: Recorded, n_epoch: int, step_of_epoch: int, end: str = "") -> None:
+        # Epochs of fine-tuning may be shorter than the ones before them: those to come are as this one.
+        self.printed = now = time.monotonic()
         rate = (module.global_step - self.first_step) / max(1e-9, now - self.started)
-        row, before = module.history[-1], module.history[-2:-1]
-        # Epochs of fine-tuning may be shorter than the ones before them: those to come are as the last.
-        n_epoch = row["step"] - (before[0]["step"] if before else 0)
-        n_steps = module.global_step + n_epoch * (module.n_epochs - module.current_epoch - 1)
-        eta = (n_steps - module.global_step) / rate
-        losses = " ".join(
+        n_left = n_epoch * (module.n_epochs - module.current_epoch) - step_of_epoch
+        row = module.history[-1] if module.history else {}
+        losses = [
             f"{short} {row[column]:.4f}"
             for short, column in (("train", "train"), ("val", "validation"))
             if column in row
-        )
-        line = (
-            f"{self.name} | step {module.global_step}/{n_steps} | {module.describe_phase()} | "
-            f"{losses} {self.unit} | {rate:.0f} it/s | eta {eta / 60:.1f}m"
-        )
-        end = "\n" if last or not self.terminal else "\r"
+        ]
+        parts = [
+            f"{self.name} | step {module.global_step}/{module.global_step + n_left}",
+            module.describe_phase(),
+            *([f"{' '.join(losses)} {self.unit}"] if losses else []),
+            f"{rate:.{0 if rate >= 10 else 1}f} it/s | eta {n_left / max(1e-9, rate) / 60:.1f}m",
+        ]
+        line = " | ".join(parts)
+        end = end or ("\r" if self.terminal else "\n")
         print(f"\x1b[2K{line}" if self.terminal else line, end=end, flush=True)
 
 

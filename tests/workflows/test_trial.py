@@ -254,6 +254,14 @@ def test_the_steps_to_come_are_told_by_the_last_epochs(capsys):
     assert told == ["49/245", "98/245", "123/173"]
 
 
+def test_the_steps_within_an_epoch_are_told(capsys):
+    line = ProgressLine("trial", every=0)
+    module = SimpleNamespace(n_epochs=3, describe_phase=lambda: "space 1/2", history=[])
+    module.current_epoch, module.global_step = 1, 60
+    line.on_train_batch_end(SimpleNamespace(num_training_batches=50), module, None, None, 9)
+    assert capsys.readouterr().out.startswith("trial | step 60/150 | space 1/2 | ")
+
+
 def command(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["trial.py", *arguments])
     trial.main()

@@ -85,6 +85,24 @@ def compose_preset(
     return resolved
 
 
+def require_outside_files(config: Mapping[str, Any]) -> None:
+    """Look for the folder of the data set to be told apart, which only ``evaluate`` reads, at the end.
+
+    Raises:
+        ValueError: If it can be nowhere.
+    """
+    ood = config["evaluation"]["ood"]
+    if ood is None or ood["source"] != "idx" or ood["options"]["mirror"]:
+        return
+    places = [ood["options"][name] for name in ("folder", "cache")]
+    if not any(place and Path(place).is_dir() for place in places):
+        raise ValueError(
+            f"evaluation.ood is {ood['name']}, to be told apart at the end, and its files are nowhere: "
+            f"evaluation.ood.options.folder is {show(places[0])}; set it to the folder that holds them, or "
+            "evaluation.ood to null, in params.yaml's overrides"
+        )
+
+
 def split_preset(overrides: Sequence[str]) -> tuple[str, list[str]]:
     """Take ``preset=...`` out of a command line's overrides; digits if it is not there."""
     chosen = [item.split("=", 1)[1] for item in overrides if item.startswith("preset=")]
@@ -151,6 +169,7 @@ def main() -> None:
     end_with_dvc()
     try:
         config = compose_preset(arguments.preset, read_overrides(arguments.preset))
+        require_outside_files(config)
         arguments.target.parent.mkdir(parents=True, exist_ok=True)
         write_text(arguments.target, yaml.safe_dump(config, sort_keys=False))
     except (ValueError, OSError) as error:

@@ -10,7 +10,14 @@ from conftest import ROOT
 from cpmm.initialization import GROUPINGS
 from cpmm.odes import FIXED_STEP
 from workflows import prepare_data, schema
-from workflows.compose import compose_preset, flatten, overrides_of, read_overrides, split_preset
+from workflows.compose import (
+    compose_preset,
+    flatten,
+    overrides_of,
+    read_overrides,
+    require_outside_files,
+    split_preset,
+)
 from workflows.marks import mark_prepared
 
 PRESETS = sorted(path.stem for path in (ROOT / "conf" / "preset").glob("*.yaml"))
@@ -110,6 +117,23 @@ def test_the_command_ends_with_one_line(tmp_path):
     assert done.stderr.startswith("config: error: unknown preset 'digit': choose one of ")
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "c.yaml").exists()
+
+
+def test_a_data_set_to_be_told_apart_is_looked_for_before_anything_runs(tmp_path):
+    def check(*overrides: str) -> None:
+        require_outside_files(compose_preset("fashion_mnist_cpu", overrides))
+
+    folder = "evaluation.ood.options.folder="
+    cache = f"evaluation.ood.options.cache={tmp_path / 'none'}"  # of a download that never was
+    for overrides in ([cache], [cache, f"{folder}{tmp_path / 'missing'}"]):
+        with pytest.raises(
+            ValueError, match=r"evaluation\.ood is mnist.* or evaluation\.ood to null"
+        ):
+            check(*overrides)
+    check(cache, f"{folder}{tmp_path}")
+    check(cache, "evaluation.ood.options.mirror=http://localhost")
+    check("evaluation.ood=null")
+    require_outside_files(compose_preset("digits", []))
 
 
 def test_overrides_named_after_a_preset_are_its_own():

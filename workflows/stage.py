@@ -62,13 +62,11 @@ def run_stage(main: Callable[..., str], description: str, *arguments: str) -> No
     end_with_dvc()
     try:
         config = load_config(path)
-        threads = config.get("trainer", {}).get("threads")
-        if threads:
-            import torch  # after the arguments are parsed, so that --help is quick
-
-            torch.set_num_threads(threads)
         temporary = "-".join([name, *([fingerprint(further)] if further else [])])
-        with temporary_files_in(path.parent / ".scratch" / f"{temporary}.tmp"):
+        with (
+            threads_of(config),
+            temporary_files_in(path.parent / ".scratch" / f"{temporary}.tmp"),
+        ):
             print(f"{name}: {main(path.parent, config, *further)}", flush=True)
     except Exception as error:
         expected = isinstance(error, EXPECTED_ERRORS) or system_error(error) is not None
@@ -80,6 +78,26 @@ def run_stage(main: Callable[..., str], description: str, *arguments: str) -> No
     except KeyboardInterrupt:
         print(f"{name}: interrupted; run it again to go on", file=sys.stderr, flush=True)
         raise SystemExit(130) from None
+
+
+@contextmanager
+def threads_of(config: Config) -> Iterator[None]:
+    """Compute with the threads of torch that ``trainer.threads`` says; null leaves torch its choice.
+
+    Their number decides in which order sums are taken, so the last digits of what is made, too.
+    """
+    threads = config.get("trainer", {}).get("threads")
+    if not threads:
+        yield
+        return
+    import torch  # after the arguments are parsed, so that --help is quick
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def end_with_dvc(every: float = 0.2) -> None:

@@ -97,6 +97,22 @@ def test_an_empty_home_gets_everything_from_the_stages(finished, tmp_path, capsy
         assert torch.equal(spaces.train(index), others.train(index))
 
 
+def test_they_are_made_with_the_threads_that_are_asked_for(tmp_path, monkeypatch):
+    seen = []
+
+    def make(folder, config):
+        seen.append(torch.get_num_threads())
+        raise ValueError("stop here")
+
+    monkeypatch.setattr(prepare_data, "main", make)
+    before = torch.get_num_threads()
+    for threads in ("2", "null"):
+        with pytest.raises(ValueError, match="stop here"):
+            locate_inputs(configure(f"trainer.threads={threads}"), tmp_path / "digits")
+        assert torch.get_num_threads() == before
+    assert seen == [2, before]
+
+
 def test_without_a_curriculum_no_spaces_are_needed(home):
     for name in ("teacher", "spaces"):
         shutil.rmtree(home / name)

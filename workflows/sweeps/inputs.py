@@ -16,7 +16,7 @@ from workflows.marks import (
     marks_of_inputs,
     needs_spaces,
 )
-from workflows.stage import Config
+from workflows.stage import Config, threads_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,7 +101,8 @@ def _find_or_make(
             link.unlink()
         link.symlink_to(os.path.relpath(path, made))
     print(f"inputs | making {name} {mark}", flush=True)
-    print(f"inputs | {make(made, config)}", flush=True)
+    with threads_of(config):
+        print(f"inputs | {make(made, config)}", flush=True)
     shutil.rmtree(made / ".scratch", ignore_errors=True)
     return made / name
 

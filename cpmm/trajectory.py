@@ -85,14 +85,15 @@ class StateLayout:
         """
         maps = state.unflatten(-1, (self.n_maps, self.n_features))
         # One split: the gradient of each slice by itself would be as large as all maps.
-        rest = self.n_maps - self.n_factors - 2
-        mean, loading, log_diagonal, others = maps.split([1, self.n_factors, 1, rest], -2)
+        sizes = [1, self.n_factors, 1, int(self.learned_weight)]
+        parts = maps.split([*sizes, self.n_maps - sum(sizes)], -2)
+        mean, loading, log_diagonal, weight, _ = parts
         mean, log_diagonal = mean.squeeze(-2), log_diagonal.squeeze(-2)
         if self.diagonal == "constant":
             log_diagonal = log_diagonal.mean(-1, keepdim=True).expand_as(mean)
         log_weight = maps.new_zeros(maps.shape[:-2])
         if self.learned_weight:
-            log_weight = others[..., 0, :].mean(-1)
+            log_weight = weight.squeeze(-2).mean(-1)
         return mean, loading.mT, soft_floor(log_diagonal, self.log_diagonal_floor), log_weight
 
     def write(self, mean: Tensor, loading: Tensor, log_diagonal: Tensor, free: Tensor) -> Tensor:

@@ -85,22 +85,25 @@ def compose_preset(
     return resolved
 
 
-def require_outside_files(config: Mapping[str, Any]) -> None:
-    """Look for the folder of the data set to be told apart, which only ``evaluate`` reads, at the end.
+def missing_outside(config: Mapping[str, Any]) -> str | None:
+    """Say that the files of the data set to be told apart are not at hand; None if they are.
 
-    Raises:
-        ValueError: If it can be nowhere.
+    No error: trials go without it. But ``evaluate``, at the end of the pipeline, does not.
     """
     ood = config["evaluation"]["ood"]
     if ood is None or ood["source"] != "idx" or ood["options"]["mirror"]:
-        return
-    places = [ood["options"][name] for name in ("folder", "cache")]
-    if not any(place and Path(place).is_dir() for place in places):
-        raise ValueError(
-            f"evaluation.ood is {ood['name']}, to be told apart at the end, and its files are nowhere: "
-            f"evaluation.ood.options.folder is {show(places[0])}; set it to the folder that holds them, or "
-            "evaluation.ood to null, in params.yaml's overrides"
-        )
+        return None
+    options = ood["options"]
+    places = [Path(place) for place in (options["folder"], options["cache"]) if place]
+    for name in options["files"].values():
+        names = (name, name.removesuffix(".gz"), f"{name}.gz")
+        if not any((place / other).is_file() for place in places for other in names):
+            return (
+                f"evaluation.ood is {ood['name']}, and {name} is missing (evaluation.ood.options.folder is "
+                f"{show(options['folder'])}): evaluate will refuse at the end; set the folder in params.yaml's "
+                "overrides, or evaluation.ood to null"
+            )
+    return None
 
 
 def split_preset(overrides: Sequence[str]) -> tuple[str, list[str]]:
@@ -169,13 +172,14 @@ def main() -> None:
     end_with_dvc()
     try:
         config = compose_preset(arguments.preset, read_overrides(arguments.preset))
-        require_outside_files(config)
         arguments.target.parent.mkdir(parents=True, exist_ok=True)
         write_text(arguments.target, yaml.safe_dump(config, sort_keys=False))
     except (ValueError, OSError) as error:
         print(f"config: error: {describe(error, arguments.target)}", file=sys.stderr)
         raise SystemExit(1) from None
     print(f"config: wrote {arguments.target}")
+    if missing := missing_outside(config):
+        print(f"config: warning: {missing}", file=sys.stderr)
 
 
 @lru_cache

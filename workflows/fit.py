@@ -38,6 +38,8 @@ class ProgressLine(Callback):
         self.every = 0.2 if self.terminal else every
         self.started = self.printed = time.monotonic()
         self.first_step = 0
+        self.phase = ""  # of the epoch that the latest losses are of
+        self.within = False  # whether a step of the current epoch was told
 
     def on_train_start(self, trainer: pl.Trainer, module: Recorded) -> None:
         """Start the clock."""
@@ -61,11 +63,14 @@ class ProgressLine(Callback):
         """Print the step within an epoch that takes long."""
         if time.monotonic() - self.printed >= self.every:
             self._print(module, trainer.num_training_batches, batch_index + 1)
+            self.within = True
 
     def __call__(self, module: Recorded) -> None:
         """Print the epoch that has just ended."""
         last = module.current_epoch + 1 == module.n_epochs
-        if last or time.monotonic() - self.printed >= self.every:
+        self.phase = module.describe_phase()
+        if last or self.within or time.monotonic() - self.printed >= self.every:
+            self.within = False
             row, before = module.history[-1], module.history[-2:-1]
             n_epoch = row["step"] - (before[0]["step"] if before else 0)
             self._print(module, n_epoch, n_epoch, end="\n" if last else "")
@@ -75,7 +80,9 @@ class ProgressLine(Callback):
         self.printed = now = time.monotonic()
         rate = (module.global_step - self.first_step) / max(1e-9, now - self.started)
         n_left = n_epoch * (module.n_epochs - module.current_epoch) - step_of_epoch
-        row = module.history[-1] if module.history else {}
+        phase = module.describe_phase()
+        # Losses of another space, or of another objective, do not compare.
+        row = module.history[-1] if module.history and phase == self.phase else {}
         losses = [
             f"{short} {row[column]:.4f}"
             for short, column in (("train", "train"), ("val", "validation"))
@@ -83,7 +90,7 @@ class ProgressLine(Callback):
         ]
         parts = [
             f"{self.name} | step {module.global_step}/{module.global_step + n_left}",
-            module.describe_phase(),
+            phase,
             *([f"{' '.join(losses)} {self.unit}"] if losses else []),
             f"{rate:.{0 if rate >= 10 else 1}f} it/s | eta {n_left / max(1e-9, rate) / 60:.1f}m",
         ]

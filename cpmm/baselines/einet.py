@@ -444,8 +444,8 @@ def _sum_products(value: Tensor, weight: Tensor) -> Tensor:
     """
     pair = value.unflatten(0, (-1, 2))
     peak = pair.detach().amax(2, keepdim=True)  # it cancels, and so does its gradient
-    # What no product can bring back is zero: a CPU takes ten times as long over subnormal numbers.
-    # The likeliest pair has a weight of SMOOTHING / I^2 or more, so no digit of the sum is lost.
+    # Halves whose square is subnormal are zero, for a CPU is many times slower over such numbers. The
+    # likeliest pair has a weight of SMOOTHING / I^2 or more: they are below the last digit of the sum.
     least = 0.5 * math.log(torch.finfo(value.dtype).tiny)
     left, right = nn.functional.threshold(pair - peak, least, -math.inf).exp().unbind(1)
     product = (left.unsqueeze(2) * right.unsqueeze(1)).flatten(1, 2)  # (P, I * I, N)

@@ -9,13 +9,13 @@ from conftest import ROOT
 
 from cpmm.initialization import GROUPINGS
 from cpmm.odes import FIXED_STEP
-from workflows import prepare_data, schema
+from workflows import compose, prepare_data, schema
 from workflows.compose import (
     compose_preset,
     flatten,
+    missing_outside,
     overrides_of,
     read_overrides,
-    require_outside_files,
     split_preset,
 )
 from workflows.marks import mark_prepared
@@ -119,21 +119,31 @@ def test_the_command_ends_with_one_line(tmp_path):
     assert not (tmp_path / "c.yaml").exists()
 
 
-def test_a_data_set_to_be_told_apart_is_looked_for_before_anything_runs(tmp_path):
-    def check(*overrides: str) -> None:
-        require_outside_files(compose_preset("fashion_mnist_cpu", overrides))
-
-    folder = "evaluation.ood.options.folder="
+def test_a_data_set_to_be_told_apart_is_looked_for_before_anything_runs(
+    tmp_path, monkeypatch, capsys
+):
     cache = f"evaluation.ood.options.cache={tmp_path / 'none'}"  # of a download that never was
-    for overrides in ([cache], [cache, f"{folder}{tmp_path / 'missing'}"]):
-        with pytest.raises(
-            ValueError, match=r"evaluation\.ood is mnist.* or evaluation\.ood to null"
-        ):
-            check(*overrides)
-    check(cache, f"{folder}{tmp_path}")
-    check(cache, "evaluation.ood.options.mirror=http://localhost")
-    check("evaluation.ood=null")
-    require_outside_files(compose_preset("digits", []))
+    folder = f"evaluation.ood.options.folder={tmp_path}"
+
+    def missing(*overrides: str) -> str | None:
+        return missing_outside(compose_preset("fashion_mnist_cpu", [cache, *overrides]))
+
+    assert re.search(r"ood is mnist, and .* is missing .* evaluation\.ood to null", missing(folder))
+    assert missing() is not None
+    assert missing("evaluation.ood.options.mirror=http://localhost") is None
+    assert missing("evaluation.ood=null") is None
+    assert missing_outside(compose_preset("digits", [])) is None
+    options = compose_preset("fashion_mnist_cpu", [])["evaluation"]["ood"]["options"]
+    for name in options["files"].values():
+        (tmp_path / name.removesuffix(".gz")).touch()
+    assert missing(folder) is None
+
+    monkeypatch.setattr(compose, "read_overrides", lambda preset: [cache])
+    target = tmp_path / "config.yaml"
+    monkeypatch.setattr(sys, "argv", ["compose.py", "fashion_mnist_cpu", str(target)])
+    compose.main()
+    assert target.is_file()
+    assert "config: warning: evaluation.ood is mnist" in capsys.readouterr().err
 
 
 def test_overrides_named_after_a_preset_are_its_own():

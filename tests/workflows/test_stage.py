@@ -284,3 +284,12 @@ def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train_cpmm.py", str(tmp_path / "config.yaml")])
     with pytest.raises(RuntimeError, match="must match the size"):
         stage.run_stage(lambda folder, config: torch.ones(2) + torch.ones(3), "")
+
+
+def test_a_stage_computes_with_the_threads_that_are_asked_for(tmp_path, monkeypatch, capsys):
+    (tmp_path / "config.yaml").write_text("{trainer: {threads: 3}}")
+    monkeypatch.setattr(sys, "argv", ["train_cpmm.py", str(tmp_path / "config.yaml")])
+    before = torch.get_num_threads()
+    stage.run_stage(lambda folder, config: f"{torch.get_num_threads()} threads", "")
+    assert capsys.readouterr().out == "train_cpmm: 3 threads\n"
+    assert torch.get_num_threads() == before

@@ -261,6 +261,23 @@ def test_the_steps_within_an_epoch_are_told(capsys):
     line.on_train_batch_end(SimpleNamespace(num_training_batches=50), module, None, None, 9)
     assert capsys.readouterr().out.startswith("trial | step 60/150 | space 1/2 | ")
 
+    line.every = 1e9  # an epoch of which steps were told is told at its end, with its own losses
+    module.global_step, row = 100, {"step": 100, "train": 1.5, "validation": 2.5}
+    module.history = [{"step": 50, "train": 3.5}, row]
+    line(module)
+    assert capsys.readouterr().out.startswith(
+        "trial | step 100/150 | space 1/2 | train 1.5000 val 2.5000"
+    )
+    line(module)
+    assert capsys.readouterr().out == ""
+
+    line.every, module.current_epoch, module.global_step = 0, 2, 110
+    module.describe_phase = lambda: "space 2/2"  # the losses so far are of the space before
+    line.on_train_batch_end(SimpleNamespace(num_training_batches=50), module, None, None, 9)
+    told = capsys.readouterr().out
+    assert told.startswith("trial | step 110/150 | space 2/2 | ")
+    assert "train" not in told
+
 
 def command(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["trial.py", *arguments])

@@ -81,8 +81,9 @@ class ProgressLine(Callback):
         rate = (module.global_step - self.first_step) / max(1e-9, now - self.started)
         n_left = n_epoch * (module.n_epochs - module.current_epoch) - step_of_epoch
         phase = module.describe_phase()
-        # Losses of another space, or of another objective, do not compare.
-        row = module.history[-1] if module.history and phase == self.phase else {}
+        row = module.history[-1] if module.history else {}
+        # Losses of another space, or of another objective, do not compare: it is said what they are of.
+        of = "" if phase == self.phase else f" in {self.phase or 'the epoch before'}"
         losses = [
             f"{short} {row[column]:.4f}"
             for short, column in (("train", "train"), ("val", "validation"))
@@ -91,7 +92,7 @@ class ProgressLine(Callback):
         parts = [
             f"{self.name} | step {module.global_step}/{module.global_step + n_left}",
             phase,
-            *([f"{' '.join(losses)} {self.unit}"] if losses else []),
+            *([f"{' '.join(losses)} {self.unit}{of}"] if losses else []),
             f"{rate:.{0 if rate >= 10 else 1}f} it/s | eta {n_left / max(1e-9, rate) / 60:.1f}m",
         ]
         line = " | ".join(parts)

@@ -36,7 +36,7 @@ class ProgressLine(Callback):
         self.unit = unit
         self.terminal = sys.stdout.isatty()
         self.every = 0.2 if self.terminal else every
-        self.started = self.printed = time.monotonic()
+        self.started = self.printed = self.epoch_started = time.monotonic()
         self.first_step = 0
         self.phase = ""  # of the epoch that the latest losses are of
         self.within = False  # whether a step of the current epoch was told
@@ -52,6 +52,10 @@ class ProgressLine(Callback):
                 flush=True,
             )
 
+    def on_train_epoch_start(self, trainer: pl.Trainer, module: Recorded) -> None:
+        """Note the time: steps are told of epochs that take longer than the time between lines."""
+        self.epoch_started = time.monotonic()
+
     def on_train_batch_end(
         self,
         trainer: pl.Trainer,
@@ -61,7 +65,7 @@ class ProgressLine(Callback):
         batch_index: int,
     ) -> None:
         """Print the step within an epoch that takes long."""
-        if time.monotonic() - self.printed >= self.every:
+        if time.monotonic() - max(self.printed, self.epoch_started) >= self.every:
             self._print(module, trainer.num_training_batches, batch_index + 1)
             self.within = True
 

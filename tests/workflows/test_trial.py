@@ -261,6 +261,11 @@ def test_the_steps_within_an_epoch_are_told(capsys):
     line.on_train_batch_end(SimpleNamespace(num_training_batches=50), module, None, None, 9)
     assert capsys.readouterr().out.startswith("trial | step 60/150 | space 1/2 | ")
 
+    line.every, line.printed = 1e3, -1e9  # an epoch that has only begun
+    line.on_train_epoch_start(None, module)
+    line.on_train_batch_end(SimpleNamespace(num_training_batches=50), module, None, None, 9)
+    assert capsys.readouterr().out == ""
+
     line.every = 1e9  # an epoch of which steps were told is told at its end, with its own losses
     module.global_step, row = 100, {"step": 100, "train": 1.5, "validation": 2.5}
     module.history = [{"step": 50, "train": 3.5}, row]

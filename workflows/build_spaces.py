@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,20 +73,24 @@ def main(folder: Path, config: Config) -> str:
         seconds = len(rows) * n_left * _seconds_per_row(teacher, probe, ascending[:2])
     _announce(store, rows, *measure_spaces(store), extraction.done, len(positions), seconds)
     progress = _Progress(len(positions), len(rows), n_left)
-    state = rows if extraction.state is None else extraction.state
-    for space in range(extraction.done, len(positions)):
-        v = ascending[space]
-        if teacher is None:
-            state = torch.lerp(rows, drawn.noise, v)
-        elif space:
-            told = progress.of_space(space)
-            state = _carry(teacher, state, ascending[space - 1], v, options["batch_size"], told)
+
+    def keep(state: Tensor) -> None:
+        space = extraction.done
         extraction.shards |= write_space(store, len(positions) - 1 - space, state)
-        extraction.statistics.append(_statistics(v, state))
+        extraction.statistics.append(_statistics(ascending[space], state))
         extraction.done, extraction.state = space + 1, None if teacher is None else state
         save_extraction(scratch, extraction)
         if teacher is None:
             progress.of_space(space)(len(rows))
+
+    if teacher is None:
+        states = (torch.lerp(rows, drawn.noise, v) for v in ascending[extraction.done :])
+    else:
+        start = rows if extraction.state is None else extraction.state
+        states = _carry_on(
+            teacher, start, ascending, extraction.done, options["batch_size"], progress
+        )
+    _keep_each(states, keep)
     import pandas as pd
 
     pd.DataFrame(extraction.statistics[::-1]).to_csv(store / "statistics.csv", index=False)
@@ -134,6 +139,34 @@ def _draw(data: DataSplits, options: Mapping[str, Any], seed: int, with_noise: b
     rows = torch.cat([train, data.points("validation")[0][:n_validation].float()])
     noise = torch.randn(rows.shape, generator=generator) if with_noise else None
     return _Drawn(rows, noise, len(train), index)
+
+
+def _keep_each(states: Iterable[Tensor], keep: Callable[[Tensor], None]) -> None:
+    """Keep one state after the other, each while the next is computed; no more than one waits."""
+    with ThreadPoolExecutor(1) as writer:
+        before: Future[None] | None = None
+        for state in states:
+            if before is not None:
+                before.result()
+            before = writer.submit(keep, state)
+        if before is not None:
+            before.result()
+
+
+def _carry_on(
+    teacher: Flow,
+    state: Tensor,
+    positions: list[float],
+    done: int,
+    batch_size: int,
+    progress: _Progress,
+) -> Iterator[Tensor]:
+    """Carry points from space to space, from the last one that is done; the first is the input."""
+    for space in range(done, len(positions)):
+        if space:
+            told = progress.of_space(space)
+            state = _carry(teacher, state, *positions[space - 1 : space + 1], batch_size, told)
+        yield state
 
 
 def _carry(

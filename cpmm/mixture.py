@@ -175,6 +175,8 @@ class Mixture:
         return cls(FactorAnalyzers(**tensors), tuple(sizes))
 
     def _by_cluster(self, joint: Tensor) -> Tensor:
+        if set(self.cluster_sizes) == {1}:  # nothing to sum, and hundreds of operations to do it
+            return joint.contiguous()  # as the stack below is: sums over it round alike
         # A cluster that lost all its components gets the log of zero.
         parts = joint.split(self.cluster_sizes, 1)
         return torch.stack([part.logsumexp(1) for part in parts], 1)

@@ -69,6 +69,14 @@ def test_log_prob_passes_gradcheck(mixture, x):
     assert torch.autograd.gradcheck(function, inputs)
 
 
+def test_clusters_of_one_component_have_its_density(mixture, x):
+    alone = replace(mixture, cluster_sizes=(1,) * 6)
+    assert torch.equal(alone.cluster_joint_log_prob(x), mixture.joint_log_prob(x))
+    expected = mixture.joint_log_prob(x)[:, :2].logsumexp(1)
+    assert torch.equal(mixture.cluster_joint_log_prob(x)[:, 0], expected)
+    assert torch.equal(alone.predict(x), mixture.joint_log_prob(x).argmax(1))
+
+
 @pytest.mark.parametrize("batch_size", [1, 7, 50, 64])
 def test_batches_change_nothing(mixture, x, batch_size):
     batched = replace(mixture, batch_size=batch_size)

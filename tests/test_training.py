@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -213,8 +214,18 @@ def data_of_rank(rank: int, size: int, epoch: int = 0, n_rows: int = 50) -> Epoc
         return Rows(x=torch.randn(n_rows, M, generator=generator), index=torch.arange(n_rows))
 
     data = EpochData(rows, lambda epoch: torch.arange(90.0)[:, None], batch_size=16, seed=3)
-    data.trainer = SimpleNamespace(current_epoch=epoch, global_rank=rank, world_size=size)
+    data.trainer = SimpleNamespace(
+        current_epoch=epoch,
+        max_epochs=4,
+        global_rank=rank,
+        world_size=size,
+        strategy=strategy_on("cpu"),
+    )
     return data
+
+
+def strategy_on(device: str) -> SimpleNamespace:
+    return SimpleNamespace(root_device=torch.device(device))
 
 
 @pytest.mark.parametrize("epoch", [0, 4])
@@ -251,6 +262,47 @@ def test_a_loader_has_as_many_batches_as_it_says():
     for rank, size in ((0, 1), (0, 2), (2, 3)):
         loader = data_of_rank(rank, size).train_dataloader()
         assert len(loader) == len(list(loader))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])  # the second stands for a GPU
+def test_the_next_epoch_is_made_while_a_gpu_computes(device):
+    data, made = data_of_rank(0, 1), []
+    make_rows = data.rows
+
+    def rows(epoch: int, generator: torch.Generator) -> Rows:
+        made.append((epoch, threading.current_thread() is threading.main_thread()))
+        return make_rows(epoch, generator)
+
+    data.rows = rows
+    data.trainer.strategy = strategy_on(device)
+    for epoch in (1, 2, 3):  # of four, the run goes on after the first
+        data.trainer.current_epoch = epoch
+        loader, alone = data.train_dataloader(), data_of_rank(0, 1, epoch).train_dataloader()
+        data._thread.submit(int).result()  # what was begun before is done
+        last = min(3, epoch + 1) if device == "meta" else epoch
+        assert [of for of, _ in made] == list(range(1, last + 1))
+        assert list(loader.sampler) == list(alone.sampler)
+        assert {batch["x"].device.type for batch in loader} == {device}
+        assert {batch["x"].device.type for batch in data.val_dataloader()} == {device}
+    in_main = [True, False, False] if device == "meta" else [True] * 3
+    assert [is_main for _, is_main in made] == in_main
+
+
+def test_rows_that_cannot_be_made_ahead_are_an_error_of_their_own_epoch():
+    data = data_of_rank(0, 1)
+    make_rows = data.rows
+
+    def rows(epoch: int, generator: torch.Generator) -> Rows:
+        if epoch == 1:
+            raise OSError("the store has gone")
+        return make_rows(epoch, generator)
+
+    data.rows = rows
+    data.trainer.strategy = strategy_on("meta")
+    assert len(data.train_dataloader()) == 4
+    data.trainer.current_epoch = 1
+    with pytest.raises(OSError, match="the store has gone"):
+        data.train_dataloader()
 
 
 @pytest.mark.parametrize("make", [mixture_training, teacher_training])

@@ -1,5 +1,6 @@
 """What a worker of the sweep does beside training."""
 
+import re
 import subprocess
 import sys
 import tempfile
@@ -9,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, project_environment
 
+from workflows.sweeps import progress as sweep_progress
 from workflows.sweeps import worker as sweep_worker
 from workflows.sweeps.worker import GPULost, Reporter, trial_scratch
 
@@ -93,3 +95,34 @@ def test_a_trial_that_is_given_no_gpu_takes_none(gpus, accelerator, monkeypatch)
     given = sweep_worker.on_given_device(config)
     assert given == {"trainer": {"accelerator": accelerator, "devices": 1}}
     assert config["trainer"]["accelerator"] == "auto"
+
+
+def test_the_rest_of_a_trial_is_told_by_its_steps(capsys, monkeypatch):
+    """Of 51 epochs of ten steps and 80 of 25, half the epochs are a fifth of the steps."""
+    clock = [0.0]
+    monkeypatch.setattr(sweep_progress.time, "monotonic", lambda: clock[0])
+    progress = sweep_progress.Progress("images", {"0" * 16: "cpmm, seed 0"}, 1, 0, "bits")
+    trial = SimpleNamespace(trial_id="a", config={"mark": "0" * 16})
+    steps = [10 * (epoch + 1) for epoch in range(51)]
+    steps += [510 + 25 * (epoch + 1) for epoch in range(80)]
+    for epoch, step in enumerate(steps):
+        clock[0] = 60.0 * step
+        module = SimpleNamespace(
+            n_epochs=131, current_epoch=epoch, global_step=step,
+            history=[{"step": past} for past in steps[: epoch + 1]],
+        )  # fmt: skip
+        report = {
+            "phase": "fine-tuning", "step": step, "n_steps": sweep_worker._n_steps(module),
+            "progress": (epoch + 1) / 131, "validation_loss": 0.7,
+        }  # fmt: skip
+        progress.on_trial_result(0, [], trial, report)
+    lines = capsys.readouterr().out.splitlines()
+    for step in (535, 1260, 2485):
+        (line,) = [line for line in lines if f" step {step}/" in line]
+        told = re.fullmatch(
+            rf"sweep images \| 0/1 done, eta (.+)m \| cpmm, seed 0: fine-tuning step {step}/2510 val 0.700 eta (.+)m",
+            line,
+        )
+        assert [float(minutes) for minutes in told.groups()] == pytest.approx(
+            [2510 - step] * 2, rel=0.03
+        )

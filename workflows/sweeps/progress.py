@@ -64,7 +64,7 @@ class Progress(tune.Callback):
         self.first_report = self.first_report or now
         row = self.running.setdefault(trial.trial_id, {"name": self._name(trial), "since": now})
         if "first" not in row and "progress" in result:
-            row["first"] = (now, result["progress"])
+            row["first"] = (now, _share(result))
         row |= result
         self._line(now)
 
@@ -136,11 +136,7 @@ class Progress(tune.Callback):
 
     def _eta(self, now: float) -> str:
         """Time that the rest of the sweep will take at the rate so far."""
-        share = (
-            self.n_done
-            - self.already
-            + sum(row.get("progress", 0) for row in self.running.values())
-        )
+        share = self.n_done - self.already + sum(map(_share, self.running.values()))
         left = self.n_trials - self.already - share
         return _minutes((now - self.started) * left / share) if share > 0.2 else "?"
 
@@ -180,8 +176,13 @@ def _eta(row: Mapping[str, Any], now: float) -> str:
     if "first" not in row:
         return "?"
     since, before = row["first"]
-    done = row["progress"] - before
-    return _minutes((now - since) * (1 - row["progress"]) / done) if done > 0 else "?"
+    done = _share(row) - before
+    return _minutes((now - since) * (1 - _share(row)) / done) if done > 0 else "?"
+
+
+def _share(row: Mapping[str, Any]) -> float:
+    """Share of its steps that a trial has done; epochs differ in their number of steps."""
+    return row["step"] / row["n_steps"] if row.get("n_steps") else row.get("progress", 0.0)
 
 
 def _minutes(seconds: float) -> str:

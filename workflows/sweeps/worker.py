@@ -315,4 +315,7 @@ def failure(error: BaseException) -> dict[str, Any]:
 
 
 def _n_steps(module: Any) -> int:
-    return round(module.global_step * module.n_epochs / (module.current_epoch + 1))
+    # Epochs of fine-tuning may be longer than the ones before them: those to come are as this one.
+    before = module.history[-2]["step"] if len(module.history) > 1 else 0
+    left = module.n_epochs - module.current_epoch - 1
+    return module.global_step + (module.global_step - before) * left

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -75,6 +76,10 @@ def test_clusters_of_one_component_have_its_density(mixture, x):
     expected = mixture.joint_log_prob(x)[:, :2].logsumexp(1)
     assert torch.equal(mixture.cluster_joint_log_prob(x)[:, 0], expected)
     assert torch.equal(alone.predict(x), mixture.joint_log_prob(x).argmax(1))
+    never = replace(alone.components, log_weight=torch.tensor([0.0, *[-math.inf] * 5]).double())
+    x = x.requires_grad_()
+    replace(alone, components=never).cluster_joint_log_prob(x).logsumexp(1).sum().backward()
+    assert torch.isfinite(x.grad).all()  # a sum over one component of weight zero had none
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 50, 64])

@@ -294,6 +294,7 @@ def test_rows_that_cannot_be_made_ahead_are_an_error_of_their_own_epoch():
 
     def rows(epoch: int, generator: torch.Generator) -> Rows:
         if epoch == 1:
+            assert threading.current_thread() is not threading.main_thread()
             raise OSError("the store has gone")
         return make_rows(epoch, generator)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from cpmm.data import DataSplits
     from cpmm.teacher import Flow
+    from workflows.store import Extraction
 
 SECONDS = 15.0  # between two lines where there is no terminal
 PROBE = 256  # rows that are carried on trial, to say how long all will take
@@ -26,8 +27,6 @@ PROBE = 256  # rows that are carried on trial, to say how long all will take
 
 def main(folder: Path, config: Config) -> str:
     """Write ``spaces`` for a preset, one space after the other, resuming after the last one."""
-    import torch
-
     from cpmm.spaces import space_positions
     from workflows.models import SPACES, choose, compute_device, make_teacher
     from workflows.store import (
@@ -83,14 +82,11 @@ def main(folder: Path, config: Config) -> str:
         if teacher is None:
             progress.of_space(space)(len(rows))
 
-    if teacher is None:
-        states = (torch.lerp(rows, drawn.noise, v) for v in ascending[extraction.done :])
-    else:
-        start = rows if extraction.state is None else extraction.state
-        states = _carry_on(
-            teacher, start, ascending, extraction.done, options["batch_size"], progress
-        )
-    _keep_each(states, keep)
+    with _Keeper(keep) as keeper:
+        progress.check = keeper.check
+        batch_size = options["batch_size"]
+        for state in _states(teacher, drawn, extraction, ascending, batch_size, progress):
+            keeper.put(state)
     import pandas as pd
 
     pd.DataFrame(extraction.statistics[::-1]).to_csv(store / "statistics.csv", index=False)
@@ -141,29 +137,61 @@ def _draw(data: DataSplits, options: Mapping[str, Any], seed: int, with_noise: b
     return _Drawn(rows, noise, len(train), index)
 
 
-def _keep_each(states: Iterable[Tensor], keep: Callable[[Tensor], None]) -> None:
-    """Keep one state after the other, each while the next is computed; no more than one waits."""
-    with ThreadPoolExecutor(1) as writer:
-        before: Future[None] | None = None
-        for state in states:
-            if before is not None:
-                before.result()
-            before = writer.submit(keep, state)
-        if before is not None:
-            before.result()
+class _Keeper:
+    """Keeps one state after the other in a thread, each while the next is computed; no more than one waits.
+
+    Args:
+        keep: Does it with one state.
+    """
+
+    def __init__(self, keep: Callable[[Tensor], None]) -> None:
+        self._keep = keep
+        self._thread = ThreadPoolExecutor(1)
+        self._last: Future[None] | None = None
+
+    def __enter__(self) -> _Keeper:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Wait until all is kept; if something else went wrong too, that error is noted on the other."""
+        self._thread.shutdown()
+        failed = self._last and self._last.exception()
+        if error is None and failed:
+            raise failed
+        if failed and failed is not error:
+            error.add_note(f"and the space before could not be kept: {failed}")
+
+    def check(self) -> None:
+        """Raise what went wrong as soon as it is known, not when the next space is computed."""
+        if self._last is not None and self._last.done():
+            self._last.result()
+
+    def put(self, state: Tensor) -> None:
+        """Keep a state, once the one before is kept."""
+        if self._last is not None:
+            self._last.result()
+        self._last = self._thread.submit(self._keep, state)
 
 
-def _carry_on(
-    teacher: Flow,
-    state: Tensor,
+def _states(
+    teacher: Flow | None,
+    drawn: _Drawn,
+    extraction: Extraction,
     positions: list[float],
-    done: int,
     batch_size: int,
     progress: _Progress,
 ) -> Iterator[Tensor]:
-    """Carry points from space to space, from the last one that is done; the first is the input."""
-    for space in range(done, len(positions)):
-        if space:
+    """The rows at each position that is not done yet, the first of which is the input."""
+    import torch
+
+    left, state = range(extraction.done, len(positions)), extraction.state
+    for space in left:
+        if teacher is None:
+            yield torch.lerp(drawn.rows, drawn.noise, positions[space])
+            continue
+        if space == 0:
+            state = drawn.rows
+        else:
             told = progress.of_space(space)
             state = _carry(teacher, state, *positions[space - 1 : space + 1], batch_size, told)
         yield state
@@ -249,6 +277,7 @@ class _Progress:
         self.n_carried = 0
         self.terminal = sys.stdout.isatty()
         self.every = 0.2 if self.terminal else SECONDS
+        self.check: Callable[[], None] = lambda: None  # called with each batch
         self.started = self.printed = time.monotonic()
 
     def of_space(self, space: int) -> Callable[[int], None]:
@@ -256,6 +285,7 @@ class _Progress:
         n_before = self.n_carried
 
         def told(n: int) -> None:
+            self.check()
             self.n_carried += n
             now = time.monotonic()
             last = self.n_carried == self.n_left

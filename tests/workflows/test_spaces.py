@@ -246,8 +246,8 @@ MOMENTS = ("write_space", "save_file", "seal_folder")
 @pytest.mark.parametrize("kind", ["teacher", "noise"])
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("after", [False, True])
-def test_no_more_than_one_space_is_lost(kind, moment, after, folder, capsys, monkeypatch):
-    """Interrupted before or after each step of writing the third space."""
+def test_no_more_than_two_spaces_are_lost(kind, moment, after, folder, capsys, monkeypatch):
+    """Interrupted before or after each step of writing the third space, while the fourth is computed."""
     if (kind, moment) == ("noise", "save_file"):
         pytest.skip("noise keeps no points to go on from")
     overrides = [f"spaces.kind={kind}", "spaces.n_spaces=5", "spaces.n_train=40"]
@@ -269,14 +269,24 @@ def test_no_more_than_one_space_is_lost(kind, moment, after, folder, capsys, mon
         with pytest.raises(KeyboardInterrupt):
             build(folder, *overrides)
     capsys.readouterr()
-    computed = []
+    computed, carried = [], []
     monkeypatch.setattr(
         store, "write_space", lambda *a: (computed.append(a), real["write_space"](*a))[1]
     )
+    carry = build_spaces._carry
+
+    def carry_and_note(*arguments, **options):
+        if not options:  # else the estimate of the time
+            carried.append(arguments[2:4])
+        return carry(*arguments, **options)
+
+    monkeypatch.setattr(build_spaces, "_carry", carry_and_note)
     build(folder, *overrides)
     done = 3 if after and moment == "seal_folder" else 2
     assert f"build_spaces | resuming after space {done}/5" in lines_of(capsys)
     assert len(computed) == 5 - done
+    ways = [(0.0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0)][done - 1 :]
+    assert carried == ([] if kind == "noise" else ways)
     assert files(folder / "spaces") == whole
 
 
@@ -329,6 +339,45 @@ def test_what_is_written_is_hashed_once(folder, monkeypatch):
     assert len(shards) == len(set(shards)) == 6
 
 
+def keep_all(states, full_at, kept, failure=None):
+    """Keep states, of which one cannot be, and check as a batch does; perhaps fail afterwards."""
+
+    def keep(state):
+        if state == full_at:
+            raise OSError("the disk is full")
+        kept.append(state)
+
+    with build_spaces._Keeper(keep) as keeper:
+        for state in states:
+            keeper.check()
+            keeper.put(state)
+        keeper._thread.submit(int).result()
+        if failure is None:
+            keeper.check()
+        else:
+            raise failure
+
+
+@pytest.mark.parametrize("full_at", [0, 1, 2])
+def test_a_space_that_cannot_be_kept_is_an_error(full_at):
+    kept = []
+    with pytest.raises(OSError, match="the disk is full"):
+        keep_all(range(3), full_at, kept)
+    assert kept == list(range(full_at))
+
+
+def test_all_spaces_are_kept_in_their_order():
+    kept = []
+    keep_all(range(9), None, kept)
+    assert kept == list(range(9))
+
+
+def test_of_two_errors_the_other_is_noted_on_that_of_the_way():
+    with pytest.raises(RuntimeError, match="out of memory") as raised:
+        keep_all(range(3), 2, [], RuntimeError("out of memory"))
+    assert raised.value.__notes__ == ["and the space before could not be kept: the disk is full"]
+
+
 # At the paper's scale.
 
 N_TRAIN, N_VALIDATION, M = 50_000, 10_000, 784
@@ -346,7 +395,7 @@ finally:
 # The preset's teacher but for what costs time alone: its activations are as large.
 QUICK = [
     "teacher.field.kernel_size=1", "teacher.field.depth=1", "teacher.solver.method=euler",
-    "teacher.solver.n_steps=1", "spaces.n_spaces=2",
+    "teacher.solver.n_steps=1", "spaces.n_spaces=4",  # one is noted, one written, one computed
 ]  # fmt: skip
 
 

@@ -97,32 +97,47 @@ def test_a_trial_that_is_given_no_gpu_takes_none(gpus, accelerator, monkeypatch)
     assert config["trainer"]["accelerator"] == "auto"
 
 
-def test_the_rest_of_a_trial_is_told_by_its_steps(capsys, monkeypatch):
-    """Of 51 epochs of ten steps and 80 of 25, half the epochs are a fifth of the steps."""
+@pytest.mark.parametrize("resumed_at", [0, 40, 60])
+def test_the_rest_of_a_trial_is_told_by_its_steps(resumed_at, capsys, monkeypatch):
+    """Of 51 epochs of ten steps and 80 of 25, half the epochs are a third of the steps."""
     clock = [0.0]
     monkeypatch.setattr(sweep_progress.time, "monotonic", lambda: clock[0])
     progress = sweep_progress.Progress("images", {"0" * 16: "cpmm, seed 0"}, 1, 0, "bits")
     trial = SimpleNamespace(trial_id="a", config={"mark": "0" * 16})
     steps = [10 * (epoch + 1) for epoch in range(51)]
     steps += [510 + 25 * (epoch + 1) for epoch in range(80)]
-    for epoch, step in enumerate(steps):
-        clock[0] = 60.0 * step
+    for epoch in range(resumed_at, 131):
+        clock[0] = 60.0 * (steps[epoch] - steps[resumed_at])  # a minute a step
         module = SimpleNamespace(
-            n_epochs=131, current_epoch=epoch, global_step=step,
+            n_epochs=131, current_epoch=epoch, global_step=steps[epoch],
             history=[{"step": past} for past in steps[: epoch + 1]],
         )  # fmt: skip
         report = {
-            "phase": "fine-tuning", "step": step, "n_steps": sweep_worker._n_steps(module),
+            "phase": "fine-tuning", "step": steps[epoch], "n_steps": sweep_worker._n_steps(module),
             "progress": (epoch + 1) / 131, "validation_loss": 0.7,
         }  # fmt: skip
         progress.on_trial_result(0, [], trial, report)
     lines = capsys.readouterr().out.splitlines()
-    for step in (535, 1260, 2485):
+    for step in (785, 1260, 2485):
         (line,) = [line for line in lines if f" step {step}/" in line]
         told = re.fullmatch(
-            rf"sweep images \| 0/1 done, eta (.+)m \| cpmm, seed 0: fine-tuning step {step}/2510 val 0.700 eta (.+)m",
+            rf"sweep images \| 0/1 done, eta (.+) \| cpmm, seed 0: fine-tuning step {step}/2510 val 0.700 eta (.+)m",
             line,
         )
-        assert [float(minutes) for minutes in told.groups()] == pytest.approx(
-            [2510 - step] * 2, rel=0.03
-        )
+        assert float(told[2]) == 2510 - step
+        if resumed_at == 0:  # of the sweep, only what was done in this process counts
+            assert float(told[1].removesuffix("m")) == pytest.approx(2510 - step, rel=0.02)
+    ended = {"mark": "0" * 16, "status": "finished", "progress": 1.0, "step": 2510}
+    progress.on_trial_result(0, [], trial, ended)
+    assert progress._eta(clock[0]) == "0.0m"
+
+
+def test_a_trial_that_ends_before_its_last_epoch_is_told_has_nothing_left():
+    progress = sweep_progress.Progress("images", {"0" * 16: "cpmm, seed 0"}, 2, 0, "bits")
+    trial = SimpleNamespace(trial_id="a", config={"mark": "0" * 16})
+    told = {"phase": "space 1/51", "step": 500, "n_steps": 1310, "validation_loss": 0.7}
+    progress.on_trial_result(0, [], trial, told | {"progress": 50 / 131})
+    progress.on_trial_result(0, [], trial, {"progress": 1.0, "step": 2510, "status": "finished"})
+    (row,) = progress.running.values()
+    assert sweep_progress._share(row) == 1
+    assert sweep_progress._eta(row, progress.started + 60) == "0.0m"

@@ -63,8 +63,8 @@ class Progress(tune.Callback):
         now = time.monotonic()
         self.first_report = self.first_report or now
         row = self.running.setdefault(trial.trial_id, {"name": self._name(trial), "since": now})
-        if "first" not in row and "progress" in result:
-            row["first"] = (now, _share(result))
+        if "first" not in row and "n_steps" in result:
+            row["first"] = (now, result["step"])
         row |= result
         self._line(now)
 
@@ -173,16 +173,19 @@ class Progress(tune.Callback):
 
 
 def _eta(row: Mapping[str, Any], now: float) -> str:
+    """Time that the rest of a trial will take at the rate of its steps so far."""
     if "first" not in row:
         return "?"
     since, before = row["first"]
-    done = _share(row) - before
-    return _minutes((now - since) * (1 - _share(row)) / done) if done > 0 else "?"
+    done, left = row["step"] - before, max(0, row["n_steps"] - row["step"])
+    return _minutes((now - since) * left / done) if done > 0 else "?"
 
 
 def _share(row: Mapping[str, Any]) -> float:
     """Share of its steps that a trial has done; epochs differ in their number of steps."""
-    return row["step"] / row["n_steps"] if row.get("n_steps") else row.get("progress", 0.0)
+    if row.get("progress") == 1 or "n_steps" not in row:  # 1: it has ended
+        return row.get("progress", 0.0)
+    return min(1.0, row["step"] / row["n_steps"])
 
 
 def _minutes(seconds: float) -> str:

@@ -88,17 +88,10 @@ class Trained:
 
 def match_flow(config: Config, data: DataSplits) -> Trained:
     """Train a teacher by flow matching alone, as the stage ``train_teacher`` does."""
-    from cpmm.training import EpochData, Rows
-    from workflows.models import make_teacher
+    from workflows.models import drawn_rows, make_teacher
 
     options, seed = config["teacher"], config["seed"]
-    validation = data.points("validation")[0].float()
-    rows = EpochData(
-        lambda epoch, generator: Rows(x=data.draw(options["n_draws"], generator)),
-        lambda epoch: validation,
-        options["batch_size"],
-        seed,
-    )
+    rows = drawn_rows(data, options["n_draws"], options["batch_size"], seed)
     flow = make_teacher(options, data, seed)
     epochs = {"flow_matching_epochs": options["flow_matching_epochs"], "likelihood_epochs": 0}
     phase = _train(MATCHED, flow, rows, config, epochs, options["learning_rate"])
@@ -128,7 +121,13 @@ def maximize_likelihood(
     flow = make_teacher(options, data, seed)
     if start is not None:
         flow.load_state_dict(start.flow.state_dict())
-    epoch_data = EpochData(rows, lambda epoch: validation, likelihood.batch_size, seed)
+    epoch_data = EpochData(
+        rows,
+        lambda epoch: validation,
+        likelihood.batch_size,
+        seed,
+        lambda epoch: min(n, likelihood.points),
+    )
     epochs = {"flow_matching_epochs": 0, "likelihood_epochs": likelihood.epochs}
     phase = _train(LIKELIHOOD, flow, epoch_data, config, epochs, learning_rate)
     return Trained(flow, (*(start.phases if start else ()), phase))

@@ -56,6 +56,7 @@ class EpochData(pl.LightningDataModule):
         validation_rows: Gives the validation rows of an epoch, (N, M).
         batch_size: Rows of a batch.
         seed: Of the order of rows and what ``rows`` draws.
+        n_rows: How many training rows an epoch has, without making them: the steps to come are told by it.
     """
 
     def __init__(
@@ -64,10 +65,12 @@ class EpochData(pl.LightningDataModule):
         validation_rows: Callable[[int], Tensor],
         batch_size: int,
         seed: int,
+        n_rows: Callable[[int], int],
     ) -> None:
         super().__init__()
         self.rows = rows
         self.validation_rows = validation_rows
+        self.n_rows = n_rows
         self.batch_size = batch_size
         self.seed = seed
         self._ahead: dict[int, Future[tuple[Rows, torch.Generator]]] = {}
@@ -90,6 +93,15 @@ class EpochData(pl.LightningDataModule):
         data = Rows(x=self.validation_rows(self.trainer.current_epoch)).to(self._device)
         batches = BatchSampler(range(len(data)), 4 * self.batch_size, False)
         return DataLoader(data, sampler=self._share(batches), batch_size=None)
+
+    @property
+    def n_steps(self) -> int:
+        """Steps of the whole run."""
+        return sum(self._n_batches(self.n_rows(epoch)) for epoch in range(self.trainer.max_epochs))
+
+    def _n_batches(self, n_rows: int) -> int:
+        full, rest = divmod(n_rows, self.batch_size)
+        return full + (rest >= self.trainer.world_size)
 
     @property
     def _device(self) -> torch.device:
@@ -198,6 +210,11 @@ class Recorded(pl.LightningModule):
         """Take them back."""
         self.history, self.best = checkpoint["history"], checkpoint["best"]
         self.seconds_before = checkpoint["seconds"]
+
+    @property
+    def n_steps(self) -> int:
+        """Steps of the whole run, while a trainer runs it."""
+        return self.trainer.datamodule.n_steps
 
     def restore_best(self) -> None:
         """Load the best weights into the model; the last ones stay if none was a candidate."""

@@ -124,7 +124,7 @@ def fit(
         reload_dataloaders_every_n_epochs=1,
         callbacks=list(callbacks),
     )
-    data = EpochData(rows, validation, batch_size=16, seed=seed)
+    data = EpochData(rows, validation, batch_size=16, seed=seed, n_rows=lambda epoch: 50)
     trainer.fit(module, data, ckpt_path=resume and str(resume), weights_only=True)
     return module
 
@@ -213,7 +213,13 @@ def data_of_rank(rank: int, size: int, epoch: int = 0, n_rows: int = 50) -> Epoc
     def rows(epoch: int, generator: torch.Generator) -> Rows:
         return Rows(x=torch.randn(n_rows, M, generator=generator), index=torch.arange(n_rows))
 
-    data = EpochData(rows, lambda epoch: torch.arange(90.0)[:, None], batch_size=16, seed=3)
+    data = EpochData(
+        rows,
+        lambda epoch: torch.arange(90.0)[:, None],
+        batch_size=16,
+        seed=3,
+        n_rows=lambda epoch: n_rows,
+    )
     data.trainer = SimpleNamespace(
         current_epoch=epoch,
         max_epochs=4,
@@ -260,8 +266,9 @@ def test_processes_share_each_batch_without_overlap(size):
 
 def test_a_loader_has_as_many_batches_as_it_says():
     for rank, size in ((0, 1), (0, 2), (2, 3)):
-        loader = data_of_rank(rank, size).train_dataloader()
-        assert len(loader) == len(list(loader))
+        data = data_of_rank(rank, size)
+        loader = data.train_dataloader()
+        assert 4 * len(loader) == 4 * len(list(loader)) == data.n_steps  # of four epochs
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])  # the second stands for a GPU
@@ -363,7 +370,7 @@ OPTIONS = {
 def test_a_run_of_one_epoch_prints_its_only_line(quiet, tmp_path, capsys):
     module = mixture_training(curriculum=Curriculum(0, 1, 1))
     heard = []
-    data = EpochData(random_rows, validation_rows, batch_size=16, seed=0)
+    data = EpochData(random_rows, validation_rows, batch_size=16, seed=0, n_rows=lambda epoch: 50)
     workflows.fit.fit(
         "trial", module, data, OPTIONS, tmp_path, 1.0, "bits", [heard.append], quiet=quiet
     )
@@ -385,7 +392,7 @@ def test_an_interruption_stays_one(tmp_path):
     def interrupt(module):
         raise KeyboardInterrupt
 
-    data = EpochData(random_rows, validation_rows, batch_size=16, seed=0)
+    data = EpochData(random_rows, validation_rows, batch_size=16, seed=0, n_rows=lambda epoch: 50)
     handler = signal.getsignal(signal.SIGINT)
     try:
         with pytest.raises(KeyboardInterrupt):

@@ -17,7 +17,7 @@ from cpmm.mixture import Mixture
 from cpmm.seeds import seeded_generator
 from cpmm.training import EpochData, LossTraining, Recorded, Rows
 from workflows.fit import fit
-from workflows.models import choose, make_layout, mixture_header
+from workflows.models import choose, drawn_rows, make_layout, mixture_header
 from workflows.stage import Config, pick
 
 if TYPE_CHECKING:
@@ -112,14 +112,19 @@ class Run:
             **options,
         )
 
-    def draws(self, batch_size: int, n_draws: int) -> EpochData:
+    def draws(self) -> EpochData:
         """Augmented, freshly dequantized training points for each epoch."""
-        validation = self.validation
+        return drawn_rows(self.data, **pick(self.section, "n_draws", "batch_size"), seed=self.seed)
+
+    def same(self, points: Callable[[str], Tensor]) -> EpochData:
+        """The same rows of each split for every epoch."""
+        x, validation = points("train"), points("validation")
         return EpochData(
-            lambda epoch, generator: Rows(x=self.data.draw(n_draws, generator)),
+            lambda epoch, generator: Rows(x=x),
             lambda epoch: validation,
-            batch_size,
+            self.section["batch_size"],
             self.seed,
+            lambda epoch: len(x),
         )
 
     def fit_loss(self, model: nn.Module, rows: EpochData, density: bool = True) -> dict[str, Any]:
@@ -423,7 +428,7 @@ def _continuous(run: Run) -> Fitted:
     model = ContinuousMixture(
         network, layout, start, options["n_latent"], options["n_points"], run.n_components
     )
-    how = run.fit_loss(model, run.draws(options["batch_size"], options["n_draws"]))
+    how = run.fit_loss(model, run.draws())
     with torch.no_grad():
         mixture = _merge(run, model.extract(run.n_components, separate=True))
     return as_fitted(mixture, run.data, how)
@@ -444,7 +449,7 @@ def _einet(run: Run) -> Fitted:
         run.floor, generator, options["depth"],
     )  # fmt: skip
     network.initialize(run.train, generator)
-    how = run.fit_loss(network, run.draws(options["batch_size"], options["n_draws"]))
+    how = run.fit_loss(network, run.draws())
     weights = {name: value.clone() for name, value in network.state_dict().items()}  # as trained
     return Fitted(network.n_parameters, how, log_prob=network.double().log_prob, weights=weights)
 
@@ -468,7 +473,7 @@ def _flow(run: Run) -> Fitted:
         ),
         seed=run.seed,
     )  # fmt: skip
-    run.fit(module, run.draws(options["batch_size"], options["n_draws"]))
+    run.fit(module, run.draws())
     flow.cpu().float().eval()
     weights = {name: value.clone() for name, value in flow.state_dict().items()}
     device = compute_device(run.config["trainer"], exact=True)
@@ -509,7 +514,6 @@ def _fit_autoencoder(run: Run, first: str | None) -> tuple[Any, Any, Callable[[s
             f"baselines.{run.row}.noise is {options['noise']}: expected 0, as the Bernoulli likelihood needs grey "
             f"levels in [0, 1]: set it to 0, or baselines.{run.row}.likelihood=gaussian"
         )
-    x, validation = points("train"), points("validation")
     model = Autoencoder(
         run.data.n_features, options["hidden"], options["code_size"], likelihood, run.generator(46)
     )
@@ -520,13 +524,7 @@ def _fit_autoencoder(run: Run, first: str | None) -> tuple[Any, Any, Callable[[s
         seed=run.seed,
         **pick(options, "noise", "learning_rate", "n_warmup_epochs"),
     )
-    rows = EpochData(
-        lambda epoch, generator: Rows(x=x),
-        lambda epoch: validation,
-        options["batch_size"],
-        run.seed,
-    )
-    run.fit(module, rows, first)
+    run.fit(module, run.same(points), first)
     return model.cpu().float().eval(), module, points
 
 
@@ -549,17 +547,14 @@ def _vade(run: Run) -> Fitted:
     from cpmm.baselines.vade import VaDE
 
     autoencoder, _, points = _fit_autoencoder(run, first="autoencoder")
-    options, x, validation = run.section, points("train"), points("validation")
     model = VaDE.from_autoencoder(
-        autoencoder, x, run.n_clusters, run.generator(48), n_init=options["n_starts"]
+        autoencoder,
+        points("train"),
+        run.n_clusters,
+        run.generator(48),
+        n_init=run.section["n_starts"],
     )
-    rows = EpochData(
-        lambda epoch, generator: Rows(x=x),
-        lambda epoch: validation,
-        options["batch_size"],
-        run.seed,
-    )
-    how = run.fit_loss(model, rows, density=False)
+    how = run.fit_loss(model, run.same(points), density=False)
     return Fitted(
         sum(p.numel() for p in model.parameters()),
         how,

@@ -66,7 +66,7 @@ class ProgressLine(Callback):
     ) -> None:
         """Print the step within an epoch that takes long."""
         if time.monotonic() - max(self.printed, self.epoch_started) >= self.every:
-            self._print(module, trainer.num_training_batches, batch_index + 1)
+            self._print(module)
             self.within = True
 
     def __call__(self, module: Recorded) -> None:
@@ -75,15 +75,12 @@ class ProgressLine(Callback):
         self.phase = module.describe_phase()
         if last or self.within or time.monotonic() - self.printed >= self.every:
             self.within = False
-            row, before = module.history[-1], module.history[-2:-1]
-            n_epoch = row["step"] - (before[0]["step"] if before else 0)
-            self._print(module, n_epoch, n_epoch, end="\n" if last else "")
+            self._print(module, end="\n" if last else "")
 
-    def _print(self, module: Recorded, n_epoch: int, step_of_epoch: int, end: str = "") -> None:
-        # Epochs of fine-tuning may be shorter than the ones before them: those to come are as this one.
+    def _print(self, module: Recorded, end: str = "") -> None:
         self.printed = now = time.monotonic()
         rate = (module.global_step - self.first_step) / max(1e-9, now - self.started)
-        n_left = n_epoch * (module.n_epochs - module.current_epoch) - step_of_epoch
+        n_left = module.n_steps - module.global_step
         phase = module.describe_phase()
         row = module.history[-1] if module.history else {}
         # Losses of another space, or of another objective, do not compare: it is said what they are of.
@@ -94,7 +91,7 @@ class ProgressLine(Callback):
             if column in row
         ]
         parts = [
-            f"{self.name} | step {module.global_step}/{module.global_step + n_left}",
+            f"{self.name} | step {module.global_step}/{module.n_steps}",
             phase,
             *([f"{' '.join(losses)} {self.unit}{of}"] if losses else []),
             f"{rate:.{0 if rate >= 10 else 1}f} it/s | eta {n_left / max(1e-9, rate) / 60:.1f}m",

@@ -288,7 +288,26 @@ def make_mixture_training(
         index = curriculum.space(epoch)
         return fine_tuning if index is None else spaces.validation(index)
 
-    return module, EpochData(rows, validation_rows, config["batch_size"], config["seed"])
+    def n_rows(epoch: int) -> int:
+        if curriculum.space(epoch) is not None:
+            return len(start)
+        return config["n_draws"] * (config["n_points"] or len(data.raw["train"]))
+
+    return module, EpochData(
+        rows, validation_rows, **pick(config, "batch_size", "seed"), n_rows=n_rows
+    )
+
+
+def drawn_rows(data: DataSplits, n_draws: int, batch_size: int, seed: int) -> EpochData:
+    """Augmented, freshly dequantized training points for each epoch: whatever needs no curriculum."""
+    validation = data.points("validation")[0].float()
+    return EpochData(
+        lambda epoch, generator: Rows(x=data.draw(n_draws, generator)),
+        lambda epoch: validation,
+        batch_size,
+        seed,
+        lambda epoch: n_draws * len(data.raw["train"]),
+    )
 
 
 def _groups(

@@ -75,9 +75,9 @@ def direct_training(
         seed: Of every draw.
     """
     from cpmm.spaces import Curriculum
-    from cpmm.training import EpochData, MixtureTraining, Rows
+    from cpmm.training import MixtureTraining
+    from workflows.models import drawn_rows
 
-    validation = data.points("validation")[0].float()
     module = MixtureTraining(
         model,
         Curriculum(0, 0, options["epochs"]),
@@ -94,13 +94,7 @@ def direct_training(
         **pick(options, "noise", "learning_rate", "n_warmup_epochs"),
         seed=seed,
     )
-    rows = EpochData(
-        lambda epoch, draws: Rows(x=data.draw(options["n_draws"], draws)),
-        lambda epoch: validation,
-        options["batch_size"],
-        seed,
-    )
-    return module, rows
+    return module, drawn_rows(data, **pick(options, "n_draws", "batch_size"), seed=seed)
 
 
 class KMeansRival:

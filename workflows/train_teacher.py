@@ -13,9 +13,9 @@ def main(folder: Path, config: Config) -> str:
     import pandas as pd
 
     from cpmm.artifact import save_artifact
-    from cpmm.training import EpochData, Rows, TeacherTraining
+    from cpmm.training import TeacherTraining
     from workflows.fit import fit
-    from workflows.models import make_teacher
+    from workflows.models import drawn_rows, make_teacher
     from workflows.store import load_prepared, save_model
 
     if not needs_teacher(config):
@@ -25,7 +25,6 @@ def main(folder: Path, config: Config) -> str:
     options, seed = config["teacher"], config["seed"]
     mark = mark_teacher(config)
     scratch = scratch_folder(folder, "train_teacher", mark)
-    validation = data.points("validation")[0].float()
     module = TeacherTraining(
         make_teacher(options, data, seed),
         **pick(
@@ -34,12 +33,7 @@ def main(folder: Path, config: Config) -> str:
         ),
         seed=seed,
     )  # fmt: skip
-    rows = EpochData(
-        lambda epoch, generator: Rows(x=data.draw(options["n_draws"], generator)),
-        lambda epoch: validation,
-        options["batch_size"],
-        seed,
-    )
+    rows = drawn_rows(data, **pick(options, "n_draws", "batch_size"), seed=seed)
     fit("train_teacher", module, rows, config["trainer"], scratch, options["gradient_clip"])
     out = scratch / "teacher"
     header = {"fingerprint": mark, "best": module.best_summary()}

@@ -36,7 +36,13 @@ def train(model: Autoencoder | VaDE, x: Tensor, folder: Path, n_epochs: int, see
     module = LossTraining(
         model, n_epochs, noise=0.0, learning_rate=0.01, n_warmup_epochs=1, seed=seed
     )
-    rows = EpochData(lambda epoch, generator: Rows(x=x[:-60]), lambda epoch: x[-60:], 60, seed)
+    rows = EpochData(
+        lambda epoch, generator: Rows(x=x[:-60]),
+        lambda epoch: x[-60:],
+        60,
+        seed,
+        lambda epoch: len(x) - 60,
+    )
     fit("blobs", module, rows, TRAINER, folder, gradient_clip=10.0, quiet=True)
 
 

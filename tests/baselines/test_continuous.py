@@ -223,6 +223,7 @@ def fit_arc(n_latent: int) -> Recorded:
         lambda epoch: arc(torch.Generator().manual_seed(9)),
         batch_size=20,
         seed=0,
+        n_rows=lambda epoch: 200,
     )
     Trainer(module.n_epochs).fit(module, data)
     return module

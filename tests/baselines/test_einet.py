@@ -379,7 +379,13 @@ def test_it_trains_by_its_loss(generator, tmp_path):
     model.initialize(x, generator)
     before = model.loss(held_out).item()
     module = LossTraining(model, 6, noise=0.0, learning_rate=0.05, n_warmup_epochs=0, seed=0)
-    rows = EpochData(lambda epoch, draws: Rows(x=x), lambda epoch: held_out, 50, seed=0)
+    rows = EpochData(
+        lambda epoch, draws: Rows(x=x),
+        lambda epoch: held_out,
+        50,
+        seed=0,
+        n_rows=lambda epoch: len(x),
+    )
     fit("einet", module, rows, TRAINER, tmp_path, gradient_clip=10.0, quiet=True)
     assert model.loss(held_out).item() == pytest.approx(module.best["value"], rel=1e-5)
     assert module.best["value"] < before - 0.05

@@ -114,6 +114,12 @@ def train_trial(home, scratch, options, **how):
     return run_trial(config, *inputs, "mark", scratch, **{"quiet": True} | how), scratch
 
 
+def check_last_step(module):
+    """A listener: the steps that were told to come are those that came."""
+    if module.current_epoch + 1 == module.n_epochs:
+        assert module.global_step == module.n_steps
+
+
 @pytest.fixture
 def run_stage(capsys, monkeypatch):
     """Run a stage as its command does, in this process; return its exit status and what it printed."""

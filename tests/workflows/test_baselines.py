@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, check_last_step
 from sklearn.datasets import load_digits
 
 import workflows.stage
@@ -91,7 +91,9 @@ def trials(home, tmp_path_factory):
             config = composed(f"model={row}")
             inputs = open_inputs(locate_inputs(config, home))
             scratch = tmp_path_factory.mktemp(row)
-            record = run_trial(config, *inputs, "mark", scratch, quiet=True)
+            record = run_trial(
+                config, *inputs, "mark", scratch, quiet=True, listeners=[check_last_step]
+            )
             known[row] = config, inputs, record, scratch
         return known[row]
 

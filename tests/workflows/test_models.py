@@ -33,8 +33,10 @@ def data():
 
 def fine_tuning_rows(data, *overrides, epoch=0, preset="digits"):
     config = compose_preset(preset, [*TINY, *ALONE, *overrides])
-    _, rows = models.make_mixture_training(config["cpmm"], config["mixture"], data, None)
-    return config, rows.rows(epoch, torch.Generator().manual_seed(epoch)).tensors
+    _, data = models.make_mixture_training(config["cpmm"], config["mixture"], data, None)
+    rows = data.rows(epoch, torch.Generator().manual_seed(epoch))
+    assert len(rows) == data.n_rows(epoch)
+    return config, rows.tensors
 
 
 def levels(data, x):

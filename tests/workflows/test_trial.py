@@ -5,13 +5,15 @@ import os
 import shutil
 import sys
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, make_inputs, train_trial
+from conftest import TINY, check_last_step, make_inputs, train_trial
 
+import workflows.fit
 from cpmm.artifact import load_header
 from cpmm.mixture import Mixture
 from workflows import (
@@ -233,7 +235,8 @@ def test_memory_is_what_is_taken_beyond_what_is_there():
 
 def test_listeners_hear_every_epoch_and_quiet_is_quiet(run, capsys):
     heard = []
-    record, _ = run(*ALONE, listeners=[lambda module: heard.append(dict(module.history[-1]))])
+    listeners = [check_last_step, lambda module: heard.append(dict(module.history[-1]))]
+    record, _ = run(*ALONE, listeners=listeners)
     assert capsys.readouterr().out == ""
     assert [row["epoch"] for row in heard] == [0, 1, 2, 3]
     assert heard[-1]["step"] == record["steps"]
@@ -242,28 +245,39 @@ def test_listeners_hear_every_epoch_and_quiet_is_quiet(run, capsys):
     assert "trial | step 12/12 | fine-tuning" in capsys.readouterr().out
 
 
-def test_the_steps_to_come_are_told_by_the_last_epochs(capsys):
-    line = ProgressLine("trial", every=0)
-    steps = [49, 98, 123]  # epochs of a space, then a shorter one of fine-tuning
-    module = SimpleNamespace(n_epochs=5, describe_phase=lambda: "fine-tuning", history=[])
-    for epoch, step in enumerate(steps):
-        module.current_epoch, module.global_step = epoch, step
-        module.history.append({"epoch": epoch, "step": step, "train": 1.0})
-        line(module)
-    told = [part.split()[1] for part in capsys.readouterr().out.split("|") if " step " in part]
-    assert told == ["49/245", "98/245", "123/173"]
+def test_the_steps_to_come_are_known_from_the_first_epoch_on(tmp_path, capsys, monkeypatch):
+    """Epochs of a space, of 40 points, are of one batch, those of fine-tuning, of 150, of three."""
+    monkeypatch.setattr(workflows.fit, "ProgressLine", partial(ProgressLine, every=0))
+    overrides = [
+        "spaces=noise",
+        "spaces.n_train=40",
+        "cpmm.epochs_per_space=2",
+        "cpmm.told_spaces=0",
+    ]
+    overrides.append("cpmm.initialization.kind=gaussian")
+    home = make_inputs(tmp_path / "digits", [*SMALL, *overrides])
+    capsys.readouterr()
+    train(home, tmp_path / "trial", *overrides, quiet=False)
+    lines = [line.split(" | ")[1:3] for line in capsys.readouterr().out.splitlines() if "|" in line]
+    epochs = dict.fromkeys(f"{step} {phase}" for step, phase in lines)
+    assert list(epochs) == [
+        *(f"step {step}/12 space {(step + 1) // 2}/3" for step in range(1, 7)),
+        *(f"step {step}/12 fine-tuning" for step in range(7, 13)),
+    ]
 
 
 def test_the_steps_within_an_epoch_are_told(capsys):
     line = ProgressLine("trial", every=0)
-    module = SimpleNamespace(n_epochs=3, describe_phase=lambda: "space 1/2", history=[])
+    module = SimpleNamespace(
+        n_epochs=3, n_steps=150, describe_phase=lambda: "space 1/2", history=[]
+    )
     module.current_epoch, module.global_step = 1, 60
-    line.on_train_batch_end(SimpleNamespace(num_training_batches=50), module, None, None, 9)
+    line.on_train_batch_end(None, module, None, None, 9)
     assert capsys.readouterr().out.startswith("trial | step 60/150 | space 1/2 | ")
 
     line.every, line.printed = 1e3, -1e9  # an epoch that has only begun
     line.on_train_epoch_start(None, module)
-    line.on_train_batch_end(SimpleNamespace(num_training_batches=50), module, None, None, 9)
+    line.on_train_batch_end(None, module, None, None, 9)
     assert capsys.readouterr().out == ""
 
     line.every = 1e9  # an epoch of which steps were told is told at its end, with its own losses
@@ -278,7 +292,7 @@ def test_the_steps_within_an_epoch_are_told(capsys):
 
     line.every, module.current_epoch, module.global_step = 0, 2, 110
     module.describe_phase = lambda: "space 2/2"  # the losses so far are of the space before
-    line.on_train_batch_end(SimpleNamespace(num_training_batches=50), module, None, None, 9)
+    line.on_train_batch_end(None, module, None, None, 9)
     assert capsys.readouterr().out.startswith(
         "trial | step 110/150 | space 2/2 | train 1.5000 val 2.5000 nats/dim in space 1/2 | "
     )

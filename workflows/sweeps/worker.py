@@ -256,7 +256,7 @@ class Reporter:
             self.kept = time.monotonic()
         if self.assignment.every_epoch or now - self.told >= options["report_seconds"]:
             self.told = now
-            self.report(row | {"phase": module.describe_phase(), "n_steps": _n_steps(module)})
+            self.report(row | {"phase": module.describe_phase(), "n_steps": module.n_steps})
             self._gauge(row)
 
     def alive(self) -> None:
@@ -312,10 +312,3 @@ def failure(error: BaseException) -> dict[str, Any]:
     reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
     lines = "".join(traceback.format_exception(error))
     return {"status": "failed", "reason": reason, "traceback": lines[-4000:]}
-
-
-def _n_steps(module: Any) -> int:
-    # Epochs of fine-tuning may be longer than the ones before them: those to come are as this one.
-    before = module.history[-2]["step"] if len(module.history) > 1 else 0
-    left = module.n_epochs - module.current_epoch - 1
-    return module.global_step + (module.global_step - before) * left

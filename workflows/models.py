@@ -288,10 +288,11 @@ def make_mixture_training(
         index = curriculum.space(epoch)
         return fine_tuning if index is None else spaces.validation(index)
 
+    n_guided = len(start)
+    n_fine_tuning = config["n_draws"] * (config["n_points"] or len(data.raw["train"]))
+
     def n_rows(epoch: int) -> int:
-        if curriculum.space(epoch) is not None:
-            return len(start)
-        return config["n_draws"] * (config["n_points"] or len(data.raw["train"]))
+        return n_fine_tuning if curriculum.space(epoch) is None else n_guided
 
     return module, EpochData(
         rows, validation_rows, **pick(config, "batch_size", "seed"), n_rows=n_rows

@@ -33,9 +33,9 @@ def data():
 
 def fine_tuning_rows(data, *overrides, epoch=0, preset="digits"):
     config = compose_preset(preset, [*TINY, *ALONE, *overrides])
-    _, data = models.make_mixture_training(config["cpmm"], config["mixture"], data, None)
-    rows = data.rows(epoch, torch.Generator().manual_seed(epoch))
-    assert len(rows) == data.n_rows(epoch)
+    _, epochs = models.make_mixture_training(config["cpmm"], config["mixture"], data, None)
+    rows = epochs.rows(epoch, torch.Generator().manual_seed(epoch))
+    assert len(rows) == epochs.n_rows(epoch)
     return config, rows.tensors
 
 

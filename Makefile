@@ -40,8 +40,9 @@ lint: setup ## check style and layers
 	ruff check .
 	ruff format --check .
 
+# A file's tests share what they make, so a process takes whole files.
 test: setup lint ## lint, then every test that is neither slow nor needs a GPU
-	pytest -m 'not slow and not gpu'
+	pytest -m 'not slow and not gpu' -n logical --maxprocesses 4 --dist loadfile
 
 slow: setup ## the tests left out of `make test`: kills, whole pipelines
 	pytest -m 'slow and not gpu'

@@ -173,7 +173,8 @@ def _beginning(
 
     name = f"sweeps/{sweep['name']}-{trials[0].config['name']}.json"
     mark = fingerprint(sweep["search"], sweep["scheduler"], [trial.mark for trial in trials])
-    before = (archive.read_json(name) or {}).get("fingerprint")
+    noted = archive.read_json(name) or {}
+    before = noted.get("fingerprint")
     archive.write_json(name, {"fingerprint": mark, "trials": [trial.mark for trial in trials]})
     begun = sum(
         archive.record(trial.mark) is None and archive.has(f"trials/{trial.mark}/{CHECKPOINT}")
@@ -186,6 +187,8 @@ def _beginning(
         )
     if before is None:
         return f"starting, {state}"
+    if not {trial.mark for trial in trials}.isdisjoint(noted.get("trials", ())):
+        return f"other trials asked for than before, {state}"
     what = "configuration or code changed"
     if n_done or begun:
         return f"{what}: {state} with the same options and code, the rest starts afresh"

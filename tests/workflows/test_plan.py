@@ -13,8 +13,9 @@ from conftest import ROOT
 
 from workflows.compose import compose_preset, split_preset
 from workflows.stage import code_fingerprint
-from workflows.sweep import _is_own, run_sweep
+from workflows.sweep import _beginning, _is_own, run_sweep
 from workflows.sweeps import plan
+from workflows.sweeps.archive import Archive
 from workflows.sweeps.plan import make_trial, plan_trials, set_option, shorten, suggested_trial
 from workflows.sweeps.table import check_claims
 from workflows.trial import trial_code
@@ -144,6 +145,21 @@ def test_a_part_may_be_named_by_a_number():
     parts = {1: {"overrides": ALONE}, 2: {}}
     trials = plan_trials("digits", sweep(parts=parts), [], [], "code")
     assert [trial.name for trial in trials] == ["part=1, seed 0", "part=2, seed 0"]
+
+
+def test_a_sweep_says_what_is_new_about_it(planned, tmp_path):
+    archive = Archive(str(tmp_path))
+    n = len(planned)
+
+    def said(trials, **changes):
+        return _beginning(trials, sweep(**changes), archive, len(trials), 0)
+
+    assert said(planned) == f"starting, {n} trials, 0 done before, 0 begun"
+    assert said(planned).startswith("same configuration: resuming")
+    assert said(planned[2:]).startswith(f"other trials asked for than before, {n - 2} trials")
+    assert said(planned).startswith(f"other trials asked for than before, {n} trials")
+    other = plan_trials("digits", sweep(seeds=2, parts=PARTS), ["cpmm.n_clusters=7"], [], "code 2")
+    assert said(other).startswith("configuration or code changed: starting afresh")
 
 
 def test_the_user_overrules_the_sweep_but_not_its_axes():

@@ -104,7 +104,7 @@ def test_the_same_command_has_nothing_left_to_do_and_another_says_what_it_takes_
     done = command(folder, "sweep", "sweep=small", "cpmm.noise=0.02", "--plan")
     assert done.stdout.count("cpmm.noise=0.02") == 4
     done = command(folder, "sweep", "sweep=small")
-    assert "configuration or code changed: 4 trials, 4 done before" in done.stdout
+    assert "other trials asked for than before, 4 trials, 4 done before" in done.stdout
     write_sweep(folder)
 
 

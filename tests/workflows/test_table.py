@@ -115,7 +115,29 @@ def test_a_single_seed_has_no_deviation():
     assert rows["density_mean"].tolist() == [2.1]
     assert rows["density_sd"].isna().all()
     assert "accuracy_mean" not in rows  # no labels
+    assert "auroc_mean" not in rows  # no other data set
+    assert "told apart" not in markdown("s", "csv", UNIT, rows, [], "")
     assert "±" not in markdown("s", "csv", UNIT, rows, [], "").splitlines()[-3]
+
+
+def test_what_is_told_apart_is_in_the_table():
+    told = [(0.99, 0.98), (0.97, 0.96), (None, None)]  # the last trial lacked the other data set
+    results = [
+        (trial(seed, ode="shared"),
+         finished(2.0, 2.1, 0.8) | ({"auroc": auroc, "aupr": aupr} if auroc else {}))
+        for seed, (auroc, aupr) in enumerate(told)
+    ]  # fmt: skip
+    results.append((trial(0, ode="separate"), finished(2.2, 2.3, 0.7)))
+    rows = rows_table(results)
+    np.testing.assert_allclose(rows.loc[0, ["auroc_mean", "aupr_mean"]].astype(float), [0.98, 0.97])
+    np.testing.assert_allclose(float(rows.loc[0, "auroc_sd"]), 0.02 / 2**0.5)
+    text = markdown("s", "digits", UNIT, rows, [], "")
+    assert (
+        "| ode | seeds | validation | density | accuracy | nmi | auroc | aupr | failures |" in text
+    )
+    assert "| 98.00 ± 1.41 | 97.00 ± 1.41 |" in text
+    assert "| 0.350 |  |  |  |" in text  # the row that was not asked
+    assert "another data set told apart" in text
 
 
 def test_trials_have_one_line_each(results):

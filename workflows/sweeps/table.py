@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 Results = Sequence[tuple[Trial, Mapping[str, Any]]]
 COSTS = ("n_parameters", "seconds_10k", "memory_gb")
 TOLD = ("auroc", "aupr", "auroc_data", "aupr_data")  # from another data set, by density
-PERCENT = ("accuracy", "purity")
+PERCENT = ("accuracy", "purity", *TOLD)
 HIGHER = ("accuracy", "nmi", "ari", "purity")
+SHOWN = ("validation", "density", "accuracy", "nmi", "auroc", "aupr")  # as far as they are there
 FAILED = ("diverged", "failed", "lost")
 
 
@@ -71,7 +72,7 @@ def rows_table(results: Results) -> pd.DataFrame:
         row = {**group.iloc[0][axes].to_dict(), "row": label, "n": len(group)}
         row["n_failed"] = int(group["status"].isin(FAILED).sum())
         row["n_stopped"] = int((group["status"] == "stopped").sum())
-        for score in ("validation", *SCORES):
+        for score in ("validation", *SCORES, *TOLD):
             if score in trials:
                 values = done[score].dropna().astype(float)
                 row[f"{score}_mean"] = values.mean() if len(values) else None
@@ -139,12 +140,14 @@ def markdown(
         "",
         f"Test density in {unit} (lower is better), clustering accuracy in %; mean ± standard deviation over "
         "the seeds of a row. Trials are compared by validation density; test figures are only reported.",
-        "",
     ]
+    if "auroc_mean" in rows:
+        lines.append(
+            "AUROC and AUPR in %: another data set told apart by density in the mixture's space."
+        )
+    lines.append("")
     axes = _axes(rows)
-    scores = [
-        s for s in ("validation", *SCORES) if f"{s}_mean" in rows and s not in ("ari", "purity")
-    ]
+    scores = _shown(rows)
     header = [*axes, "seeds", *scores, "failures"]
     lines += [write_line(header), write_line(["---"] * len(header))]
     lines += [write_line(cells) for cells in cells_of(rows, axes, scores)]
@@ -181,7 +184,7 @@ def terminal_table(title: str, rows: pd.DataFrame) -> Any:
     from rich.table import Table
 
     axes = _axes(rows)
-    scores = [s for s in ("validation", "density", "accuracy", "nmi") if f"{s}_mean" in rows]
+    scores = _shown(rows)
     table = Table(title=title, title_justify="left")
     for name in (*axes, "seeds", *scores, "failures"):
         table.add_column(name, justify="left" if name in (*axes, "failures") else "right")
@@ -257,6 +260,10 @@ def _axes(rows: pd.DataFrame) -> list[str]:
     return rows.columns[: rows.columns.get_loc("row")].tolist()
 
 
+def _shown(rows: pd.DataFrame) -> list[str]:
+    return [score for score in SHOWN if f"{score}_mean" in rows]
+
+
 def _find(rows: pd.DataFrame, wanted: Mapping[str, Any]) -> pd.Series | None:
     known = {name: value for name, value in wanted.items() if name in rows}
     if len(known) < len(wanted):
@@ -290,6 +297,7 @@ def _mean_sd(row: pd.Series, score: str) -> str:
     mean, sd = row[f"{score}_mean"], row[f"{score}_sd"]
     if pd.isna(mean):
         return ""
-    factor, digits = (100, 1) if score in PERCENT else (1, 3)
+    factor = 100 if score in PERCENT else 1
+    digits = 1 if score in ("accuracy", "purity") else 2 if score in TOLD else 3
     text = f"{factor * mean:.{digits}f}"
     return text if pd.isna(sd) else f"{text} ± {factor * sd:.{digits}f}"

@@ -582,8 +582,9 @@ def _show(value: object, form: str, factor: float = 1) -> str:
 
 
 def _mean_sd(row: Mapping[str, Any], score: str) -> str:
-    percent = score in SHARES and score != "nmi"
-    form, factor = ("{:.1f}", 100) if percent else ("{:.3f}", 1)
+    form, factor = ("{:.1f}", 100) if score == "accuracy" else ("{:.3f}", 1)
+    if score in DETECTION:  # often above 99.9
+        form, factor = "{:.2f}", 100
     text = _show(row[f"{score}_mean"], form, factor)
     spread = _show(row[f"{score}_sd"], form, factor)
     return (text if NONE in (text, spread) else f"{text} ± {spread}") + _partly(row, score)

@@ -249,12 +249,12 @@ def test_figures_of_some_seeds_only_say_of_how_many(make):
     ]
     _, rows, shown, text = run(*make(trials))
     own = shown["CPMM"]
-    assert own["AUROC, mixture's space, %"] == "55.0 ± 7.1 (2 of 3 seeds)"
+    assert own["AUROC, mixture's space, %"] == "55.00 ± 7.07 (2 of 3 seeds)"
     assert own["10,000 densities"] == "0.50 s (1.0×) (2 of 3 seeds)"
     assert own["memory, GB"] == "1 (2 of 3 seeds)"
     assert own["training"] == "5.0 min (1.0×)"
     assert (rows["cpmm"]["auroc_n"], rows["cpmm"]["seconds_n"]) == ("2", "3")
-    assert shown["CNF (MLP)"]["AUROC, mixture's space, %"] == "50.0"  # of the one that finished
+    assert shown["CNF (MLP)"]["AUROC, mixture's space, %"] == "50.00"  # of the one that finished
     assert rows["teacher"]["auroc_n"] == ""
     assert "their number stands behind it" in text
 
@@ -302,11 +302,11 @@ def test_the_papers_figures_stand_beside_its_data_sets(make):
     assert "DLS, of the paper alone: there is no code" in text
     assert "its Table 1, Fashion-MNIST" in text
     own = shown["CPMM"]
-    assert own["AUROC, mixture's space, %"] == "90.0 ± 0.0"
-    assert own["AUROC, data's space, %"] == "20.0 ± 10.0"  # of 10, 20 and 30
+    assert own["AUROC, mixture's space, %"] == "90.00 ± 0.00"
+    assert own["AUROC, data's space, %"] == "20.00 ± 10.00"  # of 10, 20 and 30
     refined = shown["CPMM's components trained on"]
-    assert refined["AUROC, mixture's space, %"] == "75.0"
-    assert refined["AUROC, data's space, %"] == "25.0"
+    assert refined["AUROC, mixture's space, %"] == "75.00"
+    assert refined["AUROC, data's space, %"] == "25.00"
     assert rows["refined_mixture"]["aupr_data_mean"] == "0.3"
     assert "from those of mnist by their log-density" in text
 

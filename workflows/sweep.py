@@ -187,7 +187,8 @@ def _beginning(
         )
     if before is None:
         return f"starting, {state}"
-    if not {trial.mark for trial in trials}.isdisjoint(noted.get("trials", ())):
+    marks, known = {trial.mark for trial in trials}, set(noted.get("trials", ()))
+    if marks != known and marks & known:
         return f"other trials asked for than before, {state}"
     what = "configuration or code changed"
     if n_done or begun:

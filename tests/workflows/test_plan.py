@@ -158,6 +158,8 @@ def test_a_sweep_says_what_is_new_about_it(planned, tmp_path):
     assert said(planned).startswith("same configuration: resuming")
     assert said(planned[2:]).startswith(f"other trials asked for than before, {n - 2} trials")
     assert said(planned).startswith(f"other trials asked for than before, {n} trials")
+    stopped = said(planned, scheduler=DEFAULT["scheduler"] | {"kind": "asha"})
+    assert stopped.startswith("configuration or code changed: starting afresh")
     other = plan_trials("digits", sweep(seeds=2, parts=PARTS), ["cpmm.n_clusters=7"], [], "code 2")
     assert said(other).startswith("configuration or code changed: starting afresh")
 

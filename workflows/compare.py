@@ -582,9 +582,8 @@ def _show(value: object, form: str, factor: float = 1) -> str:
 
 
 def _mean_sd(row: Mapping[str, Any], score: str) -> str:
-    form, factor = ("{:.1f}", 100) if score == "accuracy" else ("{:.3f}", 1)
-    if score in DETECTION:  # often above 99.9
-        form, factor = "{:.2f}", 100
+    shares = {"accuracy": ("{:.1f}", 100), **dict.fromkeys(DETECTION, ("{:.2f}", 100))}
+    form, factor = shares.get(score, ("{:.3f}", 1))
     text = _show(row[f"{score}_mean"], form, factor)
     spread = _show(row[f"{score}_sd"], form, factor)
     return (text if NONE in (text, spread) else f"{text} ± {spread}") + _partly(row, score)

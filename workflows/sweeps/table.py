@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Results = Sequence[tuple[Trial, Mapping[str, Any]]]
 COSTS = ("n_parameters", "seconds_10k", "memory_gb")
 TOLD = ("auroc", "aupr", "auroc_data", "aupr_data")  # from another data set, by density
-PERCENT = ("accuracy", "purity", *TOLD)
+PERCENT = ("accuracy", "purity")
 HIGHER = ("accuracy", "nmi", "ari", "purity")
 SHOWN = ("validation", "density", "accuracy", "nmi", "auroc", "aupr")  # as far as they are there
 FAILED = ("diverged", "failed", "lost")
@@ -297,7 +297,6 @@ def _mean_sd(row: pd.Series, score: str) -> str:
     mean, sd = row[f"{score}_mean"], row[f"{score}_sd"]
     if pd.isna(mean):
         return ""
-    factor = 100 if score in PERCENT else 1
-    digits = 1 if score in ("accuracy", "purity") else 2 if score in TOLD else 3
+    factor, digits = (100, 1) if score in PERCENT else (100, 2) if score in TOLD else (1, 3)
     text = f"{factor * mean:.{digits}f}"
     return text if pd.isna(sd) else f"{text} ± {factor * sd:.{digits}f}"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workflows.published import TITLES, data_of, printed
+from workflows.shown import DETECTION, write_score
 from workflows.stage import Config, fingerprint, publish, run_stage, scratch_folder, write_text
 
 if TYPE_CHECKING:
@@ -27,12 +28,6 @@ STATUSES = ("finished", "diverged", "failed", "lost", "stopped")
 FAILED = STATUSES[1:4]
 SCORES = ("density", "accuracy", "nmi")
 COSTS = ("n_parameters", "seconds", "seconds_10k", "memory_gb")
-DETECTION = {  # column: space and score in metrics.json
-    "auroc": ("mixture", "auroc"),
-    "aupr": ("mixture", "aupr"),
-    "auroc_data": ("data", "auroc"),
-    "aupr_data": ("data", "aupr"),
-}
 SHARES = ("accuracy", "nmi", *DETECTION)  # in [0, 1]
 NUMBERS = (*SCORES, *COSTS, *DETECTION)
 LEVEL = 0.05  # of the test that judges rows, two-sided
@@ -582,11 +577,8 @@ def _show(value: object, form: str, factor: float = 1) -> str:
 
 
 def _mean_sd(row: Mapping[str, Any], score: str) -> str:
-    shares = {"accuracy": ("{:.1f}", 100), **dict.fromkeys(DETECTION, ("{:.2f}", 100))}
-    form, factor = shares.get(score, ("{:.3f}", 1))
-    text = _show(row[f"{score}_mean"], form, factor)
-    spread = _show(row[f"{score}_sd"], form, factor)
-    return (text if NONE in (text, spread) else f"{text} ± {spread}") + _partly(row, score)
+    text = write_score(score, row[f"{score}_mean"], row[f"{score}_sd"], nothing=NONE)
+    return text + _partly(row, score)
 
 
 def _partly(row: Mapping[str, Any], name: str) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from workflows.marks import mark_model
+from workflows.shown import DETECTION, write_score
 from workflows.stage import Config, fingerprint
 from workflows.sweeps.plan import METRICS, Trial, show
 from workflows.trial import SCORES, explain
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 
 Results = Sequence[tuple[Trial, Mapping[str, Any]]]
 COSTS = ("n_parameters", "seconds_10k", "memory_gb")
-TOLD = ("auroc", "aupr", "auroc_data", "aupr_data")  # from another data set, by density
-PERCENT = ("accuracy", "purity")
 HIGHER = ("accuracy", "nmi", "ari", "purity")
 SHOWN = ("validation", "density", "accuracy", "nmi", "auroc", "aupr")  # as far as they are there
 FAILED = ("diverged", "failed", "lost")
@@ -48,7 +47,7 @@ def trials_table(results: Results) -> pd.DataFrame:
                 "steps": record.get("steps", record.get("step")),
                 "seconds": record.get("seconds"),
                 **{cost: record.get(cost, test.get(cost)) for cost in COSTS},
-                **{told: record[told] for told in TOLD if told in record},
+                **{told: record[told] for told in DETECTION if told in record},
                 "reason": record.get("reason"),
                 "command": trial.command,
             }
@@ -72,7 +71,7 @@ def rows_table(results: Results) -> pd.DataFrame:
         row = {**group.iloc[0][axes].to_dict(), "row": label, "n": len(group)}
         row["n_failed"] = int(group["status"].isin(FAILED).sum())
         row["n_stopped"] = int((group["status"] == "stopped").sum())
-        for score in ("validation", *SCORES, *TOLD):
+        for score in ("validation", *SCORES, *DETECTION):
             if score in trials:
                 values = done[score].dropna().astype(float)
                 row[f"{score}_mean"] = values.mean() if len(values) else None
@@ -294,9 +293,4 @@ def _compare(metric: str, better: pd.Series, worse: pd.Series) -> dict[str, Any]
 
 
 def _mean_sd(row: pd.Series, score: str) -> str:
-    mean, sd = row[f"{score}_mean"], row[f"{score}_sd"]
-    if pd.isna(mean):
-        return ""
-    factor, digits = (100, 1) if score in PERCENT else (100, 2) if score in TOLD else (1, 3)
-    text = f"{factor * mean:.{digits}f}"
-    return text if pd.isna(sd) else f"{text} ± {factor * sd:.{digits}f}"
+    return write_score(score, row[f"{score}_mean"], row[f"{score}_sd"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -103,6 +104,48 @@ class MLPField(nn.Module):
         return self.layers(torch.cat([h, self.time(_batch_of_times(t, h))], 1))
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """Another order of stacked images: square blocks of pixels become channels (RealNVP's squeezing).
+
+    Attributes:
+        height: Of an image.
+        width: Of an image.
+        side: Of a block.
+    """
+
+    height: int
+    width: int
+    side: int
+
+    def __post_init__(self) -> None:
+        """Check that blocks tile an image.
+
+        Raises:
+            ValueError: If they do not.
+        """
+        if self.side < 1 or self.height % self.side or self.width % self.side:
+            raise ValueError(
+                f"field.squeeze is {self.side}: expected a divisor of the image's sides, {self.height} and "
+                f"{self.width}"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width of a channel, in blocks."""
+        return self.height // self.side, self.width // self.side
+
+    def fold(self, h: Tensor) -> Tensor:
+        """Reorder stacks of images, (..., S); those of each image stay together, so stacks may be cut."""
+        image = h.unflatten(-1, (-1, self.height, self.width))
+        return nn.functional.pixel_unshuffle(image, self.side).flatten(-3)
+
+    def unfold(self, h: Tensor) -> Tensor:
+        """Undo :meth:`fold`."""
+        image = h.unflatten(-1, (-1, *self.shape))
+        return nn.functional.pixel_shuffle(image, self.side).flatten(-3)
+
+
 class ConvField(nn.Module):
     """Convolutional network on the state in image shape, time as extra channels (section 3.1).
 
@@ -115,9 +158,9 @@ class ConvField(nn.Module):
         last_layer_scale: The last layer's initial weights are multiplied by this.
         kernel_size: Odd side of the square kernels.
         coordinates: Whether two channels carry the row and column, each in [-1, 1].
-        squeeze: Side of the square blocks of pixels that become channels for the network (RealNVP's
-            squeezing, undone at its end): 2 takes a quarter of the places, so half the time or less
-            for the same width, with twice the reach.
+        squeeze: Side of the square blocks of pixels that become channels for the network, undone at
+            its end: 2 takes a quarter of the places, so half the time or less for the same width,
+            with twice the reach.
     """
 
     def __init__(
@@ -137,13 +180,10 @@ class ConvField(nn.Module):
             raise ValueError(f"a field needs depth >= 1 and width >= 1: got {depth} and {width}")
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd to keep the image's size: got {kernel_size}")
-        channels, height, columns = self.shape = tuple(shape)
-        if squeeze < 1 or height % squeeze or columns % squeeze:
-            raise ValueError(
-                f"field.squeeze is {squeeze}: expected a divisor of the image's sides, {height} and {columns}"
-            )
-        self.squeeze = squeeze
-        channels, height, columns = channels * squeeze**2, height // squeeze, columns // squeeze
+        channels, height, columns = shape
+        self.blocks = Blocks(height, columns, squeeze)
+        channels, (height, columns) = channels * squeeze**2, self.blocks.shape
+        self.inner_shape = (channels, height, columns)
         self.time = TimeFeatures(n_frequencies)
         grid = torch.stack(
             torch.meshgrid(
@@ -164,15 +204,12 @@ class ConvField(nn.Module):
 
     def forward(self, t: Tensor, h: Tensor) -> Tensor:
         """Velocity of states ``h``, (B, S), at time ``t``, a scalar or (B,)."""
-        image = h.unflatten(1, self.shape)
-        if self.squeeze > 1:
-            image = nn.functional.pixel_unshuffle(image, self.squeeze)
+        folded = h if self.blocks.side == 1 else self.blocks.fold(h)
+        image = folded.unflatten(1, self.inner_shape)
         time = self.time(_batch_of_times(t, h))[:, :, None, None]
         extra = [time.expand(-1, -1, *image.shape[2:]), self.grid.expand(len(h), -1, -1, -1)]
-        velocity = self.layers(torch.cat([image, *extra], 1))
-        if self.squeeze > 1:
-            velocity = nn.functional.pixel_shuffle(velocity, self.squeeze)
-        return velocity.flatten(1)
+        velocity = self.layers(torch.cat([image, *extra], 1)).flatten(1)
+        return velocity if self.blocks.side == 1 else self.blocks.unfold(velocity)
 
 
 class SeparateFields(nn.Module):

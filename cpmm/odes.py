@@ -66,6 +66,7 @@ class Solver:
         times: Tensor,
         start: float = 0.0,
         end: float = 1.0,
+        keep: int | None = None,
     ) -> Tensor:
         """Integrate from ``start`` to ``end`` and return the states at ``times``.
 
@@ -76,9 +77,10 @@ class Solver:
             start: Where ``initial`` stands; ``start > end`` integrates backwards.
             end: Where a fixed-step grid ends, so that the solution at a time does not depend on
                 which other times are asked for.
+            keep: Leading entries of the last dimension that are returned; None: all.
 
         Returns:
-            (T, *S).
+            (T, *S), of the last dimension what is kept.
 
         Raises:
             ValueError: If ``times`` leave the interval.
@@ -88,18 +90,19 @@ class Solver:
         if not bool(((times >= low - 1e-6) & (times <= high + 1e-6)).all()):
             raise ValueError(f"times must lie in [{low}, {high}]: got {times.tolist()}")
         if start == end:
-            return initial.expand(len(times), *initial.shape)
+            return initial[..., :keep].expand(len(times), *initial[..., :keep].shape)
         if self.method in FIXED_STEP:
             n = max(1, round(self.n_steps * (high - low)))
             knots = torch.linspace(start, end, n + 1, dtype=times.dtype, device=times.device)
-            return self._interpolate(field, self._integrate(field, initial, knots), knots, times)
+            states = self._integrate(field, initial, knots)
+            return self._interpolate(field, states, knots, times, keep)
         sign = 1.0 if end >= start else -1.0
         knots, index = torch.unique(
             torch.cat([times.new_tensor([start]), times]) * sign, return_inverse=True
         )
         if len(knots) == 1:
-            return initial.expand(len(times), *initial.shape)
-        return self._integrate(field, initial, knots * sign)[index[1:]]
+            return initial[..., :keep].expand(len(times), *initial[..., :keep].shape)
+        return self._integrate(field, initial, knots * sign)[..., :keep][index[1:]]
 
     def _integrate(self, field: Callable, initial: Tensor, knots: Tensor) -> Tensor:
         if self.gradient == "checkpoint" and torch.is_grad_enabled():
@@ -122,20 +125,24 @@ class Solver:
                 "the field has become stiff: loosen the tolerance, or use a fixed-step method"
             ) from error
 
-    def _interpolate(self, field: Callable, states: Tensor, knots: Tensor, times: Tensor) -> Tensor:
+    def _interpolate(
+        self, field: Callable, states: Tensor, knots: Tensor, times: Tensor, keep: int | None
+    ) -> Tensor:
         width = knots[1] - knots[0]
         position = (times - knots[0]) / width
         left = position.floor().long().clamp(0, len(knots) - 2)
         s = (position - left).reshape(-1, *[1] * (states.ndim - 1)).to(states)
-        below, above = states[left], states[left + 1]
+        kept = states[..., :keep]
+        below, above = kept.index_select(0, left), kept.index_select(0, left + 1)
         if self.interpolation == "linear":
             return torch.lerp(below, above, s)
-        slopes = torch.stack([field(t, h) for t, h in zip(knots, states, strict=True)]) * width
+        slopes = torch.stack([field(t, h) for t, h in zip(knots, states, strict=True)])
+        slopes = slopes[..., :keep] * width
         return (
             (1 + 2 * s) * (1 - s) ** 2 * below
-            + s * (1 - s) ** 2 * slopes[left]
+            + s * (1 - s) ** 2 * slopes.index_select(0, left)
             + s**2 * (3 - 2 * s) * above
-            + s**2 * (s - 1) * slopes[left + 1]
+            + s**2 * (s - 1) * slopes.index_select(0, left + 1)
         )
 
 

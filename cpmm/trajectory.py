@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cpmm.factor_analyzers import FactorAnalyzers
+from cpmm.fields import Blocks
 from cpmm.mixture import Mixture
 from cpmm.odes import Solver
 
@@ -77,16 +78,16 @@ class StateLayout:
         """Split states into the parameters of factor analyzers.
 
         Args:
-            state: (..., S).
+            state: (..., S), or their joint part alone, (..., J).
 
         Returns:
             Mean (..., M), loading (..., M, R), log-diagonal (..., M) and unnormalized log-weight
             (...).
         """
-        maps = state.unflatten(-1, (self.n_maps, self.n_features))
+        maps = state.unflatten(-1, (-1, self.n_features))
         # One split: the gradient of each slice by itself would be as large as all maps.
         sizes = [1, self.n_factors, 1, int(self.learned_weight)]
-        parts = maps.split([*sizes, self.n_maps - sum(sizes)], -2)
+        parts = maps.split([*sizes, maps.shape[-2] - sum(sizes)], -2)
         mean, loading, log_diagonal, weight, _ = parts
         mean, log_diagonal = mean.squeeze(-2), log_diagonal.squeeze(-2)
         if self.diagonal == "constant":
@@ -139,6 +140,8 @@ class Trajectories(nn.Module):
         initial: Initial states at pseudotime 0, (C, S).
         solver: How the ODE is solved.
         learned_cluster_weight: Whether the weights eta of Eq. 7 are learned or uniform.
+        blocks: Order of the state in which the field is defined; None: that of the layout. The whole
+            solve is in that order, so that not every call of the field reorders it.
     """
 
     def __init__(
@@ -148,6 +151,7 @@ class Trajectories(nn.Module):
         initial: Tensor,
         solver: Solver,
         learned_cluster_weight: bool = True,
+        blocks: Blocks | None = None,
     ) -> None:
         super().__init__()
         if initial.ndim != 2 or len(initial) < 1 or initial.shape[1] != layout.size:
@@ -157,6 +161,7 @@ class Trajectories(nn.Module):
         self.layout = layout
         self.field = field
         self.solver = solver
+        self.blocks = blocks
         self.initial = nn.Parameter(initial.clone())
         self.cluster_logit = nn.Parameter(
             torch.zeros(len(initial)), requires_grad=learned_cluster_weight
@@ -176,7 +181,7 @@ class Trajectories(nn.Module):
         Returns:
             (C, G, S).
         """
-        return self.solver.solve(self.field, self.initial, times).transpose(0, 1)
+        return self._solve(times, self.layout.n_maps)
 
     def mixture(self, times: Tensor) -> Mixture:
         """Sample the components at ``times``: the hierarchical mixture of Eq. 7.
@@ -187,7 +192,8 @@ class Trajectories(nn.Module):
         Returns:
             C clusters of G components each, cluster by cluster; differentiable.
         """
-        mean, loading, log_diagonal, log_weight = self.layout.read(self.states(times))
+        joint = self._solve(times, self.layout.n_joint)  # what is free is read by the field alone
+        mean, loading, log_diagonal, log_weight = self.layout.read(joint)
         log_eta = self.cluster_logit.log_softmax(0)
         log_pi = log_weight.log_softmax(1)  # sum_j pi_c(t_j) = 1 within each trajectory
         return Mixture(
@@ -199,6 +205,13 @@ class Trajectories(nn.Module):
             ),
             cluster_sizes=(len(times),) * self.n_clusters,
         )
+
+    def _solve(self, times: Tensor, n_maps: int) -> Tensor:
+        """Solve the ODE for the first maps of the states, (C, G, n_maps * M)."""
+        start = self.initial if self.blocks is None else self.blocks.fold(self.initial)
+        keep = n_maps * self.layout.n_features
+        states = self.solver.solve(self.field, start, times, keep=keep).transpose(0, 1)
+        return states if self.blocks is None else self.blocks.unfold(states)
 
 
 def pseudotime_grid(n: int, like: Tensor | None = None) -> Tensor:

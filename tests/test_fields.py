@@ -10,6 +10,7 @@ from torch.nn.utils import vector_to_parameters
 
 from cpmm.fields import (
     ACTIVATIONS,
+    Blocks,
     ConvField,
     MLPField,
     SeparateFields,
@@ -92,6 +93,16 @@ def test_squeezing_is_a_convolution_over_blocks_of_pixels():
         return image.permute(0, 1, 3, 5, 2, 4).reshape(2, 72)
 
     torch.testing.assert_close(blocks(field(t, h)), plain(t, blocks(h)))
+
+
+def test_blocks_reorder_each_image_of_a_stack_by_itself():
+    blocks = Blocks(4, 6, 2)
+    h = torch.arange(2 * 3 * 24.0).reshape(2, 72)
+    folded = blocks.fold(h)
+    assert blocks.shape == (2, 3)
+    assert folded[0, :6].tolist() == [0, 2, 4, 12, 14, 16]  # the first pixels of the blocks
+    torch.testing.assert_close(folded[:, 24:48], blocks.fold(h[:, 24:48]))
+    assert torch.equal(blocks.unfold(folded), h)
 
 
 @pytest.mark.parametrize("squeeze", [0, 2, 4])

@@ -107,6 +107,20 @@ def test_a_state_does_not_depend_on_the_other_times(matrix, initial, method, int
     assert torch.equal(solver.solve(field, initial, TIMES[shuffled]), together[shuffled])
 
 
+@pytest.mark.parametrize("interpolation", ["linear", "cubic"])
+@pytest.mark.parametrize("method", ["euler", "midpoint", "dopri5"])
+@pytest.mark.parametrize("start", [0.0, 1.0])
+def test_leading_entries_alone_are_those_of_the_whole_state(
+    matrix, initial, method, interpolation, start
+):
+    solver, field = Solver(method, 5, interpolation), LinearField(matrix)
+    for after in (TIMES, torch.zeros(2, dtype=torch.float64)):
+        times = 1 - after if start else after
+        whole = solver.solve(field, initial, times, start, 1 - start)
+        part = solver.solve(field, initial, times, start, 1 - start, keep=2)
+        assert torch.equal(part, whole[..., :2])
+
+
 @pytest.mark.parametrize("method", ["midpoint", "dopri5"])
 def test_the_state_at_the_start_is_the_initial_one(matrix, initial, method):
     field = LinearField(matrix)

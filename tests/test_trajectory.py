@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.special import logsumexp
 from torch import Tensor, nn
 
-from cpmm.fields import MLPField, SeparateFields, VaryingField
+from cpmm.fields import Blocks, ConvField, MLPField, SeparateFields, VaryingField
 from cpmm.odes import Solver
 from cpmm.trajectory import (
     StateLayout,
@@ -161,6 +161,28 @@ def test_trajectories_start_at_their_initial_states(generator):
     layout = StateLayout(N_FEATURES, 1, 1.0)
     trajectories = make_trajectories(layout, generator)
     assert torch.equal(trajectories.states(torch.zeros(1))[:, 0], trajectories.initial)
+
+
+@pytest.mark.parametrize("interpolation", ["linear", "cubic"])
+def test_a_solve_in_another_order_of_the_state_is_the_same(generator, interpolation):
+    height, width = 4, 6
+    layout, solver = StateLayout(height * width, 1, 1.0), Solver("euler", 5, interpolation)
+    initial = torch.randn(N_CLUSTERS, layout.size, generator=generator)
+    torch.manual_seed(0)
+    squeezing = ConvField((layout.n_maps, height, width), 4, 1, squeeze=2)
+    blocks = Blocks(height, width, 2)
+    inner = ConvField((4 * layout.n_maps, *blocks.shape), 4, 1)
+    inner.load_state_dict(squeezing.state_dict())
+    plain = Trajectories(layout, squeezing, initial, solver)
+    folded = Trajectories(layout, inner, initial, solver, blocks=blocks)
+    grid = pseudotime_grid(7)
+    torch.testing.assert_close(folded.states(grid), plain.states(grid))
+    x = torch.randn(5, height * width, generator=generator)
+    for trajectories in (plain, folded):
+        trajectories.mixture(grid).log_prob(x).sum().backward()
+    torch.testing.assert_close(folded.initial.grad, plain.initial.grad)
+    for one, other in zip(inner.parameters(), squeezing.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("learned", [False, True])

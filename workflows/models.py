@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cpmm.baselines.direct import DirectMixture
 from cpmm.data import DataSplits
-from cpmm.fields import ConvField, MLPField, SeparateFields, VaryingField
+from cpmm.fields import Blocks, ConvField, MLPField, SeparateFields, VaryingField
 from cpmm.initialization import (
     GROUPINGS,
     initial_states,
@@ -41,8 +41,23 @@ T = TypeVar("T")
 SPACES = ("teacher", "noise")
 
 
-def make_field(config: Mapping[str, Any], data: DataSplits, maps: int) -> nn.Module:
+def make_blocks(config: Mapping[str, Any], data: DataSplits) -> Blocks | None:
+    """Order of the state in which a squeezing field of the section ``cpmm.field`` computes."""
+    if config["kind"] != "conv" or config["squeeze"] == 1 or data.image_shape is None:
+        return None
+    return Blocks(*data.image_shape[1:], config["squeeze"])
+
+
+def make_field(
+    config: Mapping[str, Any], data: DataSplits, maps: int, blocks: Blocks | None = None
+) -> nn.Module:
     """Build a vector field on ``maps`` stacked maps of M features.
+
+    Args:
+        config: A section ``field``.
+        data: The splits.
+        maps: Number of maps.
+        blocks: The order that states come in, by :func:`make_blocks`; None: that of images.
 
     Raises:
         ValueError: If the kind is unknown, or a convolution is asked of a table.
@@ -56,8 +71,10 @@ def make_field(config: Mapping[str, Any], data: DataSplits, maps: int) -> nn.Mod
         if data.image_shape is None:
             raise ValueError("field.kind is 'conv', but the data are no images: choose mlp")
         channels, height, width = data.image_shape
-        shape = (maps * channels, height, width)
-        return ConvField(shape, **options, **pick(config, "kernel_size", "coordinates", "squeeze"))
+        options.update(pick(config, "kernel_size", "coordinates"))
+        if blocks is not None:
+            return ConvField((maps * channels * blocks.side**2, *blocks.shape), **options)
+        return ConvField((maps * channels, height, width), **options, **pick(config, "squeeze"))
 
     return choose("field.kind", config["kind"], {"mlp": mlp, "conv": conv})()
 
@@ -158,11 +175,12 @@ def make_trajectories(
         )
 
     check_cpmm(config)
+    blocks = make_blocks(config["field"], data)
     n_knots = config.get("weight_knots")  # one of marks.LATER: an earlier configuration has none
     solver = Solver(**config["solver"])
 
     def shared() -> nn.Module:
-        field = make_field(config["field"], data, layout.n_maps)
+        field = make_field(config["field"], data, layout.n_maps, blocks)
         return field if n_knots is None else VaryingField(field, n_knots)
 
     def separate() -> nn.Module:
@@ -170,7 +188,7 @@ def make_trajectories(
 
     with seeded(config["seed"], 12):
         field = choose("cpmm.ode", config["ode"], {"shared": shared, "separate": separate})()
-    return Trajectories(layout, field, initial, solver, config["learned_cluster_weight"])
+    return Trajectories(layout, field, initial, solver, config["learned_cluster_weight"], blocks)
 
 
 def make_disconnected(

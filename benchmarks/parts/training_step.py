@@ -6,15 +6,17 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from copy import deepcopy
+from types import SimpleNamespace
 
 import torch
 
 from cpmm.factor_analyzers import FactorAnalyzers
-from cpmm.fields import ConvField, VaryingField
+from cpmm.fields import VaryingField
 from cpmm.odes import Solver
 from cpmm.trajectory import StateLayout, Trajectories, pseudotime_grid
 from parts.timing import Row, time_in_turns
 from workflows.compose import compose_preset
+from workflows.models import make_blocks, make_field, seeded
 
 PARTS = ("solve", "likelihood", "likelihood backward", "solve backward", "optimizer")
 PRESETS = ("mnist", "mnist_cpu_plain")  # the paper's field, and a small one
@@ -76,15 +78,15 @@ def time_training_step(quick: bool, repeats: int, compiled: bool, device: str) -
         generator = torch.Generator().manual_seed(0)
         options = compose_preset(preset, [])["cpmm"]
         layout = StateLayout(side**2, options["n_factors"], options["augmentation"])
-        shape = (layout.n_maps, side, side)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            field = ConvField(shape, **{k: v for k, v in options["field"].items() if k != "kind"})
+        images = SimpleNamespace(n_features=side**2, image_shape=(1, side, side))
+        blocks = make_blocks(options["field"], images)
+        with seeded(0):
+            field = make_field(options["field"], images, layout.n_maps, blocks)
         if options["weight_knots"] is not None:
             field = VaryingField(field, options["weight_knots"])
         initial = 0.1 * torch.randn(options["n_clusters"], layout.size, generator=generator)
-        trajectories = Trajectories(layout, field, initial, Solver(**options["solver"]))
-        trajectories = trajectories.to(device)
+        solver = Solver(**options["solver"])
+        trajectories = Trajectories(layout, field, initial, solver, blocks=blocks).to(device)
         x = torch.randn(options["batch_size"], layout.n_features, generator=generator).to(device)
         rows.append(
             Row(

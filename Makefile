@@ -48,7 +48,7 @@ slow: setup ## the tests left out of `make test`: kills, whole pipelines
 	pytest -m 'slow and not gpu'
 
 gpu: setup ## the tests that need a CUDA device (2 minutes)
-	pytest -m gpu
+	pytest -m gpu tests/workflows/test_gpu.py
 
 servers: setup ## tests with real ssh and S3 servers, and what they need
 	@PATH="$$PATH:/usr/sbin:/usr/local/sbin"; command -v sshd > /dev/null || { \

@@ -114,18 +114,16 @@ class _WithTrace(nn.Module):
         def velocity(points: Tensor) -> Tensor:
             return self.field(v, points)
 
-        def product(direction: Tensor) -> tuple[Tensor, Tensor]:
-            _, jvp = torch.func.jvp(velocity, (u,), (direction.expand_as(u),))
-            return (jvp * direction).sum(1), jvp.square().sum(1)
+        def product(direction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            g, jvp = torch.func.jvp(velocity, (u,), (direction.expand_as(u),))
+            return g, (jvp * direction).sum(1), jvp.square().sum(1)
 
         if self.probe is not None:
-            trace, jacobian = product(self.probe)
+            g, trace, jacobian = product(self.probe)  # both from one call of the field
         else:
-            trace, jacobian = torch.func.vmap(product)(
-                torch.eye(u.shape[1], dtype=u.dtype, device=u.device)
-            )
-            trace, jacobian = trace.sum(0), jacobian.sum(0)
-        g = velocity(u)
+            directions = torch.eye(u.shape[1], dtype=u.dtype, device=u.device)
+            trace, jacobian = torch.func.vmap(lambda direction: product(direction)[1:])(directions)
+            g, trace, jacobian = velocity(u), trace.sum(0), jacobian.sum(0)
         return torch.cat([g, torch.stack([trace, g.square().sum(1), jacobian], 1)], 1)
 
 

@@ -120,6 +120,14 @@ def test_hutchinsons_estimate_repeats_with_its_seed(x):
     assert not torch.equal(first, other)
 
 
+def test_hutchinsons_estimate_calls_the_field_once_for_each_velocity(x):
+    flow = make_flow("hutchinson", method="euler", n_steps=5)
+    calls = []
+    flow.field.register_forward_hook(lambda *_: calls.append(None))
+    flow.log_prob(x, torch.Generator())
+    assert len(calls) == 5
+
+
 @pytest.mark.parametrize("trace", ["exact", "hutchinson"])
 @pytest.mark.parametrize("gradient", GRADIENTS)
 def test_gradients_of_the_likelihood_match_finite_differences(x, trace, gradient):

@@ -19,7 +19,7 @@ from workflows.compose import compose_preset
 from workflows.models import make_blocks, make_field, seeded
 
 PARTS = ("solve", "likelihood", "likelihood backward", "solve backward", "optimizer")
-PRESETS = ("mnist", "mnist_cpu_plain")  # the paper's field, and a small one
+PRESETS = ("mnist", "mnist_cpu_plain", "mnist_cpu")  # the paper's field, a small one, many factors
 
 
 class Step:
@@ -90,8 +90,8 @@ def time_training_step(quick: bool, repeats: int, compiled: bool, device: str) -
         x = torch.randn(options["batch_size"], layout.n_features, generator=generator).to(device)
         rows.append(
             Row(
-                f"{preset}: width {options['field']['width']}, {layout.n_maps} maps of {side} x {side}, "
-                f"{options['solver']['n_steps']} steps, batch {len(x)}"
+                f"{preset}: R = {layout.n_factors}, width {options['field']['width']}, {layout.n_maps} maps of "
+                f"{side} x {side}, {options['solver']['n_steps']} steps, batch {len(x)}"
             )
         )
         rows += _time_variants(trajectories, x, options["n_pseudotimes"], repeats, compiled)

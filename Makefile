@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 repro: setup ## run the pipeline on the presets of params.yaml and print where the report is
 	dvc repro report
-	@python workflows/summary.py
+	@python -m cpmm.cli.summary
 
 sweep: setup ## Table 2 of the paper on digits, ten rows over three seeds (13 minutes on two cores)
 	dvc repro sweep@digits-table2
@@ -34,7 +34,7 @@ compare: setup ## CPMM and fifteen baselines in one table on digits (15 minutes 
 	dvc repro compare@digits
 
 report: setup ## print where the reports are and their main figures
-	@python workflows/summary.py
+	@python -m cpmm.cli.summary
 
 lint: setup ## check style and layers
 	ruff check .
@@ -48,7 +48,7 @@ slow: setup ## the tests left out of `make test`: kills, whole pipelines
 	pytest -m 'slow and not gpu'
 
 gpu: setup ## the tests that need a CUDA device (2 minutes)
-	pytest -m gpu tests/workflows/test_gpu.py
+	pytest -m gpu tests/pipeline/test_gpu.py
 
 servers: setup ## tests with real ssh and S3 servers, and what they need
 	@PATH="$$PATH:/usr/sbin:/usr/local/sbin"; command -v sshd > /dev/null || { \
@@ -57,7 +57,7 @@ servers: setup ## tests with real ssh and S3 servers, and what they need
 	  else echo "sshd is needed: install your system's OpenSSH server (Debian: apt-get install openssh-server), then make servers"; exit 1; \
 	  fi; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[servers]'
-	pytest tests/workflows/test_remotes.py tests/workflows/test_sweep_nodes.py
+	pytest tests/pipeline/test_remotes.py tests/pipeline/test_sweep_nodes.py
 
 bench: setup ## time the log-density, training steps and spaces beside peers (a few minutes)
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[benchmarks]'

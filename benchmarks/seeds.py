@@ -18,8 +18,9 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from workflows.compose import ROOT, compose_preset
-from workflows.stage import EXPECTED_ERRORS, describe
+from cpmm.pipeline.config.compose import compose_preset
+from cpmm.pipeline.config.root import ROOT
+from cpmm.pipeline.errors import EXPECTED_ERRORS, describe
 
 STAGES = (
     "prepare_data",

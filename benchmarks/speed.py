@@ -36,10 +36,10 @@ def main() -> None:
         parser.error(f"--repeats is {arguments.repeats}: expected 1 or more")
 
     import torch
-    from parts.einsum_network import time_einsum_network
-    from parts.log_density import time_log_density
-    from parts.spaces import time_reading, time_writing
-    from parts.training_step import time_training_step
+    from cases.einsum_network import time_einsum_network
+    from cases.log_density import time_log_density
+    from cases.spaces import time_reading, time_writing
+    from cases.training_step import time_training_step
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)

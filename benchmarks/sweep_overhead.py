@@ -14,9 +14,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from workflows.compose import ROOT, compose_preset
-from workflows.sweeps import cluster
-from workflows.sweeps.plan import plan_trials
+from cpmm.pipeline.config.compose import compose_preset
+from cpmm.pipeline.config.root import ROOT
+from cpmm.pipeline.sweeps import cluster
+from cpmm.pipeline.sweeps.plan import plan_trials
 
 
 def main() -> None:
@@ -28,14 +29,14 @@ def main() -> None:
     arguments = parser.parse_args()
     config = compose_preset("digits", [], "sweep")
     cluster.prepare_environment(config["ray"])
-    from workflows.sweeps.archive import Archive
-    from workflows.sweeps.driver import run_trials
-    from workflows.sweeps.inputs import locate_inputs, share, size_of
-    from workflows.sweeps.progress import Progress
-    from workflows.trial import trial_code
+    from cpmm.pipeline.sweeps.archive import Archive
+    from cpmm.pipeline.sweeps.driver import run_trials
+    from cpmm.pipeline.sweeps.inputs import locate_inputs, share, size_of
+    from cpmm.pipeline.sweeps.progress import Progress
+    from cpmm.pipeline.sweeps.trial import trial_code
 
     overrides = [
-        "cpmm.curriculum=false", "cpmm.told_spaces=0", "cpmm.initialization.kind=kmeans",
+        "cpmm.curriculum=false", "cpmm.pseudo_label_spaces=0", "cpmm.initialization.kind=kmeans",
         f"cpmm.fine_tune_epochs={arguments.epochs}", *arguments.overrides,
     ]  # fmt: skip
     sweep = config["sweep"] | {"name": "overhead", "seeds": arguments.trials, "parts": {}}

@@ -16,16 +16,16 @@ from pathlib import Path
 
 import psutil
 
-from workflows.compose import compose_preset
-from workflows.sweeps import cluster
-from workflows.sweeps.plan import make_trial
+from cpmm.pipeline.config.compose import compose_preset
+from cpmm.pipeline.sweeps import cluster
+from cpmm.pipeline.sweeps.plan import make_trial
 
 
 def no_op(config: dict, assignment: object) -> None:
     """Do all that a trial does but train."""
     from ray import tune
 
-    from workflows.sweeps.worker import call, final_report
+    from cpmm.pipeline.sweeps.worker import call, final_report
 
     mark = config["mark"]
     call(assignment.archive.record, mark)
@@ -45,9 +45,9 @@ def main() -> None:
     cluster.prepare_environment(config["ray"])
     from ray.cluster_utils import Cluster
 
-    from workflows.sweeps.archive import Archive
-    from workflows.sweeps.driver import run_trials
-    from workflows.sweeps.progress import Progress
+    from cpmm.pipeline.sweeps.archive import Archive
+    from cpmm.pipeline.sweeps.driver import run_trials
+    from cpmm.pipeline.sweeps.progress import Progress
 
     template = compose_preset("digits", [])
     # As many trials as asked for, told apart by their seeds.

@@ -24,9 +24,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from workflows.compose import ROOT, compose_preset, flatten
-from workflows.marks import mark_prepared, mark_teacher
-from workflows.stage import EXPECTED_ERRORS, Config, describe, load_config, pick
+from cpmm.pipeline.config import Config, pick
+from cpmm.pipeline.config.compose import compose_preset, flatten
+from cpmm.pipeline.config.fingerprints import mark_prepared, mark_teacher
+from cpmm.pipeline.config.root import ROOT
+from cpmm.pipeline.errors import EXPECTED_ERRORS, describe
+from cpmm.pipeline.stage import load_config
 
 if TYPE_CHECKING:
     from cpmm.data import DataSplits
@@ -88,7 +91,7 @@ class Trained:
 
 def match_flow(config: Config, data: DataSplits) -> Trained:
     """Train a teacher by flow matching alone, as the stage ``train_teacher`` does."""
-    from workflows.models import drawn_rows, make_teacher
+    from cpmm.pipeline.models.flows import drawn_rows, make_teacher
 
     options, seed = config["teacher"], config["seed"]
     rows = drawn_rows(data, options["n_draws"], options["batch_size"], seed)
@@ -108,8 +111,8 @@ def maximize_likelihood(
     """Train a teacher by likelihood, from the weights of ``start`` or from those the seed draws."""
     import torch
 
+    from cpmm.pipeline.models.flows import make_teacher
     from cpmm.training import EpochData, Rows
-    from workflows.models import make_teacher
 
     options, seed, n = config["teacher"], config["seed"], len(data.raw["train"])
     validation = data.points("validation")[0][: likelihood.validation_points].float()
@@ -142,8 +145,8 @@ def _train(
     learning_rate: float,
 ) -> Phase:
     """Train ``flow`` in place."""
+    from cpmm.pipeline.models.fit import fit
     from cpmm.training import TeacherTraining
-    from workflows.fit import fit
 
     options = config["teacher"]
     module = TeacherTraining(
@@ -183,8 +186,8 @@ def read_trained(folder: Path, made: Config, config: Config, data: DataSplits) -
     import pandas as pd
 
     from cpmm.artifact import load_header, verify_files
-    from workflows.models import make_teacher
-    from workflows.store import load_model
+    from cpmm.pipeline.artifacts.store import load_model
+    from cpmm.pipeline.models.flows import make_teacher
 
     mark, options = mark_teacher(made), made["teacher"]
     if mark is None or options["likelihood_epochs"]:
@@ -216,8 +219,8 @@ def score(flow: Flow, config: Config, data: DataSplits) -> dict[str, Any]:
     import torch
 
     from cpmm.odes import Solver
+    from cpmm.pipeline.scores.scorer import Scorer, flow_log_prob
     from cpmm.seeds import seeded_generator
-    from workflows.score import Scorer, flow_log_prob
 
     options, n_calls = config["evaluation"], 0
 
@@ -255,7 +258,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
 
     import torch
 
-    from workflows.store import load_prepared, write_json
+    from cpmm.pipeline.artifacts.store import load_prepared, write_json
 
     torch.set_num_threads(config["trainer"]["threads"] or torch.get_num_threads())
     data = load_prepared(folder / "prepared", mark_prepared(config))

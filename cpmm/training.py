@@ -451,9 +451,9 @@ class MixtureTraining(Recorded):
     Args:
         model: The trajectories, or a direct mixture.
         curriculum: Which space each epoch trains on.
-        told_spaces: In so many first spaces a trajectory is told which points are its own, those of
+        pseudo_label_spaces: In so many first spaces a trajectory is told which points are its own, those of
             its group, and maximizes the likelihood of points and groups; afterwards that of points.
-        told_weight: Weight, afterwards, of the cross-entropy of the groups under the clusters'
+        pseudo_label_weight: Weight, afterwards, of the cross-entropy of the groups under the clusters'
             posterior at ``temperature``.
         n_pseudotimes: G of a training step.
         pseudotimes: How they are chosen, see :func:`draw_pseudotimes`.
@@ -474,8 +474,8 @@ class MixtureTraining(Recorded):
         self,
         model: HasMixture,
         curriculum: Curriculum,
-        told_spaces: int,
-        told_weight: float,
+        pseudo_label_spaces: int,
+        pseudo_label_weight: float,
         n_pseudotimes: int,
         pseudotimes: str,
         n_extracted: int,
@@ -502,8 +502,10 @@ class MixtureTraining(Recorded):
         self.temperature = temperature
         self.initial_rate_factor = initial_rate_factor
         self.curriculum = curriculum
-        self.told_epochs = min(told_spaces, curriculum.n_spaces) * curriculum.epochs_per_space
-        self.told_weight = told_weight
+        self.pseudo_label_epochs = (
+            min(pseudo_label_spaces, curriculum.n_spaces) * curriculum.epochs_per_space
+        )
+        self.pseudo_label_weight = pseudo_label_weight
         self.n_pseudotimes = n_pseudotimes
         self.pseudotimes = pseudotimes
         self.n_extracted = n_extracted
@@ -555,7 +557,7 @@ class MixtureTraining(Recorded):
             mixture = self.model.mixture(times.to(x))
             by_cluster = mixture.cluster_joint_log_prob(x)
             log_prob = by_cluster.logsumexp(1)
-            told = self.current_epoch < self.told_epochs
+            told = self.current_epoch < self.pseudo_label_epochs
             if told:  # of points and groups
                 log_prob = by_cluster.gather(1, batch["group"][:, None]).squeeze(1)
             loss = -log_prob.mean() / x.shape[1]
@@ -574,7 +576,7 @@ class MixtureTraining(Recorded):
                 by_cluster / self.temperature, batch["group"]
             )
             self._record("cross_entropy", cross_entropy, len(x))
-            loss = loss + self.told_weight * cross_entropy
+            loss = loss + self.pseudo_label_weight * cross_entropy
         if "view" in batch:
             seen = mixture.cluster_joint_log_prob(batch["view"])
             disagreement = posterior_disagreement(by_cluster, seen, self.temperature)

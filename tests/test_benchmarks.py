@@ -10,9 +10,9 @@ import torch
 import yaml
 
 from cpmm.artifact import file_digest
+from cpmm.pipeline.artifacts.store import load_prepared
+from cpmm.pipeline.config.compose import compose_preset
 from workflows import evaluate, prepare_data, train_teacher
-from workflows.compose import compose_preset
-from workflows.store import load_prepared
 
 ROOT = Path(__file__).parents[1]
 TEACHER = [

@@ -15,7 +15,7 @@ import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
 
-import workflows.fit
+import cpmm.pipeline.models.fit
 from cpmm.fields import MLPField
 from cpmm.odes import Solver
 from cpmm.seeds import seeded_generator
@@ -54,8 +54,8 @@ def make_trajectories(seed: int = 0, n_clusters: int = 2, **options) -> Trajecto
 def mixture_training(model: nn.Module | None = None, **changes) -> MixtureTraining:
     options = {
         "curriculum": CURRICULUM,
-        "told_spaces": 0,
-        "told_weight": 0.0,
+        "pseudo_label_spaces": 0,
+        "pseudo_label_weight": 0.0,
         "n_pseudotimes": 3,
         "pseudotimes": "uniform",
         "n_extracted": 4,
@@ -371,7 +371,7 @@ def test_a_run_of_one_epoch_prints_its_only_line(quiet, tmp_path, capsys):
     module = mixture_training(curriculum=Curriculum(0, 1, 1))
     heard = []
     data = EpochData(random_rows, validation_rows, batch_size=16, seed=0, n_rows=lambda epoch: 50)
-    workflows.fit.fit(
+    cpmm.pipeline.models.fit.fit(
         "trial", module, data, OPTIONS, tmp_path, 1.0, "bits", [heard.append], quiet=quiet
     )
     lines = capsys.readouterr().out.splitlines()
@@ -396,7 +396,7 @@ def test_an_interruption_stays_one(tmp_path):
     handler = signal.getsignal(signal.SIGINT)
     try:
         with pytest.raises(KeyboardInterrupt):
-            workflows.fit.fit(
+            cpmm.pipeline.models.fit.fit(
                 "trial", mixture_training(), data, OPTIONS, tmp_path, 1.0, listeners=[interrupt]
             )
     finally:
@@ -524,19 +524,19 @@ def test_while_told_the_loss_is_the_likelihood_of_points_and_groups(later):
     def rows(epoch: int, generator: torch.Generator) -> Rows:
         x = random_points(generator)
         group = (x[:, 0] > 0).long()
-        return Rows(x=x, group=group) if epoch < module.told_epochs or later else Rows(x=x)
+        return Rows(x=x, group=group) if epoch < module.pseudo_label_epochs or later else Rows(x=x)
 
     module = mixture_training(
         curriculum=Curriculum(3, 2, 1),
-        told_spaces=2,
-        told_weight=later,
+        pseudo_label_spaces=2,
+        pseudo_label_weight=later,
         temperature=1.5,
         learning_rate=0.0,
         noise=0.0,
         pseudotimes="grid",
     )
     fit(module, rows, callbacks=(See(),))
-    assert module.told_epochs == 4
+    assert module.pseudo_label_epochs == 4
     with torch.no_grad():
         fa = module.model.mixture(pseudotime_grid(3)).components
     for epoch, loss, batch in losses:
@@ -599,10 +599,12 @@ def test_equal_posteriors_do_not_disagree_however_far_their_densities_are(genera
     )
 
 
-@pytest.mark.parametrize(("told_spaces", "epochs"), [(0, 0), (1, 2), (3, 6), (9, 6)])
-def test_no_more_spaces_are_told_than_there_are(told_spaces, epochs):
-    module = mixture_training(curriculum=Curriculum(3, 2, 1), told_spaces=told_spaces)
-    assert module.told_epochs == epochs
+@pytest.mark.parametrize(("pseudo_label_spaces", "epochs"), [(0, 0), (1, 2), (3, 6), (9, 6)])
+def test_no_more_spaces_are_told_than_there_are(pseudo_label_spaces, epochs):
+    module = mixture_training(
+        curriculum=Curriculum(3, 2, 1), pseudo_label_spaces=pseudo_label_spaces
+    )
+    assert module.pseudo_label_epochs == epochs
 
 
 def test_entropy_regularization_raises_the_entropy_of_the_clusters():

@@ -11,15 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workflows.marks import mark_prepared, mark_spaces, mark_teacher, needs_teacher
-from workflows.stage import Config, publish, run_stage, scratch_folder
+from cpmm.pipeline.config import Config
+from cpmm.pipeline.config.fingerprints import (
+    mark_prepared,
+    mark_spaces,
+    mark_teacher,
+    needs_teacher,
+)
+from cpmm.pipeline.stage import publish, run_stage, scratch_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from cpmm.data import DataSplits
+    from cpmm.pipeline.artifacts.store import Extraction
     from cpmm.teacher import Flow
-    from workflows.store import Extraction
 
 SECONDS = 15.0  # between two lines where there is no terminal
 PROBE = 256  # rows that are carried on trial, to say how long all will take
@@ -27,9 +33,7 @@ PROBE = 256  # rows that are carried on trial, to say how long all will take
 
 def main(folder: Path, config: Config) -> str:
     """Write ``spaces`` for a preset, one space after the other, resuming after the last one."""
-    from cpmm.spaces import space_positions
-    from workflows.models import SPACES, choose, compute_device, make_teacher
-    from workflows.store import (
+    from cpmm.pipeline.artifacts.store import (
         clear_partial,
         create_spaces,
         load_extraction,
@@ -40,6 +44,10 @@ def main(folder: Path, config: Config) -> str:
         seal_spaces,
         write_space,
     )
+    from cpmm.pipeline.models.flows import make_teacher
+    from cpmm.pipeline.models.mixtures import SPACES
+    from cpmm.pipeline.models.runtime import choose, compute_device
+    from cpmm.spaces import space_positions
 
     data = load_prepared(folder / "prepared", mark_prepared(config))
     options, seed = config["spaces"], config["seed"]

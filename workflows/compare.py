@@ -15,9 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workflows.published import TITLES, data_of, printed
-from workflows.shown import DETECTION, write_score
-from workflows.stage import Config, fingerprint, publish, run_stage, scratch_folder, write_text
+from cpmm.pipeline.artifacts.files import write_text
+from cpmm.pipeline.config import Config
+from cpmm.pipeline.config.fingerprints import fingerprint, mark_trial
+from cpmm.pipeline.scores.published import TITLES, data_of, printed
+from cpmm.pipeline.scores.tables import DETECTION, write_score
+from cpmm.pipeline.stage import publish, run_stage, scratch_folder
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -97,7 +100,7 @@ def main(folder: Path, config: Config) -> str:
     from matplotlib import rc_context
 
     from cpmm.artifact import seal_folder
-    from workflows.report import verify_evaluation
+    from cpmm.pipeline.artifacts.store import verify_evaluation
 
     trials = read_trials(trials_of(folder), config)
     verify_evaluation(folder, config)
@@ -295,7 +298,7 @@ def markdown(
         rules: A sentence for each of its figures.
         config: The preset's.
     """
-    from workflows.sweeps.table import write_line
+    from cpmm.pipeline.scores.tables import write_line
 
     unit, data = metrics["unit"], data_of(str(metrics.get("preset")))
     own = table[table["model"] == "cpmm"]
@@ -544,15 +547,6 @@ def _gain(item: tuple[str, float], metric: str, kind: str) -> str:
     if kind in ("better", "worse"):
         return f"{name} by {size}"
     return f"{name} {size} {'better' if gain > 0 else 'worse'}"
-
-
-def mark_trial(config: Config, model: str, seed: int) -> str | None:
-    """Fingerprint of a trial of the preset; None of a model that its configuration has not."""
-    from workflows.sweeps.table import mark_options
-
-    if model != "cpmm" and model not in config["baselines"]:
-        return None
-    return mark_options(config | {"model": model, "cpmm": config["cpmm"] | {"seed": seed}})
 
 
 def _read_number(name: str, text: str) -> float:

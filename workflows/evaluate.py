@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workflows.stage import Config, publish, run_stage, scratch_folder
+from cpmm.pipeline.config import Config
+from cpmm.pipeline.stage import publish, run_stage, scratch_folder
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -14,9 +15,9 @@ if TYPE_CHECKING:
     from cpmm.baselines.direct import DirectMixture
     from cpmm.data import DataSplits
     from cpmm.mixture import Mixture
-    from workflows.outside import Outside
-    from workflows.score import Scorer
-    from workflows.store import Spaces
+    from cpmm.pipeline.artifacts.store import Spaces
+    from cpmm.pipeline.scores.ood import Outside
+    from cpmm.pipeline.scores.scorer import Scorer
 
 
 def main(folder: Path, config: Config) -> str:
@@ -27,17 +28,17 @@ def main(folder: Path, config: Config) -> str:
     from cpmm.baselines.gaussian import fit_full_gaussian
     from cpmm.initialization import GROUPINGS
     from cpmm.mixture import Mixture
-    from workflows.marks import (
+    from cpmm.pipeline.artifacts.store import load_prepared, open_spaces, write_json
+    from cpmm.pipeline.config.fingerprints import (
         mark_evaluation,
         mark_mixture,
         mark_prepared,
         mark_spaces,
         needs_teacher,
     )
-    from workflows.outside import read_outside
-    from workflows.rivals import start_direct, start_refined
-    from workflows.score import Scorer
-    from workflows.store import load_prepared, open_spaces, write_json
+    from cpmm.pipeline.models.direct import start_direct, start_refined
+    from cpmm.pipeline.scores.ood import read_outside
+    from cpmm.pipeline.scores.scorer import Scorer
 
     data = load_prepared(folder / "prepared", mark_prepared(config))
     mixture = Mixture.load(folder / "mixture", fingerprint=mark_mixture(config))
@@ -139,8 +140,8 @@ def _optimize(
     """Train a direct mixture on the likelihood of the data; the best epoch by validation."""
     import torch
 
-    from workflows.fit import fit
-    from workflows.rivals import direct_training
+    from cpmm.pipeline.models.direct import direct_training
+    from cpmm.pipeline.models.fit import fit
 
     options = config["evaluation"]["direct"]
     module, rows = direct_training(data, options, start, config["seed"])
@@ -181,7 +182,7 @@ def _tell_apart(model: Any, score: Scorer, outside: Outside) -> dict[str, Any]:
 def _groups(config: Config, data: DataSplits) -> dict[str, float]:
     """Score the groups that the trajectories are told, on the training points that they are of."""
     from cpmm.metrics import clustering_scores
-    from workflows.models import make_groups
+    from cpmm.pipeline.models.mixtures import make_groups
 
     if data.label is None:
         return {}
@@ -193,7 +194,7 @@ def _groups(config: Config, data: DataSplits) -> dict[str, float]:
 
 def _kmeans(score: Scorer, n_clusters: int, n_starts: int, seed: int) -> dict[str, float]:
     """Score k-means on the same split."""
-    from workflows.rivals import KMeansRival
+    from cpmm.pipeline.models.direct import KMeansRival
 
     if score.label is None:
         return {}
@@ -206,11 +207,12 @@ def _score_teacher(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Density of the teacher by a solve at the stated tolerance, and how it tells points outside."""
     from cpmm.odes import Solver
+    from cpmm.pipeline.artifacts.store import load_model
+    from cpmm.pipeline.config.fingerprints import mark_teacher
+    from cpmm.pipeline.models.flows import make_teacher
+    from cpmm.pipeline.models.runtime import compute_device
+    from cpmm.pipeline.scores.scorer import Scorer, flow_log_prob
     from cpmm.seeds import seeded_generator
-    from workflows.marks import mark_teacher
-    from workflows.models import compute_device, make_teacher
-    from workflows.score import Scorer, flow_log_prob
-    from workflows.store import load_model
 
     teacher = make_teacher(config["teacher"], data, config["seed"])
     load_model(folder / "teacher", "teacher", teacher, mark_teacher(config))
@@ -249,8 +251,8 @@ def _discretize(folder: Path, config: Config, data: DataSplits, score: Scorer) -
     """Density of the same trained trajectories at other numbers of pseudotimes."""
     import torch
 
+    from cpmm.pipeline.models.mixtures import load_trajectories
     from cpmm.trajectory import pseudotime_grid
-    from workflows.models import load_trajectories
 
     trajectories = load_trajectories(folder, config, data)
     return {
@@ -263,7 +265,7 @@ def _discretize(folder: Path, config: Config, data: DataSplits, score: Scorer) -
 
 def _rules(config: Config, data: DataSplits, outside: Outside | None) -> dict[str, str]:
     """One sentence for each figure: the rule that made it."""
-    from workflows.marks import needs_teacher
+    from cpmm.pipeline.config.fingerprints import needs_teacher
 
     pre, options = data.preprocessing, config["evaluation"]
     common = (
@@ -364,7 +366,7 @@ def _read_history(folder: Path, config: Config) -> pd.DataFrame:
     import pandas as pd
 
     from cpmm.artifact import load_header, verify_files
-    from workflows.marks import mark_cpmm
+    from cpmm.pipeline.config.fingerprints import mark_cpmm
 
     header = load_header(folder / "cpmm", "cpmm", mark_cpmm(config))
     verify_files(folder / "cpmm", header, {"history.csv"})

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from workflows.marks import mark_mixture, mark_prepared
-from workflows.stage import Config, publish, run_stage, scratch_folder
+from cpmm.pipeline.config import Config
+from cpmm.pipeline.config.fingerprints import mark_mixture, mark_prepared
+from cpmm.pipeline.stage import publish, run_stage, scratch_folder
 
 
 def main(folder: Path, config: Config) -> str:
     """Write ``mixture`` for a preset."""
-    from workflows.models import extract, load_trajectories, mixture_header
-    from workflows.store import load_prepared
+    from cpmm.pipeline.artifacts.store import load_prepared
+    from cpmm.pipeline.models.mixtures import extract, load_trajectories, mixture_header
 
     data = load_prepared(folder / "prepared", mark_prepared(config))
     trajectories = load_trajectories(folder, config, data)

@@ -6,8 +6,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from workflows.marks import mark_prepared
-from workflows.stage import Config, check_digests, pick, publish, run_stage, scratch_folder
+from cpmm.pipeline.config import Config, pick
+from cpmm.pipeline.config.fingerprints import check_digests, mark_prepared
+from cpmm.pipeline.stage import publish, run_stage, scratch_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,10 +21,10 @@ def main(folder: Path, config: Config) -> str:
     import torch
 
     from cpmm.data import SPLITS, DataSplits, split_indices
+    from cpmm.pipeline.artifacts.sources import read_source
+    from cpmm.pipeline.artifacts.store import save_prepared
     from cpmm.preprocessing import Augmentation, Preprocessing
     from cpmm.seeds import seeded_generator
-    from workflows.sources import read_source
-    from workflows.store import save_prepared
 
     options = config["data"]
     source = read_source({"source": options["source"], **options["options"]})

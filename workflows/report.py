@@ -21,9 +21,11 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from workflows.marks import mark_evaluation
-from workflows.published import data_of, printed_ood
-from workflows.stage import run_stage, write_text
+from cpmm.pipeline.artifacts.files import write_text
+from cpmm.pipeline.artifacts.store import verify_evaluation
+from cpmm.pipeline.scores.published import data_of, printed_ood
+from cpmm.pipeline.scores.tables import SPACES
+from cpmm.pipeline.stage import run_stage
 
 MIME = {".svg": "image/svg+xml", ".png": "image/png"}
 
@@ -122,7 +124,6 @@ COLUMNS: tuple[tuple[str, str, Callable[[float], str], int], ...] = (
 )
 # Of the table of another data set: key, heading.
 DETECTION = (("auroc", "AUROC"), ("aupr", "AUPR in"), ("aupr_out", "AUPR out"))
-SPACES = (("data", "units of the data"), ("mixture", "the models' space"))
 CLUSTERING = ("accuracy", "nmi", "ari", "purity")
 
 
@@ -130,25 +131,6 @@ def main(folder: Path, config: dict) -> str:
     """Write the report of a preset."""
     verify_evaluation(folder, config)
     return f"wrote {write_report(folder, config)}"
-
-
-def verify_evaluation(folder: Path, config: dict) -> None:
-    """Check the evaluation and ``metrics.json`` against the seal that evaluate has put on them.
-
-    Raises:
-        FileNotFoundError: If a file is missing.
-        ValueError: If one is damaged, or of another configuration.
-    """
-    from cpmm.artifact import file_digest, load_header, verify_files
-
-    header = load_header(folder / "evaluation", "evaluation", mark_evaluation(config))
-    verify_files(folder / "evaluation", header, header["files"])
-    path = folder / "metrics.json"
-    if not path.is_file() or file_digest(path) != header["metrics"]:
-        raise ValueError(
-            f"{path} is not what was evaluated with {folder / 'evaluation'}: it is missing, damaged, edited, "
-            "or of another run; restore it with `git checkout`, or make both again with `dvc repro`"
-        )
 
 
 def write_report(folder: Path, config: dict) -> Path:

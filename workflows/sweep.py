@@ -17,14 +17,17 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from workflows.stage import EXPECTED_ERRORS, Config, describe, end_with_dvc, fingerprint, publish
+from cpmm.pipeline.config import Config
+from cpmm.pipeline.config.fingerprints import fingerprint
+from cpmm.pipeline.config.root import ROOT
+from cpmm.pipeline.errors import EXPECTED_ERRORS, describe
+from cpmm.pipeline.stage import end_with_dvc, publish
 
 if TYPE_CHECKING:
-    from workflows.sweeps.archive import Archive
-    from workflows.sweeps.inputs import Located
-    from workflows.sweeps.plan import Trial
+    from cpmm.pipeline.sweeps.archive import Archive
+    from cpmm.pipeline.sweeps.inputs import Located
+    from cpmm.pipeline.sweeps.plan import Trial
 
-ROOT = Path(__file__).resolve().parent.parent
 OWN = ("sweep", "ray")  # groups that are the sweep's, not its trials'
 KEPT = ("cpmm", "mixture")  # of the best trial; the weights of a flow or a circuit are large
 
@@ -65,7 +68,7 @@ def run_sweep(overrides: list[str], only_config: bool = False, only_plan: bool =
     """Plan, run and tabulate a sweep."""
     import yaml
 
-    from workflows.compose import compose_preset, read_overrides, split_preset
+    from cpmm.pipeline.config.compose import compose_preset, read_overrides, split_preset
 
     preset, rest = split_preset(overrides)
     for item in rest:
@@ -77,8 +80,8 @@ def run_sweep(overrides: list[str], only_config: bool = False, only_plan: bool =
         print(yaml.safe_dump(config, sort_keys=False), end="")
         return
 
-    from workflows.sweeps import cluster, plan
-    from workflows.trial import trial_code
+    from cpmm.pipeline.sweeps import cluster, plan
+    from cpmm.pipeline.sweeps.trial import trial_code
 
     params, rest = ([item for item in items if not _is_own(item)] for items in (params, rest))
     sweep, options = config["sweep"], config["ray"]
@@ -90,8 +93,8 @@ def run_sweep(overrides: list[str], only_config: bool = False, only_plan: bool =
             print(f"{trial.name}\n    {trial.command}")
         return
 
-    from workflows.sweeps.archive import Archive
-    from workflows.sweeps.inputs import locate_inputs
+    from cpmm.pipeline.sweeps.archive import Archive
+    from cpmm.pipeline.sweeps.inputs import locate_inputs
 
     home = ROOT / "data" / preset
     archive = Archive(options["storage"] or str(home / ".scratch" / "sweep"))
@@ -111,10 +114,10 @@ def _run(
     logs: Path,
 ) -> None:
     """Run what the archive has no record of."""
-    from workflows.sweeps import cluster
+    from cpmm.pipeline.sweeps import cluster
 
     cluster.prepare_environment(options)
-    from workflows.sweeps.driver import recorded_trials
+    from cpmm.pipeline.sweeps.driver import recorded_trials
 
     for trial, record in recorded_trials(trials, sweep, archive):
         if record["status"] == "lost":
@@ -129,9 +132,9 @@ def _run(
     if n_done >= n_trials:
         return
 
-    from workflows.sweeps.driver import run_trials, suggested_trials
-    from workflows.sweeps.inputs import open_inputs, share_all, size_of
-    from workflows.sweeps.progress import Progress
+    from cpmm.pipeline.sweeps.driver import run_trials, suggested_trials
+    from cpmm.pipeline.sweeps.inputs import open_inputs, share_all, size_of
+    from cpmm.pipeline.sweeps.progress import Progress
 
     data, _ = open_inputs(next(iter(located.values())))
     unit, _, _ = data.preprocessing.density_unit
@@ -169,7 +172,7 @@ def _beginning(
     trials: list[Trial], sweep: Config, archive: Archive, n_trials: int, n_done: int
 ) -> str:
     """Say whether the sweep goes on or starts afresh, and note what it consists of."""
-    from workflows.sweeps.archive import CHECKPOINT
+    from cpmm.pipeline.sweeps.archive import CHECKPOINT
 
     name = f"sweeps/{sweep['name']}-{trials[0].config['name']}.json"
     mark = fingerprint(sweep["search"], sweep["scheduler"], [trial.mark for trial in trials])
@@ -204,10 +207,10 @@ def _publish(trials: list[Trial], sweep: Config, preset: str, archive: Archive, 
     from matplotlib import rc_context
     from rich.console import Console
 
-    from workflows.store import load_prepared, write_json
-    from workflows.sweeps import table
-    from workflows.sweeps.driver import recorded_trials
-    from workflows.sweeps.inputs import locate_inputs
+    from cpmm.pipeline.artifacts.store import load_prepared, write_json
+    from cpmm.pipeline.sweeps import table
+    from cpmm.pipeline.sweeps.driver import recorded_trials
+    from cpmm.pipeline.sweeps.inputs import locate_inputs
 
     data = load_prepared(locate_inputs(trials[0].config, home).prepared)
     unit, _, _ = data.preprocessing.density_unit

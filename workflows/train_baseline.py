@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from workflows.marks import mark_baseline, mark_prepared, mark_spaces, needs_spaces
-from workflows.stage import Config, fingerprint, publish, run_stage, scratch_folder
-from workflows.trial import trial_code
+from cpmm.pipeline.config import Config
+from cpmm.pipeline.config.fingerprints import (
+    mark_baseline,
+    mark_prepared,
+    mark_spaces,
+    needs_spaces,
+)
+from cpmm.pipeline.stage import publish, run_stage, scratch_folder
 
 
 def main(folder: Path, config: Config, row: str) -> str:
@@ -15,10 +20,10 @@ def main(folder: Path, config: Config, row: str) -> str:
         known = ", ".join(config["baselines"])
         raise ValueError(f"there is no baseline {row!r}: choose one of conf/baselines/: {known}")
 
-    from workflows.baselines import save_baseline, score_baseline, train_baseline
-    from workflows.outside import read_outside
-    from workflows.score import Scorer
-    from workflows.store import load_prepared, open_spaces, write_json
+    from cpmm.pipeline.artifacts.store import load_prepared, open_spaces, write_json
+    from cpmm.pipeline.models.baselines import save_baseline, score_baseline, train_baseline
+    from cpmm.pipeline.scores.ood import read_outside
+    from cpmm.pipeline.scores.scorer import Scorer
 
     data = load_prepared(folder / "prepared", mark_prepared(config))
     spaces = None
@@ -27,7 +32,7 @@ def main(folder: Path, config: Config, row: str) -> str:
     ood = config["evaluation"]["ood"]
     outside = None if ood is None else read_outside(ood, data)
     mark = mark_baseline(config, row)
-    scratch = scratch_folder(folder, f"baseline-{row}", fingerprint(mark, trial_code()))
+    scratch = scratch_folder(folder, "train_baseline", mark, row)
     fitted = train_baseline(row, config, data, spaces, scratch / "training")
     score = Scorer(data, "test", fitted.n_points, config["evaluation"]["teacher_points"])
     scores = score_baseline(fitted, score, config["cpmm"]["n_clusters"], outside)

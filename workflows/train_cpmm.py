@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from workflows.marks import mark_cpmm, mark_prepared, mark_spaces
-from workflows.stage import Config, publish, run_stage, scratch_folder
+from cpmm.pipeline.config import Config
+from cpmm.pipeline.config.fingerprints import mark_cpmm, mark_prepared, mark_spaces
+from cpmm.pipeline.stage import publish, run_stage, scratch_folder
 
 
 def main(folder: Path, config: Config) -> str:
     """Write ``cpmm`` for a preset."""
     import pandas as pd
 
-    from workflows.fit import fit
-    from workflows.models import make_mixture_training
-    from workflows.store import load_prepared, open_spaces, save_model
+    from cpmm.pipeline.artifacts.store import load_prepared, open_spaces, save_model
+    from cpmm.pipeline.models.fit import fit
+    from cpmm.pipeline.models.mixtures import make_mixture_training
 
     data = load_prepared(folder / "prepared", mark_prepared(config))
     options = config["cpmm"]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from workflows.marks import mark_prepared, mark_teacher, needs_teacher
-from workflows.stage import Config, pick, publish, run_stage, scratch_folder
+from cpmm.pipeline.config import Config, pick
+from cpmm.pipeline.config.fingerprints import mark_prepared, mark_teacher, needs_teacher
+from cpmm.pipeline.stage import publish, run_stage, scratch_folder
 
 
 def main(folder: Path, config: Config) -> str:
@@ -13,10 +14,10 @@ def main(folder: Path, config: Config) -> str:
     import pandas as pd
 
     from cpmm.artifact import save_artifact
+    from cpmm.pipeline.artifacts.store import load_prepared, save_model
+    from cpmm.pipeline.models.fit import fit
+    from cpmm.pipeline.models.flows import drawn_rows, make_teacher
     from cpmm.training import TeacherTraining
-    from workflows.fit import fit
-    from workflows.models import drawn_rows, make_teacher
-    from workflows.store import load_prepared, save_model
 
     if not needs_teacher(config):
         save_artifact(folder / "teacher", "teacher", {}, {"fingerprint": None, "trained": False})

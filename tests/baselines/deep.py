@@ -9,8 +9,8 @@ from torch import Tensor
 
 from cpmm.baselines.autoencoder import Autoencoder
 from cpmm.baselines.vade import VaDE
+from cpmm.pipeline.models.fit import fit
 from cpmm.training import EpochData, LossTraining, Rows
-from workflows.fit import fit
 
 TRAINER = {
     "accelerator": "cpu",

@@ -20,10 +20,10 @@ from cpmm.baselines.einet import (
     match_sizes,
     usual_depth,
 )
+from cpmm.pipeline.models.fit import fit
 from cpmm.seeds import seeded_generator
 from cpmm.training import EpochData, LossTraining, Rows
 from tests.oracles import SubnormalNumbers, assert_moments
-from workflows.fit import fit
 
 FLOOR = -6.0
 TRAINER = {

@@ -1,0 +1,332 @@
+"""Use an extracted mixture: describe it, score points, draw samples, find clusters, plot.
+
+    cpmm info data/digits/mixture
+    cpmm score data/digits/mixture points.csv --out scores.csv
+    cpmm predict data/digits/mixture points.npy
+    cpmm sample data/digits/mixture -n 1000 --seed 1 --out samples.npy
+    cpmm plot data/digits/mixture --kind samples --out samples.png
+    cpmm info dvc+https://host/project.git@v1#data/digits/mixture
+
+`cpmm` and `python -m cpmm` are the same. MIXTURE is a folder, or dvc+REPOSITORY[@REVISION]#PATH. Points
+are data as they come, grey levels or real values: the mixture knows its preprocessing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cpmm.cli.address import located
+from cpmm.pipeline.errors import EXPECTED_ERRORS, describe
+
+if TYPE_CHECKING:
+    from cpmm.fitted import FittedMixture
+
+BATCH_SIZE = 4096
+KINDS = ("means", "samples", "components")
+
+
+def main() -> None:
+    """Run a command."""
+    arguments = _parser().parse_args()
+    try:
+        with located(arguments.mixture) as folder:
+            from cpmm.fitted import FittedMixture
+
+            _check_device(arguments.device)
+            arguments.command(FittedMixture.load(folder, arguments.device), arguments)
+            sys.stdout.flush()
+    except BrokenPipeError:  # of `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except EXPECTED_ERRORS as error:
+        print(f"cpmm: error: {describe(error)}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("cpmm: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def show_info(fitted: FittedMixture, arguments: argparse.Namespace) -> None:
+    """Print what a mixture is."""
+    fa, header = fitted.mixture.components, fitted.header
+    pre, sizes = fitted.preprocessing, fitted.mixture.cluster_sizes
+    data = "a table of real values"
+    if pre.levels is not None:
+        data = f"images {fitted.image_shape}, {pre.levels} grey levels, logit with margin {pre.alpha:g}"
+    values = {
+        "preset": header.get("preset"),
+        "components": fa.n_components,
+        "clusters": fitted.mixture.n_clusters,
+        "components of a cluster": sorted(set(sizes))[0] if len(set(sizes)) == 1 else list(sizes),
+        "features": fa.n_features,
+        "factors": fa.n_factors,
+        "parameters": fa.n_parameters,
+        "data": data,
+        "unit": fitted.unit,
+        "fingerprint": header.get("fingerprint"),
+        "schema": header["schema"],
+        "version": header["version"],
+        "sha256": header["files"]["mixture.safetensors"],
+    }
+    if arguments.json:
+        print(json.dumps(values, indent=1))
+        return
+    for name, value in values.items():
+        print(f"{name:<24} {value}")
+
+
+def score(fitted: FittedMixture, arguments: argparse.Namespace) -> None:
+    """Write the log-density of each point, and its density per dimension."""
+    import pandas as pd
+
+    column = fitted.unit.replace(" ", "_")
+    total, n = 0.0, 0
+    with _output(arguments) as append:
+        for log_prob in _apply(fitted, arguments, fitted.log_prob):
+            density = fitted.density(log_prob)
+            append(
+                pd.DataFrame({"log_prob": log_prob.cpu().numpy(), column: density.cpu().numpy()})
+            )
+            total, n = total + float(density.sum()), n + len(density)
+    _say(arguments, f"{n} points, mean {total / n:.6g} {fitted.unit}")
+
+
+def predict(fitted: FittedMixture, arguments: argparse.Namespace) -> None:
+    """Write the likeliest cluster of each point, and how likely each one is."""
+    import pandas as pd
+
+    n = 0
+    with _output(arguments) as append:
+        for responsibilities in _apply(fitted, arguments, fitted.cluster_responsibilities):
+            share = responsibilities.cpu().numpy()
+            table = pd.DataFrame(share, columns=[f"p{c}" for c in range(share.shape[1])])
+            table.insert(0, "cluster", share.argmax(1))
+            append(table)
+            n += len(share)
+    _say(arguments, f"{n} points in {fitted.mixture.n_clusters} clusters")
+
+
+def sample(fitted: FittedMixture, arguments: argparse.Namespace) -> None:
+    """Write points drawn from the mixture."""
+    import numpy as np
+    import pandas as pd
+
+    from cpmm.cli.points import npy_writer, progress_bar
+    from cpmm.seeds import seeded_generator
+
+    n = arguments.n
+    if n < 1:
+        raise ValueError(f"-n is {n}: expected 1 or more")
+    to_npy = arguments.out is not None and arguments.out.suffix == ".npy"
+    if to_npy:
+        _check_out(arguments.out, [".npy"])
+        shape = fitted.image_shape or (fitted.n_features,)
+        shape = shape[1:] if fitted.image_shape and shape[0] == 1 else shape
+        dtype = np.dtype(np.float64 if fitted.preprocessing.levels is None else np.uint8)
+        writer = npy_writer(arguments.out, n, shape, dtype)
+    else:
+        writer = _output(arguments)
+    generator = seeded_generator(arguments.seed, device=arguments.device)
+    with writer as append, progress_bar("drawing", n) as advance:
+        for start in range(0, n, BATCH_SIZE):
+            x, cluster = fitted.sample(min(BATCH_SIZE, n - start), generator)
+            if to_npy:
+                append(x.cpu().numpy())
+            else:
+                table = pd.DataFrame(x.cpu().numpy(), columns=list(fitted.feature_names))
+                append(table.assign(cluster=cluster.cpu().numpy()))
+            advance(start + len(x))
+    _say(arguments, f"{n} points")
+
+
+def plot(fitted: FittedMixture, arguments: argparse.Namespace) -> None:
+    """Draw the means along the trajectories, samples, or the components in the plane."""
+    import torch
+    from matplotlib import rc_context
+
+    from cpmm import figures
+    from cpmm.seeds import seeded_generator
+
+    _check_out(arguments.out, [".png", ".svg", ".pdf"])
+    mixture = fitted.mixture.to("cpu")
+    shape, pre = fitted.image_shape, fitted.preprocessing
+    z, component = mixture.sample(2000, seeded_generator(arguments.seed))
+
+    def shown(points: Any) -> Any:
+        return pre.inverse(points).numpy()
+
+    if arguments.kind == "means":
+        if len(set(mixture.cluster_sizes)) > 1:
+            raise ValueError(
+                "its idle components were dropped, so the trajectories have no common pseudotimes: take "
+                "--kind samples"
+            )
+        mean = shown(mixture.components.mean).reshape(mixture.n_clusters, -1, fitted.n_features)
+        figure = figures.plot_trajectory_means(mean, shape, data=shown(z))
+    elif arguments.kind == "samples":
+        cluster = mixture.cluster[component].numpy()
+        figure = figures.plot_samples(None, shown(z), None, cluster, shape)
+    else:
+        if fitted.n_features != 2:
+            raise ValueError(
+                f"--kind components needs 2 features, the mixture has {fitted.n_features}: take means or samples"
+            )
+        mean = mixture.components.mean
+        linear = pre.unwhiten(torch.eye(len(pre.scale)).to(mean)) * mean.new_tensor(pre.scale)
+        covariance = linear.mT @ mixture.components.covariance() @ linear
+        figure = figures.plot_components(
+            shown(mixture.components.mean), covariance.numpy(), mixture.cluster.numpy(), shown(z)
+        )
+    partial = arguments.out.with_name(f".{arguments.out.stem}.partial{arguments.out.suffix}")
+    try:
+        with rc_context({"svg.hashsalt": "cpmm"}):
+            metadata = {"Date": None} if arguments.out.suffix == ".svg" else None
+            figure.savefig(partial, metadata=metadata, dpi=150)
+        os.replace(partial, arguments.out)
+    finally:
+        partial.unlink(missing_ok=True)
+    _say(arguments, arguments.kind)
+
+
+def _apply(fitted: FittedMixture, arguments: argparse.Namespace, function: Any) -> Iterator[Any]:
+    """Yield what ``function`` makes of the points of the input, part by part."""
+    import torch
+
+    from cpmm.cli.points import RowReader, progress_bar
+    from cpmm.seeds import seeded_generator
+
+    reader = RowReader(
+        arguments.points, fitted.feature_names, arguments.batch_size, arguments.delimiter
+    )
+    generator = seeded_generator(arguments.seed, device=arguments.device)
+    n = 0
+    with progress_bar(arguments.points.name, reader.total) as advance:
+        for rows, done in reader:
+            try:
+                result = function(torch.from_numpy(rows), generator)
+            except ValueError as error:
+                raise ValueError(f"{arguments.points}, after row {n}: {error}") from error
+            yield result
+            n += len(rows)
+            advance(done)
+
+
+def _check_device(name: str) -> None:
+    import torch
+
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(
+            f"--device is {name!r}: expected cpu, cuda, or one of several such as cuda:1"
+        )
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name} cannot be used here: {reason}") from error
+
+
+def _output(arguments: argparse.Namespace) -> Any:
+    from cpmm.cli.points import csv_writer
+
+    endings = [".csv", ".npy"] if arguments.name == "sample" else [".csv"]
+    _check_out(arguments.out, endings, getattr(arguments, "points", None))
+    return csv_writer(arguments.out)
+
+
+def _check_out(out: Path | None, endings: Sequence[str], points: Path | None = None) -> None:
+    """Refuse a file that cannot be written, or whose place is that of the input."""
+    if out is None:
+        return
+    if out.suffix not in endings:
+        raise ValueError(f"--out {out} must end in {' or '.join(endings)}")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"--out {out}: there is no folder {out.parent}: make it first")
+    if points is not None and out.exists() and points.exists() and out.samefile(points):
+        raise ValueError(
+            f"--out {out} is the input itself, and would take its place: name another file"
+        )
+
+
+def _say(arguments: argparse.Namespace, text: str) -> None:
+    target = "" if arguments.out is None else f" -> {arguments.out}"
+    print(f"{arguments.name}: {text}{target}", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cpmm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"cpmm {metadata.version('cpmm')}")
+    commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
+
+    def add(name: str, command: Any, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=command.__doc__)
+        added.set_defaults(command=command)
+        added.add_argument("mixture", metavar="MIXTURE", help="folder, or dvc+REPO[@REV]#PATH")
+        added.add_argument("--device", default="cpu", help="cpu or cuda; default cpu")
+        return added
+
+    info = add("info", show_info, "what it is")
+    info.add_argument("--json", action="store_true", help="as JSON")
+    for name, command, text in (
+        ("score", score, "log-density of points, for example to find outliers"),
+        ("predict", predict, "cluster of each point"),
+    ):
+        added = add(name, command, text)
+        added.add_argument("points", type=Path, help="a .csv with the features, or a .npy file")
+        added.add_argument("--out", type=Path, help="a .csv file; standard output if not given")
+        added.add_argument("--seed", type=_seed, default=0, help="of the dequantization; default 0")
+        added.add_argument(
+            "--batch-size",
+            type=_positive,
+            default=BATCH_SIZE,
+            help=f"rows at a time; default {BATCH_SIZE}",
+        )
+        added.add_argument(
+            "--delimiter",
+            type=_character,
+            default=",",
+            help="of the .csv file, \\t for a tab; default a comma",
+        )
+    draw = add("sample", sample, "draw points")
+    draw.add_argument("-n", type=int, default=100, help="how many; default 100")
+    draw.add_argument("--seed", type=_seed, default=0, help="default 0")
+    draw.add_argument("--out", type=Path, help="a .csv or .npy file; standard output if not given")
+    picture = add("plot", plot, "draw a figure")
+    picture.add_argument("--kind", choices=KINDS, default="means", help="default means")
+    picture.add_argument("--seed", type=_seed, default=0, help="of the samples; default 0")
+    picture.add_argument("--out", type=Path, required=True, help="a .png, .svg or .pdf file")
+    return parser
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number from 0 to 2^63 - 1, got {text!r}"
+        )
+    return int(text)
+
+
+def _character(text: str) -> str:
+    text = "\t" if text == "\\t" else text
+    if len(text) != 1:
+        raise argparse.ArgumentTypeError(
+            f"expected one character, such as , or ; or \\t, got {text!r}"
+        )
+    return text
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Print where the report of each preset is, and its three main figures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import yaml
+
+from cpmm.pipeline.config.root import ROOT
+
+
+def summarize(folder: Path) -> str:
+    """Say in a few lines what the evaluation of ``data/<preset>`` found.
+
+    Raises:
+        FileNotFoundError: If the preset has not been evaluated.
+    """
+    path = folder / "metrics.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: run `make repro` first")
+    metrics = json.loads(path.read_text())
+    models = metrics["models"]
+    cpmm = models["cpmm"]
+    peers = {"direct_mixture": "direct mixture", "full_gaussian": "full Gaussian"}
+    densities = ", ".join(
+        f"{name} {models[key]['density']:.3f}" for key, name in peers.items() if key in models
+    )
+    lines = [
+        f"{metrics['preset']}: {folder / 'report.html'}",
+        f"  test density     {cpmm['density']:.3f} {metrics['unit']} (lower is better; {densities})",
+    ]
+    if "accuracy" in cpmm:
+        other = models.get("kmeans", {}).get("accuracy")
+        beside = "" if other is None else f" (k-means {100 * other:.1f} %)"
+        lines.append(f"  clustering       {100 * cpmm['accuracy']:.1f} % accuracy{beside}")
+    lines.append(
+        f"  mixture          {cpmm['n_components']} components, {cpmm['n_parameters']} parameters"
+    )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Summarize the presets of params.yaml."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("presets", nargs="*", help="folders of data/; those of params.yaml if none")
+    presets = parser.parse_args().presets
+    try:
+        presets = presets or yaml.safe_load((ROOT / "params.yaml").read_text())["presets"]
+        for preset in presets:
+            print(summarize(Path("data") / preset))
+    except (OSError, ValueError, KeyError) as error:
+        print(f"summary: error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Fingerprints: what each artifact depends on, hashed from the configuration, input by input."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from cpmm.pipeline.config import Config
+
+
+def fingerprint(*parts: object) -> str:
+    """Hash configuration sections and the fingerprints of inputs, 16 hexadecimal digits."""
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def digest_files(options: Mapping[str, Any]) -> dict[str, str]:
+    """Hash the files that options of a source name, by option; what is not there has none."""
+    digests = {}
+    for name in ("path", "label_path"):
+        if options.get(name) and (path := Path(options[name])).is_file():
+            state = path.stat()
+            digests[name] = _digest_file(path.resolve(), state.st_mtime_ns, state.st_size)
+    return digests
+
+
+def check_digests(section: Mapping[str, Any], name: str, stage: str = "config") -> None:
+    """Refuse files of a source that are others than when the configuration was composed.
+
+    Args:
+        section: ``data`` or ``evaluation.ood``.
+        name: Of the section.
+        stage: Of DVC, that composes it.
+
+    Raises:
+        ValueError: If one has changed.
+    """
+    now = digest_files(section.get("options", {}))
+    for option, digest in section.get("digests", {}).items():
+        if now.get(option) != digest:
+            raise ValueError(
+                f"{section['options'][option]} ({name}.options.{option}) has changed since the configuration was "
+                f"composed: run `dvc repro -f {stage}` first"
+            )
+
+
+@lru_cache(maxsize=16)
+def _digest_file(path: Path, mtime_ns: int, size: int) -> str:
+    """Hash a file once for all the trials of a sweep, as long as it looks the same."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# Options of ``cpmm`` that joined after artifacts were published: null leaves those valid.
+LATER = ("weight_knots",)
+
+
+def mark_prepared(config: Config) -> str:
+    """Fingerprint of ``prepared``."""
+    return fingerprint("prepared", config["data"])
+
+
+def mark_teacher(config: Config) -> str | None:
+    """Fingerprint of ``teacher``; None where the configuration needs none."""
+    if not needs_teacher(config):
+        return None
+    return fingerprint(
+        "teacher", config["teacher"], config["seed"], config["trainer"]["precision"],
+        mark_prepared(config),
+    )  # fmt: skip
+
+
+def mark_spaces(config: Config) -> str:
+    """Fingerprint of ``spaces``; an option that is null, such as a limit that is not set, is not in it."""
+    options = {name: value for name, value in config["spaces"].items() if value is not None}
+    return fingerprint(
+        "spaces", options, config["seed"], mark_prepared(config), mark_teacher(config)
+    )
+
+
+def mark_cpmm(config: Config) -> str:
+    """Fingerprint of ``cpmm``; an option of :data:`LATER` that is null is not in it."""
+    options = config["cpmm"]
+    options = {k: v for k, v in options.items() if v is not None or k not in LATER}
+    spaces = mark_spaces(config) if options["curriculum"] else None
+    precision = config["trainer"]["precision"]
+    return fingerprint("cpmm", options, config["mixture"], precision, mark_prepared(config), spaces)
+
+
+def mark_baseline(config: Config, row: str) -> str:
+    """Fingerprint of a row of conf/baselines/, trained by its options and sizes that CPMM has.
+
+    Rows of kind "curriculum" are trained by all of CPMM's options, with spaces or without.
+    """
+    cpmm, evaluation = config["cpmm"], config["evaluation"]
+    sizes = [cpmm[name] for name in ("n_clusters", "n_factors", "log_diagonal_floor", "seed")]
+    scored = [
+        evaluation[name]
+        for name in ("batch_size", "gaussian_draws", "teacher_points", "teacher_solver", "ood")
+    ]
+    return fingerprint(
+        "baseline", config["baselines"][row], sizes, config["mixture"]["n_pseudotimes"], scored,
+        config["trainer"]["precision"], mark_prepared(config),
+        mark_cpmm(config) if config["baselines"][row]["kind"] == "curriculum" else None,
+    )  # fmt: skip
+
+
+def mark_model(config: Config) -> str:
+    """Fingerprint of what a trial trains."""
+    model = config["model"]
+    return mark_cpmm(config) if model == "cpmm" else mark_baseline(config, model)
+
+
+def mark_mixture(config: Config) -> str:
+    """Fingerprint of ``mixture``."""
+    return fingerprint("mixture", config["mixture"], mark_cpmm(config))
+
+
+def mark_evaluation(config: Config) -> str:
+    """Fingerprint of ``evaluation``."""
+    return fingerprint(
+        "evaluation", config["evaluation"], config["cpmm"]["n_factors"],
+        config["cpmm"]["log_diagonal_floor"], config["seed"], mark_mixture(config),
+    )  # fmt: skip
+
+
+def needs_teacher(config: Config) -> bool:
+    """Whether the configuration trains through the spaces of a teacher."""
+    return config["cpmm"]["curriculum"] and config["spaces"]["kind"] == "teacher"
+
+
+def needs_spaces(config: Config, model: str) -> bool:
+    """Whether a model, "cpmm" or a row of conf/baselines/, trains through spaces."""
+    guided = model == "cpmm" or config["baselines"][model]["kind"] == "curriculum"
+    return guided and config["cpmm"]["curriculum"]
+
+
+def marks_of_inputs(config: Config) -> tuple[str, str | None]:
+    """Fingerprints of the data and the spaces that a trial needs, None where it needs no spaces."""
+    spaces = mark_spaces(config) if needs_spaces(config, config["model"]) else None
+    return mark_prepared(config), spaces
+
+
+def mark_options(config: Config) -> str:
+    """Fingerprint of what a trial's row is of: all that trains and scores it, but for the code."""
+    return fingerprint(mark_model(config), config["evaluation"]["ood"])
+
+
+def mark_trial(config: Config, model: str, seed: int) -> str | None:
+    """Fingerprint of a trial of the preset; None of a model that its configuration has not."""
+    if model != "cpmm" and model not in config["baselines"]:
+        return None
+    return mark_options(config | {"model": model, "cpmm": config["cpmm"] | {"seed": seed}})

@@ -1,0 +1,644 @@
+"""Models that CPMM is compared with: one function a kind, from a row of conf/baselines/ to a fitted model."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from cpmm.data import DataSplits
+from cpmm.mixture import Mixture
+from cpmm.pipeline.config import Config, pick
+from cpmm.pipeline.models.fit import fit
+from cpmm.pipeline.models.flows import drawn_rows
+from cpmm.pipeline.models.mixtures import make_layout, mixture_header
+from cpmm.pipeline.models.runtime import choose
+from cpmm.seeds import seeded_generator
+from cpmm.training import EpochData, LossTraining, Recorded, Rows
+
+if TYPE_CHECKING:
+    from cpmm.pipeline.artifacts.store import Spaces
+    from cpmm.pipeline.scores.ood import Outside
+    from cpmm.pipeline.scores.scorer import Scorer
+
+LogProb = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a baseline is made from.
+
+    Attributes:
+        row: Its name, a file of conf/baselines/.
+        config: The whole composed configuration.
+        data: The splits.
+        spaces: The curriculum, for the rows that have one.
+        scratch: Where its checkpoints lie: that of the last training in the folder itself, those of
+            trainings before it in folders of their own.
+        options: Further ones of :func:`cpmm.pipeline.models.fit.fit`, for the last training.
+        progress: Its entry ``module`` is what is being trained.
+        alive: To be called now and then where nothing else says that the row is at work.
+    """
+
+    row: str
+    config: Config
+    data: DataSplits
+    spaces: Spaces | None
+    scratch: Path
+    options: Mapping[str, Any]
+    progress: dict[str, Any]
+    alive: Callable[[], None]
+
+    @property
+    def section(self) -> Config:
+        """Options of the row."""
+        return self.config["baselines"][self.row]
+
+    @property
+    def seed(self) -> int:
+        """Of all that the row draws: that of trials."""
+        return self.config["cpmm"]["seed"]
+
+    @property
+    def n_clusters(self) -> int:
+        """C, as CPMM has."""
+        return self.config["cpmm"]["n_clusters"]
+
+    @property
+    def n_components(self) -> int:
+        """K = C G, as the extracted CPMM has, idle components included."""
+        return self.n_clusters * self.config["mixture"]["n_pseudotimes"]
+
+    @property
+    def floor(self) -> float:
+        """Lower bound of log-variances."""
+        return self.config["cpmm"]["log_diagonal_floor"]
+
+    @property
+    def train(self) -> Tensor:
+        """Training points with one noise sample, (N, M), float32."""
+        return self.data.points("train")[0].float()
+
+    @property
+    def validation(self) -> Tensor:
+        """Validation points, (N', M), float32."""
+        return self.data.points("validation")[0].float()
+
+    def generator(self, stream: int) -> torch.Generator:
+        """Source of draws; streams from 40 on are the baselines'."""
+        return seeded_generator(self.seed, stream)
+
+    def fit(self, module: Recorded, rows: EpochData, first: str | None = None) -> None:
+        """Train a module; ``first`` names a training that is not the last one."""
+        scratch = self.scratch if first is None else self.scratch / first
+        scratch.mkdir(parents=True, exist_ok=True)
+        options = self.options
+        if first is not None:  # its epochs are not those that listeners count
+            quiet = self.options.get("quiet", False)
+            options = {"quiet": quiet, "listeners": [lambda _: self.alive()]}
+        self.progress["module"] = module
+        name = f"baseline {self.row}" + ("" if first is None else f", {first}")
+        fit(
+            name,
+            module,
+            rows,
+            self.config["trainer"],
+            scratch,
+            self.section["gradient_clip"],
+            **options,
+        )
+
+    def draws(self) -> EpochData:
+        """Augmented, freshly dequantized training points for each epoch."""
+        return drawn_rows(self.data, **pick(self.section, "n_draws", "batch_size"), seed=self.seed)
+
+    def same(self, points: Callable[[str], Tensor]) -> EpochData:
+        """The same rows of each split for every epoch."""
+        x, validation = points("train"), points("validation")
+        return EpochData(
+            lambda epoch, generator: Rows(x=x),
+            lambda epoch: validation,
+            self.section["batch_size"],
+            self.seed,
+            lambda epoch: len(x),
+        )
+
+    def fit_loss(self, model: nn.Module, rows: EpochData, density: bool = True) -> dict[str, Any]:
+        """Train a model by its own loss, the options of the section; the best epoch by validation."""
+        module = LossTraining(
+            model,
+            density=density,
+            seed=self.seed,
+            **pick(self.section, "n_epochs", "noise", "learning_rate", "n_warmup_epochs"),
+        )
+        self.fit(module, rows)
+        model.cpu().float().eval()
+        return ended(module)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A baseline, trained.
+
+    Attributes:
+        n_parameters: Numbers that are kept to score points.
+        ended: How its training ended: ``best_epoch`` and ``steps``.
+        log_prob: Log-density of points in the models' space, (N, M) float64 to nats, (N,).
+        predict: Cluster of each point of a split, by the split's name.
+        mixture: If it is one.
+        weights: What is kept of it otherwise.
+        n_points: Points of a split that its density is measured on; None: all.
+    """
+
+    n_parameters: int
+    ended: Mapping[str, int | None]
+    log_prob: LogProb | None = None
+    predict: Callable[[str], Tensor] | None = None
+    mixture: Mixture | None = None
+    weights: Mapping[str, Tensor] | None = None
+    n_points: int | None = None
+
+
+def train_baseline(
+    row: str,
+    config: Config,
+    data: DataSplits,
+    spaces: Spaces | None,
+    scratch: Path,
+    progress: dict[str, Any] | None = None,
+    alive: Callable[[], None] = lambda: None,
+    **options: Any,
+) -> Fitted:
+    """Train a row of conf/baselines/.
+
+    Args:
+        row: Its name.
+        config: The whole composed configuration.
+        data: The splits.
+        spaces: The curriculum; only rows of kind "curriculum" need it.
+        scratch: Folder of its own; training resumes from the checkpoints there.
+        progress: Its entry ``module`` becomes what is being trained.
+        alive: Called now and then while a training before the last one, or a flow's solver, is at work.
+        options: Further ones of :func:`cpmm.pipeline.models.fit.fit`.
+
+    Raises:
+        ValueError: If there is no such row, or an option of it is out of range.
+        FloatingPointError: If it diverges.
+    """
+    section = choose("model", row, config["baselines"])
+    build = choose(f"baselines.{row}.kind", section["kind"], KINDS)
+    progress = {} if progress is None else progress
+    run = Run(row, config, data, spaces, scratch, options, progress, alive)
+    merge = section.get("merge")
+    neighbour = merge["neighbour"] if merge and merge["affinity"] == "frechet" else None
+    if neighbour is not None and neighbour >= run.n_components:
+        raise ValueError(
+            f"baselines.{row}.merge.neighbour is {neighbour}: expected less than the "
+            f"{run.n_components} components"
+        )
+    return build(run)
+
+
+def score_baseline(
+    fitted: Fitted, score: Scorer, n_clusters: int, outside: Outside | None = None
+) -> dict[str, Any]:
+    """Density and clustering scores of a model on the split of ``score``.
+
+    Returns:
+        The scores of the split; for a density ``seconds_10k``, the time that it takes for 10,000
+        points, and with ``outside`` the entry ``ood`` of :meth:`cpmm.pipeline.scores.ood.Outside.scores`.
+
+    Raises:
+        FloatingPointError: If the density is not finite.
+    """
+    scores: dict[str, Any] = {}
+    if fitted.log_prob is not None:
+        with torch.no_grad():
+            inside, seconds = _timed(fitted.log_prob, score.z)
+            scores |= score.density(inside)
+            if not math.isfinite(scores["density"]):
+                raise FloatingPointError(
+                    f"the density of the trained model is not finite on the {score.split} split"
+                )
+            scores["seconds_10k"] = seconds * 10_000 / len(score.z)
+            if outside is not None:
+                there = fitted.log_prob(outside.z[: fitted.n_points])
+                scores["ood"] = outside.scores(score, inside, there)
+    if fitted.predict is not None and score.label is not None:
+        scores |= score.clusters(fitted.predict(score.split).numpy(), n_clusters)
+    if fitted.mixture is not None:
+        scores["n_components"] = fitted.mixture.components.n_components
+    return scores | {"n_parameters": fitted.n_parameters}
+
+
+def _timed(log_prob: LogProb, z: Tensor) -> tuple[Tensor, float]:
+    """Log-densities and the seconds they take, the least of five where that is soon done."""
+    seconds = math.inf
+    for _ in range(5):
+        started = time.perf_counter()
+        found = log_prob(z)
+        seconds = min(seconds, time.perf_counter() - started)
+        if seconds > 1:
+            break
+    return found, seconds
+
+
+def save_baseline(
+    row: str, fitted: Fitted, folder: Path, config: Config, data: DataSplits, mark: str
+) -> None:
+    """Write what is kept of a baseline: a mixture as the pipeline's own, other models' weights.
+
+    Files that already lie in the folder are sealed along.
+    """
+    from cpmm.artifact import save_artifact, seal_folder
+
+    header = {"fingerprint": mark, "row": row, "kind_of_model": config["baselines"][row]["kind"]}
+    if fitted.mixture is None:
+        save_artifact(folder, "baseline", fitted.weights or {}, header)
+        return
+    pre = data.preprocessing
+    fitted.mixture.to(torch.float32).save(
+        folder / "mixture", mixture_header(config, data, mark), pre.tensors
+    )
+    seal_folder(folder, "baseline", header, {})
+
+
+def ended(module: Recorded) -> dict[str, int | None]:
+    """How a training ended, for records."""
+    return {"best_epoch": module.best_summary()["epoch"], "steps": module.history[-1]["step"]}
+
+
+def as_fitted(mixture: Mixture, data: DataSplits, how: Mapping[str, int | None]) -> Fitted:
+    """Score a mixture in float64."""
+    mixture = mixture.to(torch.float64)
+    return Fitted(
+        n_parameters=mixture.components.n_parameters,
+        ended=how,
+        log_prob=mixture.log_prob,
+        predict=lambda split: mixture.predict(data.points(split)[0]),
+        mixture=mixture,
+    )
+
+
+def _merge(run: Run, mixture: Mixture) -> Mixture:
+    """Merge components into C clusters by the affinity of the section ``merge``."""
+    from cpmm.baselines import merging
+
+    options = run.section["merge"]
+
+    def overlap() -> Tensor:
+        return merging.overlap_affinity(mixture, run.train, options["temperature"])
+
+    def frechet() -> Tensor:
+        distance = merging.frechet_distances(mixture.components.to(torch.float64))
+        return merging.gaussian_affinity(distance, options["neighbour"])
+
+    affinity = choose(
+        f"baselines.{run.row}.merge.affinity", options["affinity"], {"overlap": overlap, "frechet": frechet}
+    )()  # fmt: skip
+    return merging.merge_components(mixture, affinity, run.n_clusters, run.generator(41))
+
+
+def _direct(run: Run) -> Fitted:
+    """Directly optimized factor analyzers: a cluster each, or merged into C clusters."""
+    from cpmm.pipeline.models.direct import direct_training, start_direct
+
+    options = run.section
+    n_components = run.n_clusters if options["merge"] is None else run.n_components
+    start = start_direct(
+        run.data, options, n_components, run.config["cpmm"]["n_factors"], run.floor, run.seed
+    )
+    module, rows = direct_training(run.data, options, start, run.seed)
+    with torch.no_grad():
+        first = start.mixture()  # a copy: training changes the parameters in place
+        first = replace(first, components=first.components.select(torch.arange(n_components)))
+    run.fit(module, rows)
+    how = ended(module)
+    with torch.no_grad():
+        mixture = module.model.cpu().mixture()
+        if options["em_iterations"]:
+            mixture, how = _likelier_by_em(run, first, mixture, how)
+        if options["merge"] is not None:
+            mixture = _merge(run, mixture)
+    return as_fitted(mixture, run.data, how)
+
+
+def _likelier_by_em(
+    run: Run, start: Mixture, by_gradient: Mixture, how: Mapping[str, int | None]
+) -> tuple[Mixture, Mapping[str, int | None]]:
+    """Fit by EM from the same start; what has the better validation likelihood, and how it ended."""
+    from cpmm.baselines.expectation_maximization import fit_by_em
+
+    try:
+        found = fit_by_em(
+            start.components.to(torch.float64), run.train.double(), run.validation.double(), run.floor,
+            run.section["em_iterations"], patience=5, batch_size=2048, listener=lambda _: run.alive(),
+        )  # fmt: skip
+    except FloatingPointError as error:
+        print(f"baseline {run.row} | EM gave up, Adam's is taken: {error}", flush=True)
+        return by_gradient, how
+    by_em = Mixture(found.best.to(torch.float32), start.cluster_sizes)
+    values = {
+        name: float(mixture.log_prob(run.validation).mean())
+        for name, mixture in (("Adam", by_gradient), ("EM", by_em))
+    }
+    if not run.options.get("quiet"):
+        said = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
+        print(f"baseline {run.row} | validation, nats per point: {said}", flush=True)
+    if values["EM"] <= values["Adam"]:
+        return by_gradient, how
+    return by_em, {"best_epoch": found.best_iteration, "steps": len(found.history) - 1}
+
+
+def _curriculum(run: Run) -> Fitted:
+    """CPMM's own training of components that no trajectory connects."""
+    from cpmm.pipeline.models.mixtures import make_disconnected, make_mixture_training
+
+    cpmm = {**run.config["cpmm"], "path_weight": 0.0}
+    n_each = run.config["mixture"]["n_pseudotimes"]
+
+    def make_model(*arguments: Any) -> nn.Module:
+        return make_disconnected(*arguments, n_each=n_each, shrinkage=run.section["shrinkage"])
+
+    module, rows = make_mixture_training(
+        cpmm, run.config["mixture"], run.data, run.spaces, make_model
+    )
+    run.fit(module, rows)
+    with torch.no_grad():
+        mixture = module.model.cpu().mixture()
+    return as_fitted(mixture, run.data, ended(module))
+
+
+def _require_images(run: Run, section: str) -> None:
+    """Refuse convolutions on a table."""
+    if run.section[section]["kind"] == "conv" and run.data.image_shape is None:
+        raise ValueError(
+            f"baselines.{run.row}.{section}.kind is 'conv', but the data are no images: choose mlp"
+        )
+
+
+def _require_points(run: Run) -> None:
+    """Refuse more clusters than there are training points."""
+    n = len(run.data.raw["train"])
+    if run.n_clusters > n:
+        raise ValueError(
+            f"cpmm.n_clusters is {run.n_clusters}: expected at most {n}, the training points that model "
+            f"{run.row} clusters: lower it, or raise data.n_train"
+        )
+
+
+def _continuous(run: Run) -> Fitted:
+    """A continuous mixture, whose integration points are merged into C clusters."""
+    from cpmm.baselines.continuous import ContinuousMixture, ConvDecoder, MLPDecoder, initial_state
+    from cpmm.pipeline.models.runtime import seeded
+
+    options, data = run.section, run.data
+    _require_images(run, "decoder")
+    layout = replace(
+        make_layout(run.config["cpmm"], data),
+        augmentation=0,
+        diagonal="variable",
+        learned_weight=False,
+    )
+    decoder = options["decoder"]
+
+    def mlp() -> nn.Module:
+        return MLPDecoder(
+            options["n_latent"],
+            layout.size,
+            **pick(decoder, "width", "depth", "activation", "n_frequencies"),
+        )
+
+    def conv() -> nn.Module:
+        channels, height, width = data.image_shape
+        return ConvDecoder(
+            options["n_latent"], (layout.n_maps * channels, height, width), decoder["width"],
+            decoder["n_doublings"], decoder["activation"], decoder["n_frequencies"],
+        )  # fmt: skip
+
+    with seeded(run.seed, 42):
+        network = choose(
+            f"baselines.{run.row}.decoder.kind", decoder["kind"], {"mlp": mlp, "conv": conv}
+        )()
+    start = initial_state(layout, run.train, run.generator(43))
+    model = ContinuousMixture(
+        network, layout, start, options["n_latent"], options["n_points"], run.n_components
+    )
+    how = run.fit_loss(model, run.draws())
+    with torch.no_grad():
+        mixture = _merge(run, model.extract(run.n_components, separate=True))
+    return as_fitted(mixture, run.data, how)
+
+
+def _einet(run: Run) -> Fitted:
+    """An einsum network of as many parameters as the extracted CPMM has, or a multiple of them."""
+    from cpmm.baselines.einet import EinsumNetwork
+
+    options, data = run.section, run.data
+    n_factors = run.config["cpmm"]["n_factors"]
+    size = run.n_components * (
+        data.n_features * (n_factors + 2) + 1
+    )  # means, loadings, log d, weight
+    generator = run.generator(44)
+    network = EinsumNetwork.of_size(
+        round(options["size_factor"] * size), data.n_features, data.image_shape, options["n_replicas"],
+        run.floor, generator, options["depth"],
+    )  # fmt: skip
+    network.initialize(run.train, generator)
+    how = run.fit_loss(network, run.draws())
+    weights = {name: value.clone() for name, value in network.state_dict().items()}  # as trained
+    return Fitted(network.n_parameters, how, log_prob=network.double().log_prob, weights=weights)
+
+
+def _flow(run: Run) -> Fitted:
+    """A continuous normalizing flow with options of its own, those of the section ``teacher``."""
+    from cpmm.odes import Solver
+    from cpmm.pipeline.models.flows import make_teacher
+    from cpmm.pipeline.models.runtime import compute_device
+    from cpmm.pipeline.scores.scorer import flow_log_prob
+    from cpmm.training import TeacherTraining
+
+    options, evaluation = run.section, run.config["evaluation"]
+    _require_images(run, "field")
+    flow = make_teacher(options, run.data, run.seed)
+    reported, flow.trace = flow.trace, "hutchinson"  # which training needs no more than
+    module = TeacherTraining(
+        flow,
+        **pick(
+            options, "flow_matching_epochs", "likelihood_epochs", "kinetic_weight", "jacobian_weight",
+            "learning_rate", "n_warmup_epochs",
+        ),
+        seed=run.seed,
+    )  # fmt: skip
+    run.fit(module, run.draws())
+    flow.cpu().float().eval()
+    weights = {name: value.clone() for name, value in flow.state_dict().items()}
+    device = compute_device(run.config["trainer"], exact=True)
+    flow.to(device)
+    flow.solver, flow.trace = Solver(**evaluation["teacher_solver"]), reported
+
+    title = None if run.options.get("quiet") else f"baseline {run.row}"
+
+    def log_prob(z: Tensor) -> Tensor:
+        generator = seeded_generator(run.seed, 45, device=device)
+        return flow_log_prob(flow, z, generator, evaluation["batch_size"], title, alive=run.alive)
+
+    return Fitted(
+        sum(p.numel() for p in flow.parameters()),
+        ended(module),
+        log_prob=log_prob,
+        weights=weights,
+        n_points=evaluation["teacher_points"],
+    )
+
+
+def _grey(run: Run) -> tuple[Callable[[str], Tensor], str]:
+    """Points as autoencoders take them: grey levels in [0, 1], or a table's own space."""
+    data, levels = run.data, run.data.preprocessing.levels
+    if levels is None or run.section["likelihood"] == "gaussian":
+        return lambda split: data.points(split)[0].float(), "gaussian"
+    return lambda split: data.raw[split].float() / (levels - 1), "bernoulli"
+
+
+def _fit_autoencoder(run: Run, first: str | None) -> tuple[Any, Any, Callable[[str], Tensor]]:
+    from cpmm.baselines.autoencoder import Autoencoder
+
+    options = run.section
+    points, likelihood = _grey(run)
+    _require_points(run)
+    if likelihood == "bernoulli" and options["noise"]:
+        raise ValueError(
+            f"baselines.{run.row}.noise is {options['noise']}: expected 0, as the Bernoulli likelihood needs grey "
+            f"levels in [0, 1]: set it to 0, or baselines.{run.row}.likelihood=gaussian"
+        )
+    model = Autoencoder(
+        run.data.n_features, options["hidden"], options["code_size"], likelihood, run.generator(46)
+    )
+    module = LossTraining(
+        model,
+        n_epochs=options["autoencoder_epochs"],
+        density=False,
+        seed=run.seed,
+        **pick(options, "noise", "learning_rate", "n_warmup_epochs"),
+    )
+    run.fit(module, run.same(points), first)
+    return model.cpu().float().eval(), module, points
+
+
+def _autoencoder(run: Run) -> Fitted:
+    """An autoencoder, and k-means on its codes."""
+    model, module, points = _fit_autoencoder(run, first=None)
+    clusters = model.cluster(
+        points("train"), run.n_clusters, run.generator(47), run.section["n_starts"]
+    )
+    return Fitted(
+        sum(value.numel() for value in clusters.state_dict().values()),
+        ended(module),
+        predict=lambda split: clusters.predict(points(split)),
+        weights=clusters.state_dict(),
+    )
+
+
+def _vade(run: Run) -> Fitted:
+    """VaDE, from a trained autoencoder and a mixture of Gaussians fitted to its codes."""
+    from cpmm.baselines.vade import VaDE
+
+    autoencoder, _, points = _fit_autoencoder(run, first="autoencoder")
+    model = VaDE.from_autoencoder(
+        autoencoder,
+        points("train"),
+        run.n_clusters,
+        run.generator(48),
+        n_init=run.section["n_starts"],
+    )
+    how = run.fit_loss(model, run.same(points), density=False)
+    return Fitted(
+        sum(p.numel() for p in model.parameters()),
+        how,
+        predict=lambda split: model.predict(points(split)),
+        weights=model.state_dict(),
+    )
+
+
+def _gaussian(run: Run) -> Fitted:
+    """One Gaussian with a full covariance, in closed form."""
+    from cpmm.baselines.gaussian import fit_full_gaussian
+
+    options = run.config["evaluation"]
+    gaussian = fit_full_gaussian(run.data.draw(options["gaussian_draws"], run.generator(32)))
+    m = run.data.n_features
+    weights = {"mean": gaussian.loc, "scale_tril": gaussian.scale_tril}
+    return Fitted(m * (m + 3) // 2, NOT_TRAINED, log_prob=gaussian.log_prob, weights=weights)
+
+
+def _sklearn(run: Run) -> Fitted:
+    """scikit-learn's GaussianMixture; how much it adds to its variances is chosen by validation."""
+    import warnings
+
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.mixture import GaussianMixture
+
+    options, data, n_points = run.section, run.data, run.section["n_points"]
+    _require_points(run)
+    if n_points is not None and n_points < run.n_clusters:
+        raise ValueError(
+            f"baselines.{run.row}.n_points is {n_points}: expected at least {run.n_clusters}, the clusters "
+            "(cpmm.n_clusters): raise it, or set null for all training points"
+        )
+    x = run.train.double()
+    if n_points is not None and n_points < len(x):
+        x = x[torch.randperm(len(x), generator=run.generator(49))[:n_points]]
+    validation = data.points("validation")[0].numpy()
+    models = [
+        GaussianMixture(
+            run.n_clusters, covariance_type=options["covariance"], reg_covar=added,
+            max_iter=options["n_iterations"], tol=options["tolerance"], random_state=run.seed,
+        )
+        for added in options["added_variances"]
+    ]  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the best iterate is taken as it is
+        best = max((m.fit(x.numpy()) for m in models), key=lambda model: model.score(validation))
+    c, m = run.n_clusters, data.n_features
+    of_each = {"full": m * (m + 1) // 2, "diag": m}[options["covariance"]]
+    weights = {"weights": best.weights_, "means": best.means_, "covariances": best.covariances_}
+    return Fitted(
+        c * (m + of_each) + c,
+        NOT_TRAINED,
+        log_prob=lambda z: torch.from_numpy(best.score_samples(z.numpy())),
+        predict=lambda split: torch.from_numpy(best.predict(data.points(split)[0].numpy())),
+        weights={name: torch.from_numpy(value) for name, value in weights.items()},
+    )
+
+
+def _kmeans(run: Run) -> Fitted:
+    """k-means, as evaluate has it."""
+    from cpmm.pipeline.models.direct import KMeansRival
+
+    _require_points(run)
+    model = KMeansRival(run.data, run.n_clusters, run.section["n_starts"], run.seed)
+    return Fitted(
+        model.centre.numel(), NOT_TRAINED, predict=model.predict, weights={"centre": model.centre}
+    )
+
+
+NOT_TRAINED: dict[str, int | None] = {"best_epoch": None, "steps": None}
+
+KINDS: dict[str, Callable[[Run], Fitted]] = {
+    "direct": _direct,
+    "curriculum": _curriculum,
+    "continuous": _continuous,
+    "einet": _einet,
+    "flow": _flow,
+    "autoencoder": _autoencoder,
+    "vade": _vade,
+    "gaussian": _gaussian,
+    "sklearn": _sklearn,
+    "kmeans": _kmeans,
+}

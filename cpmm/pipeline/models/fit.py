@@ -1,0 +1,196 @@
+"""Run a training loop: Lightning's trainer, one progress line, a checkpoint, resumption."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+
+from cpmm.pipeline.artifacts.files import is_checkpoint
+from cpmm.pipeline.config import pick
+from cpmm.pipeline.models.runtime import compute_device
+from cpmm.training import EpochData, Recorded
+
+PRECISIONS = ("32-true", "tf32", "bf16-mixed", "64-true")
+
+
+class ProgressLine(Callback):
+    """One line that a person can follow, rewritten on a terminal, now and then printed elsewhere.
+
+    Args:
+        name: Of the stage.
+        unit: Unit of the losses.
+        every: Seconds between lines where there is no terminal.
+    """
+
+    def __init__(self, name: str, unit: str = "nats/dim", every: float = 15.0) -> None:
+        self.name = name
+        self.unit = unit
+        self.terminal = sys.stdout.isatty()
+        self.every = 0.2 if self.terminal else every
+        self.started = self.printed = self.epoch_started = time.monotonic()
+        self.first_step = 0
+        self.phase = ""  # of the epoch that the latest losses are of
+        self.within = False  # whether a step of the current epoch was told
+
+    def on_train_start(self, trainer: pl.Trainer, module: Recorded) -> None:
+        """Start the clock."""
+        self.started = self.printed = time.monotonic()
+        self.first_step = module.global_step
+        if module.global_step:
+            print(
+                f"{self.name} | resuming after epoch {module.current_epoch}/{module.n_epochs}, "
+                f"step {module.global_step}",
+                flush=True,
+            )
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, module: Recorded) -> None:
+        """Note the time: steps are told of epochs that take longer than the time between lines."""
+        self.epoch_started = time.monotonic()
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        module: Recorded,
+        outputs: object,
+        batch: object,
+        batch_index: int,
+    ) -> None:
+        """Print the step within an epoch that takes long."""
+        if time.monotonic() - max(self.printed, self.epoch_started) >= self.every:
+            self._print(module)
+            self.within = True
+
+    def __call__(self, module: Recorded) -> None:
+        """Print the epoch that has just ended."""
+        last = module.current_epoch + 1 == module.n_epochs
+        self.phase = module.describe_phase()
+        if last or self.within or time.monotonic() - self.printed >= self.every:
+            self.within = False
+            self._print(module, end="\n" if last else "")
+
+    def _print(self, module: Recorded, end: str = "") -> None:
+        self.printed = now = time.monotonic()
+        rate = (module.global_step - self.first_step) / max(1e-9, now - self.started)
+        n_left = module.n_steps - module.global_step
+        phase = module.describe_phase()
+        row = module.history[-1] if module.history else {}
+        # Losses of another space, or of another objective, do not compare: it is said what they are of.
+        of = "" if phase == self.phase else f" in {self.phase or 'the epoch before'}"
+        losses = [
+            f"{short} {row[column]:.4f}"
+            for short, column in (("train", "train"), ("val", "validation"))
+            if column in row
+        ]
+        parts = [
+            f"{self.name} | step {module.global_step}/{module.n_steps}",
+            phase,
+            *([f"{' '.join(losses)} {self.unit}{of}"] if losses else []),
+            f"{rate:.{0 if rate >= 10 else 1}f} it/s | eta {n_left / max(1e-9, rate) / 60:.1f}m",
+        ]
+        line = " | ".join(parts)
+        end = end or ("\r" if self.terminal else "\n")
+        print(f"\x1b[2K{line}" if self.terminal else line, end=end, flush=True)
+
+
+def fit(
+    name: str,
+    module: Recorded,
+    data: EpochData,
+    config: dict[str, Any],
+    scratch: Path,
+    gradient_clip: float,
+    unit: str = "nats/dim",
+    listeners: Sequence[Callable[[Recorded], None]] = (),
+    quiet: bool = False,
+    together: Mapping[str, Any] | None = None,
+) -> None:
+    """Train ``module``, from its last checkpoint in ``scratch`` if there is one.
+
+    Args:
+        name: Of the stage, for the progress line.
+        module: What to train; holds its best weights afterwards.
+        data: Rows of each epoch.
+        config: The section ``trainer``.
+        scratch: Where the checkpoint lies.
+        gradient_clip: Largest norm of a gradient.
+        unit: Unit of the losses, for the progress line.
+        listeners: Called with the module after each epoch.
+        quiet: Print no progress line.
+        together: Options of Lightning's trainer for several processes that train one model.
+
+    Raises:
+        FloatingPointError: If the run diverges.
+        ValueError: If an option is unknown.
+    """
+    precision = config["precision"]
+    if precision not in PRECISIONS:
+        raise ValueError(
+            f"trainer.precision is {precision!r}: choose one of {', '.join(PRECISIONS)}"
+        )
+    device = compute_device(config)
+    accelerator = "cuda" if config["accelerator"] == "gpu" else device
+    checkpoint = scratch / "last.ckpt"
+    progress = [] if quiet else [ProgressLine(name, unit)]
+    module.listeners = [*progress, *listeners]
+    # What Lightning says of hardware, of its other products and of its own use of torch.
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        for category in (UserWarning, FutureWarning, DeprecationWarning):
+            warnings.filterwarnings("ignore", category=category, module="pytorch_lightning")
+        trainer = pl.Trainer(
+            max_epochs=module.n_epochs,
+            precision="32-true" if precision == "tf32" else precision,
+            accelerator=accelerator,
+            **pick(config, "devices", "deterministic") | dict(together or {}),
+            use_distributed_sampler=False,  # EpochData leaves each process its part
+            gradient_clip_val=gradient_clip,
+            check_val_every_n_epoch=1,
+            reload_dataloaders_every_n_epochs=1,
+            num_sanity_val_steps=0,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[
+                *progress,
+                ModelCheckpoint(
+                    dirpath=scratch,
+                    filename="last",
+                    every_n_epochs=config["checkpoint_every_n_epochs"],
+                    enable_version_counter=False,
+                    save_on_train_epoch_end=True,
+                ),
+            ],
+        )
+        resume = str(checkpoint) if _is_usable(checkpoint, name) else None
+        try:
+            trainer.fit(module, data, ckpt_path=resume, weights_only=True)
+        except SystemExit as error:
+            if isinstance(error.__context__, KeyboardInterrupt):  # Lightning makes an exit of it
+                raise KeyboardInterrupt from None
+            raise
+    module.restore_best()
+
+
+def _is_usable(checkpoint: Path, name: str) -> bool:
+    """Whether a run can go on from a checkpoint; says why not, if there is one."""
+    if not checkpoint.exists():
+        return False
+    try:
+        if not is_checkpoint(checkpoint):
+            raise ValueError("its bytes are not those that were written")
+        torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except (ValueError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        print(f"{name} | {checkpoint} is no checkpoint ({reason}): starting afresh", flush=True)
+        return False
+    return True

@@ -1,0 +1,323 @@
+"""From configuration to objects: the one place where a variant is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cpmm.baselines.direct import DirectMixture
+from cpmm.data import DataSplits
+from cpmm.fields import SeparateFields, VaryingField
+from cpmm.initialization import (
+    GROUPINGS,
+    initial_states,
+    kmeans,
+    local_factor_analyzers,
+    partition,
+)
+from cpmm.mixture import Mixture
+from cpmm.neighbours import neighbour_groups
+from cpmm.odes import Solver
+from cpmm.pipeline.artifacts.store import Spaces, load_model
+from cpmm.pipeline.config import pick
+from cpmm.pipeline.config.fingerprints import mark_cpmm
+from cpmm.pipeline.config.schema import check_cpmm
+from cpmm.pipeline.models.flows import make_blocks, make_field
+from cpmm.pipeline.models.runtime import choose, seeded
+from cpmm.seeds import seeded_generator
+from cpmm.spaces import Curriculum
+from cpmm.training import EpochData, MixtureTraining, Rows
+from cpmm.trajectory import StateLayout, Trajectories, pseudotime_grid
+from cpmm.views import AffineViews
+
+SPACES = ("teacher", "noise")
+
+
+def make_layout(config: Mapping[str, Any], data: DataSplits) -> StateLayout:
+    """Build the layout of the state from the section ``cpmm``."""
+    return StateLayout(
+        data.n_features,
+        **pick(
+            config, "n_factors", "augmentation", "diagonal", "learned_weight", "log_diagonal_floor"
+        ),
+    )
+
+
+def make_groups(
+    config: Mapping[str, Any], data: DataSplits, index: Tensor | None = None
+) -> Tensor | None:
+    """Group training points for the initialization.
+
+    Args:
+        config: The section ``cpmm``.
+        data: The splits.
+        index: Of the training points that are grouped; None groups all.
+
+    Returns:
+        (N,), none of the C groups empty; None if the initialization needs no groups.
+    """
+    options = config["initialization"]
+    if options["kind"] not in GROUPINGS:
+        return None
+    generator = seeded_generator(config["seed"], 13)
+    if options["kind"] == "neighbours":
+        raw = data.raw["train"] if index is None else data.raw["train"][index]
+        return neighbour_groups(
+            raw,
+            make_views(config, data),
+            config["n_clusters"],
+            generator,
+            **pick(options, "n_points", "n_views", "n_neighbours"),
+        )
+    x = data.preprocessing.unwhiten(data.points("train")[0]).float()
+    return partition(
+        options["kind"],
+        x if index is None else x[index],
+        config["n_clusters"],
+        make_layout(config, data),
+        generator,
+        **pick(options, "restarts", "outlier_share"),
+    )
+
+
+def make_views(config: Mapping[str, Any], data: DataSplits) -> AffineViews:
+    """Build the changes of the section ``cpmm.views``.
+
+    Raises:
+        ValueError: If the data are no images of grey levels.
+    """
+    return AffineViews(**config["views"], image_shape=data.image_shape)
+
+
+def make_trajectories(
+    config: Mapping[str, Any],
+    data: DataSplits,
+    start: Tensor | None = None,
+    group: Tensor | None = None,
+) -> Trajectories:
+    """Build trajectories, untrained.
+
+    Args:
+        config: The section ``cpmm``.
+        data: The splits.
+        start: Training points in the space where training starts, (N, M); None leaves the initial
+            states zero, for weights that are loaded next.
+        group: Their groups, (N,), if the initialization needs them.
+
+    Raises:
+        ValueError: If an option is unknown or out of range.
+    """
+    layout = make_layout(config, data)
+    if start is None:
+        initial = torch.zeros(config["n_clusters"], layout.size)
+    else:
+        initial = initial_states(
+            layout=layout,
+            n_clusters=config["n_clusters"],
+            x=start,
+            group=group,
+            generator=seeded_generator(config["seed"], 11),
+            **pick(config["initialization"], "kind", "mean_scale", "loading_scale", "free_scale"),
+        )
+
+    check_cpmm(config)
+    blocks = make_blocks(config["field"], data)
+    n_knots = config.get("weight_knots")  # one of marks.LATER: an earlier configuration has none
+    solver = Solver(**config["solver"])
+
+    def shared() -> nn.Module:
+        field = make_field(config["field"], data, layout.n_maps, blocks)
+        return field if n_knots is None else VaryingField(field, n_knots)
+
+    def separate() -> nn.Module:
+        return SeparateFields([shared() for _ in range(config["n_clusters"])])
+
+    with seeded(config["seed"], 12):
+        field = choose("cpmm.ode", config["ode"], {"shared": shared, "separate": separate})()
+    return Trajectories(layout, field, initial, solver, config["learned_cluster_weight"], blocks)
+
+
+def make_disconnected(
+    config: Mapping[str, Any],
+    data: DataSplits,
+    start: Tensor,
+    group: Tensor | None,
+    n_each: int,
+    shrinkage: float,
+) -> DirectMixture:
+    """Build a mixture like that of trajectories, of components that nothing connects.
+
+    Args:
+        config: The section ``cpmm``.
+        data: The splits.
+        start: Training points in the space where training starts, (N, M).
+        group: Their groups, (N,), each of which becomes a cluster; None takes k-means'.
+        n_each: Components of a cluster, those of k-means within the group.
+        shrinkage: See :func:`cpmm.initialization.local_factor_analyzers`.
+    """
+    n_clusters, floor = config["n_clusters"], config["log_diagonal_floor"]
+    generator = seeded_generator(config["seed"], 14)
+    if group is None:
+        group = kmeans(start, n_clusters, generator)
+    label = torch.empty_like(group)
+    for c in range(n_clusters):
+        member = group == c
+        label[member] = c * n_each + kmeans(start[member], n_each, generator, n_init=1)
+    analyzers = local_factor_analyzers(
+        start, label, n_clusters * n_each, config["n_factors"], floor, shrinkage
+    )
+    return DirectMixture(analyzers, floor, (n_each,) * n_clusters)
+
+
+def load_trajectories(folder: Path, config: Mapping[str, Any], data: DataSplits) -> Trajectories:
+    """Read the trained trajectories of ``data/<preset>``."""
+    trajectories = make_trajectories(config["cpmm"], data)
+    load_model(folder / "cpmm", "cpmm", trajectories, mark_cpmm(config))
+    return trajectories
+
+
+def extract(trajectories: Trajectories, options: Mapping[str, Any], data: DataSplits) -> Mixture:
+    """Sample trained trajectories at the pseudotimes of the section ``mixture``, with no ODE left."""
+    with torch.no_grad():
+        mixture = trajectories.mixture(pseudotime_grid(options["n_pseudotimes"]))
+        if options["drop_idle"]:
+            mixture = mixture.without_idle_components(data.points("train")[0].float())
+    return mixture
+
+
+def mixture_header(config: Mapping[str, Any], data: DataSplits, mark: str) -> dict[str, Any]:
+    """Header of an extracted mixture: what its points mean."""
+    return {
+        "fingerprint": mark,
+        "preset": config["name"],
+        "preprocessing": data.preprocessing.to_dict(),
+        "image_shape": data.image_shape,
+        "feature_names": list(data.feature_names),
+    }
+
+
+def make_curriculum(config: Mapping[str, Any], n_spaces: int) -> Curriculum:
+    """Build the schedule of the section ``cpmm``; without a curriculum only fine-tuning is left."""
+    if not config["curriculum"]:
+        return Curriculum(0, 0, config["fine_tune_epochs"])
+    return Curriculum(n_spaces, **pick(config, "epochs_per_space", "fine_tune_epochs"))
+
+
+def make_mixture_training(
+    config: Mapping[str, Any],
+    mixture: Mapping[str, Any],
+    data: DataSplits,
+    spaces: Spaces | None,
+    make_model: Callable[..., nn.Module] | None = None,
+) -> tuple[MixtureTraining, EpochData]:
+    """Build the training of the trajectories and its rows: the stage's, and every sweep trial's.
+
+    Args:
+        config: The section ``cpmm``.
+        mixture: The section ``mixture``, for the pseudotimes that validation uses.
+        data: The splits.
+        spaces: The curriculum; None trains on the input space alone.
+        make_model: Takes the arguments of :func:`make_trajectories`, and its place.
+    """
+    check_cpmm(config)
+    curriculum = make_curriculum(config, len(spaces) if spaces else 0)
+    fine_tuning = data.points("validation")[0].float()
+    start = spaces.train(0) if spaces else data.points("train")[0].float()
+    of_points, group = _groups(config, data, spaces.train_index if spaces else None, len(start))
+    model = (make_model or make_trajectories)(config, data, start, group)
+    module = MixtureTraining(
+        model,
+        curriculum,
+        n_extracted=mixture["n_pseudotimes"],
+        **pick(
+            config, "pseudo_label_spaces", "pseudo_label_weight", "n_pseudotimes", "pseudotimes", "noise", "entropy_weight", "learning_rate",
+            "path_weight", "consistency_weight", "temperature", "initial_rate_factor",
+            "n_warmup_epochs", "seed",
+        ),
+    )  # fmt: skip
+
+    @lru_cache(maxsize=1)
+    def guided(index: int) -> Tensor:
+        return spaces.train(index)
+
+    def rows(epoch: int, generator: torch.Generator) -> Rows:
+        space = curriculum.space(epoch)
+        if space is None:
+            return _fine_tuning_rows(config, data, of_points, generator)
+        if of_points is not None or epoch < module.pseudo_label_epochs:
+            return Rows(x=guided(space), group=group)
+        return Rows(x=guided(space))
+
+    def validation_rows(epoch: int) -> Tensor:
+        index = curriculum.space(epoch)
+        return fine_tuning if index is None else spaces.validation(index)
+
+    n_guided = len(start)
+    n_fine_tuning = config["n_draws"] * (config["n_points"] or len(data.raw["train"]))
+
+    def n_rows(epoch: int) -> int:
+        return n_fine_tuning if curriculum.space(epoch) is None else n_guided
+
+    return module, EpochData(
+        rows, validation_rows, **pick(config, "batch_size", "seed"), n_rows=n_rows
+    )
+
+
+def _groups(
+    config: Mapping[str, Any], data: DataSplits, index: Tensor | None, n_rows: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Groups of all training points and of the rows of a space, which may be fewer, or several draws.
+
+    Those of all points are only looked for if they are told on the input space too
+    (``pseudo_label_weight``), and then the rows have theirs; else the rows are grouped by themselves.
+
+    Args:
+        config: The section ``cpmm``.
+        data: The splits.
+        index: Training points that go through the spaces; None: all.
+        n_rows: Rows of a space, draw by draw.
+
+    Returns:
+        (N,) and (n_rows,), each None if there is none.
+
+    Raises:
+        ValueError: If a group has no point in the spaces.
+    """
+    of_points = make_groups(config, data) if config["pseudo_label_weight"] else None
+    group = make_groups(config, data, index) if of_points is None else of_points[_all_or(index)]
+    if group is None:
+        return None, None
+    if index is not None and len(found := group.unique()) < config["n_clusters"]:
+        raise ValueError(
+            f"{len(found)} of {config['n_clusters']} groups of the training points have points among "
+            f"the {len(group)} in the spaces: raise spaces.n_train, or lower cpmm.n_clusters"
+        )
+    return of_points, group.repeat(n_rows // len(group))
+
+
+def _all_or(index: Tensor | None) -> Tensor | slice:
+    return slice(None) if index is None else index
+
+
+def _fine_tuning_rows(
+    config: Mapping[str, Any], data: DataSplits, group: Tensor | None, generator: torch.Generator
+) -> Rows:
+    n, n_points, n_draws = len(data.raw["train"]), config["n_points"], config["n_draws"]
+    if n_points is not None and n_points > n:
+        raise ValueError(
+            f"cpmm.n_points is {n_points}: expected at most {n}, the training points, or null for all"
+        )
+    index = None if n_points is None else torch.randperm(n, generator=generator)[:n_points]
+    rows = {"x": data.draw(n_draws, generator, index)}
+    if group is not None:
+        rows["group"] = group[_all_or(index)].repeat(n_draws)
+    if config["consistency_weight"]:
+        views = make_views(config, data)
+        seen = [data.draw_views(views, generator, index) for _ in range(n_draws)]
+        rows["view"] = torch.cat(seen)
+    return Rows(**rows)

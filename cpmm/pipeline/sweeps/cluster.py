@@ -1,0 +1,241 @@
+"""Ray for a sweep: one of our own, or a running cluster; with time-outs where it could hang."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from cpmm.pipeline.config.code import PACKAGE
+
+REFUSED = "InvalidAuthToken"  # in what Ray says where a token is missing or wrong
+OUTER_CPU = 0.01  # of a trial whose workers train together, taken from theirs; Tune refuses 0
+SPARE_BYTES = 256 * 2**20  # of the object store, beside the inputs
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    # Our records say what is done; Tune's own state is written, but never read again.
+    "TUNE_GLOBAL_CHECKPOINT_S": "600",
+    "RAY_AIR_NEW_OUTPUT": "0",  # our own table instead
+    # Reports from a curriculum's spaces, and signs of life, have no density to compare trials by.
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the sweep, not Tune's part of it alone
+    "RAY_TRAIN_V2_ENABLED": "1",
+}
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Check what the table of options cannot say of the section ``ray``.
+
+    Raises:
+        ValueError: If the address is one that a sweep cannot use.
+    """
+    if str(options["address"]).startswith("ray://"):
+        raise ValueError(
+            f"ray.address is {options['address']!r}, a Ray client's: run the sweep on a node of the cluster, "
+            "with ray.address=auto"
+        )
+
+
+def prepare_environment(options: dict[str, Any]) -> None:
+    """Set what Ray reads from the environment when it is imported: call this before.
+
+    A Ray of our own listens on the loopback interface alone. A running cluster is asked whether it wants
+    a token: attached to in the wrong mode, it refuses, or lets in and then loses every worker.
+
+    Raises:
+        ConnectionError: If no cluster answers in time.
+    """
+    address = _address(options)
+    chosen = dict(ENVIRONMENT)
+    if address is None:
+        chosen["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    else:
+        chosen["RAY_AUTH_MODE"] = _find_mode(address, options["connect_seconds"])
+    for name, value in chosen.items():
+        os.environ.setdefault(name, value)
+
+
+def _address(options: dict[str, Any]) -> str | None:
+    """Address of a running cluster, None for a Ray of our own."""
+    address = options["address"] or os.environ.get("RAY_ADDRESS")
+    return None if address in (None, "", "local") else address
+
+
+@contextmanager
+def connected(options: dict[str, Any], input_bytes: int, cpus_at_least: float) -> Iterator[str]:
+    """Start Ray, or attach to a running cluster, for the time of a sweep; the environment is prepared.
+
+    Args:
+        options: The section ``ray``.
+        input_bytes: What the object store must hold.
+        cpus_at_least: A Ray of our own offers as many CPUs, even if the machine has fewer.
+
+    Yields:
+        A line that says what was started or found.
+
+    Raises:
+        ConnectionError: If no cluster answers in time.
+    """
+    import ray
+
+    address = _address(options)
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    started = time.monotonic()
+    if address is not None:
+        try:
+            context = ray.init(address=address, runtime_env=_code(), **quiet)
+        except (ConnectionError, RuntimeError) as error:
+            raise ConnectionError(
+                f"cannot attach to the Ray cluster at {address}: {error}"
+            ) from error
+        what = f"attached to {context.address_info['gcs_address']}"
+    else:
+        store = options["object_store_gb"]
+        size = int(store * 2**30) if store else int(1.25 * input_bytes) + SPARE_BYTES
+        context = ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, int(-(-cpus_at_least // 1))),
+            object_store_memory=size,
+            include_dashboard=options["dashboard"],
+            dashboard_host="127.0.0.1",
+            **quiet,
+        )
+        what = "started Ray"
+        if context.dashboard_url:
+            what += f", dashboard http://{context.dashboard_url} (`ray get-auth-token` prints its token)"
+    # Ray's own handler dumps stacks and aborts; set after ray.init, this one ends like Ctrl-C.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        total = ray.cluster_resources()
+        nodes = sum(node["Alive"] for node in ray.nodes())
+        yield (
+            f"{what} | {nodes} node{'s' if nodes > 1 else ''}, {total.get('CPU', 0):g} CPUs, "
+            f"{total.get('GPU', 0):g} GPUs | {time.monotonic() - started:.1f} s"
+        )
+    finally:
+        ray.shutdown()
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def resources(options: dict[str, Any]) -> dict[str, float]:
+    """CPUs and GPUs of one worker: a GPU each if the cluster has any and nothing else is asked."""
+    import ray
+
+    gpus = options["gpus"]
+    if gpus is None:
+        gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
+    return {"CPU": options["cpus"], "GPU": gpus}
+
+
+def wait_for_resources(worker: dict[str, float], options: dict[str, Any]) -> None:
+    """Wait until some node of the cluster could hold a worker.
+
+    Raises:
+        TimeoutError: If none can after ``ray.resources_seconds``.
+    """
+    import ray
+
+    deadline = time.monotonic() + options["resources_seconds"]
+    needed = {name: amount for name, amount in worker.items() if amount}
+    while True:
+        offers = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if any(all(o.get(n, 0) >= a for n, a in needed.items()) for o in offers):
+            return
+        if time.monotonic() > deadline:
+            offered = [{n: o.get(n, 0) for n in ("CPU", "GPU")} for o in offers]
+            raise TimeoutError(
+                f"a trial's worker asks for {needed}, but no node offers that ({offered}): lower ray.cpus "
+                "or ray.gpus, or add a node"
+            )
+        time.sleep(1)
+
+
+def n_at_once(worker: dict[str, float], options: dict[str, Any]) -> int:
+    """Number of trials that fit into the cluster now, all their workers counted, at least one."""
+    import ray
+
+    total = ray.cluster_resources()
+    fits = min(total.get(name, 0) / amount for name, amount in worker.items() if amount)
+    return max(1, int(fits / options["workers"] + 1e-6))
+
+
+def _find_mode(address: str, seconds: float) -> str:
+    """Find out with which ``RAY_AUTH_MODE`` the cluster answers: disabled, or token.
+
+    It is asked by processes of their own, since a half-dead head can hang whoever asks.
+    """
+    print(f"sweep | asking the Ray cluster at {address}", flush=True)
+    given = os.environ.get("RAY_AUTH_MODE")
+    deadline = time.monotonic() + seconds
+    refused = _refused(address, seconds)
+    answer = refused
+    for mode in [] if refused else [given] if given else ["disabled", "token"]:
+        answer = _ask(address, mode, deadline)
+        if answer is None:
+            return mode
+        if REFUSED not in answer or mode == "token":
+            break
+    if time.monotonic() > deadline:
+        answer = f"no answer within {seconds} s, ray.connect_seconds"
+    raise ConnectionError(
+        f"cannot attach to a Ray cluster at {address} ({answer}): start one with `ray start --head`, correct "
+        "ray.address or RAY_ADDRESS, or leave both out for a Ray of the sweep's own; a cluster with tokens "
+        "needs its token here, in ~/.ray/auth_token or RAY_AUTH_TOKEN"
+    )
+
+
+def _refused(address: str, seconds: float) -> str | None:
+    """Whether nothing listens at ``host:port``: Ray itself would try for most of a minute."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        return None
+    try:
+        socket.create_connection((host, int(port)), timeout=seconds).close()
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def _ask(address: str, mode: str, deadline: float) -> str | None:
+    """Ask a cluster for its health; None if it is well, else what was said."""
+    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check"]
+    command += [] if address == "auto" else ["--address", address]
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(
+            command,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "RAY_AUTH_MODE": mode},
+        )
+        while process.poll() is None:
+            said.seek(0)
+            # It would try again for 20 s.
+            if time.monotonic() > deadline or REFUSED in said.read():
+                process.kill()
+                process.wait()
+            time.sleep(0.1)
+        said.seek(0)
+        lines = [line for line in said.read().splitlines() if line.strip()]
+    if process.returncode == 0:
+        return None
+    refused = [line for line in lines if REFUSED in line]
+    return (refused or lines or ["no reason given"])[-1].strip()
+
+
+def _code() -> dict[str, Any]:
+    """Send our package to the workers of a cluster: they need no checkout."""
+    return {
+        "py_modules": [str(PACKAGE)],
+        "excludes": ["__pycache__"],
+        "env_vars": {"RAY_TRAIN_V2_ENABLED": "1", "RAY_CHDIR_TO_TRIAL_DIR": "0"},
+    }

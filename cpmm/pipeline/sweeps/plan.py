@@ -1,0 +1,436 @@
+"""What a sweep runs: rows from conf/sweep/, trials from rows and seeds, each a list of overrides."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cpmm.pipeline.config import Config
+from cpmm.pipeline.config.compose import compose_preset, flatten
+from cpmm.pipeline.config.fingerprints import fingerprint, mark_model, marks_of_inputs
+from cpmm.pipeline.config.schema import BASELINES
+
+SECTIONS = ("name", "seeds", "overrides", "parts", "search", "scheduler", "claims")
+SEARCHES = ("grid", "random", "optuna")
+SCHEDULERS = ("fifo", "asha")
+CLAIM = {"claim", "metric", "better", "worse", "paper"}
+METRICS = ("validation", "density", "accuracy", "nmi", "ari", "purity", "failed")
+# What tables call by these names is not an axis.
+TAKEN = {
+    "part", "row", "n", "n_failed", "n_stopped", "seed", "seeds", "status", *METRICS, "steps",
+    "seconds", "seconds_10k", "memory_gb", "n_parameters", "auroc", "aupr", "auroc_data",
+    "aupr_data", "reason", "command", "fingerprint", "failures",
+}  # fmt: skip
+NO_DENSITY = ("autoencoder", "kmeans", "vade")  # kinds of conf/baselines/
+DISTRIBUTIONS = ("uniform", "loguniform", "integer", "choice")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training run of a sweep.
+
+    Attributes:
+        preset: Whose configuration it starts from.
+        row: The values of the sweep's axes, the same for all seeds of a row.
+        seed: ``cpmm.seed``.
+        overrides: In Hydra's syntax, on the preset's committed configuration; with the preset they
+            make the trial's whole configuration.
+        config: Composed from them.
+        mark: Fingerprint of everything that decides the result, code included.
+    """
+
+    preset: str
+    row: tuple[tuple[str, str], ...]
+    seed: int
+    overrides: tuple[str, ...]
+    config: Config
+    mark: str
+
+    @property
+    def inputs(self) -> tuple[str, str | None]:
+        """Fingerprints of the data and the spaces it trains on."""
+        return marks_of_inputs(self.config)
+
+    @property
+    def label(self) -> str:
+        """Values of the row, for people; a number says what it is of."""
+        words = [
+            f"{name}={value}" if _is_number(value) else value
+            for name, value in self.row
+            if value != "-"
+        ]
+        return " ".join(words) or "-"
+
+    @property
+    def name(self) -> str:
+        """Row and seed, for people."""
+        return f"{self.label}, seed {self.seed}"
+
+    @property
+    def command(self) -> str:
+        """The command that repeats this trial, without Ray."""
+        words = [f"preset={self.preset}", *self.overrides]
+        return " ".join(["python workflows/trial.py", *map(shlex.quote, words)])
+
+
+def plan_trials(
+    preset: str, sweep: Config, base: Sequence[str], overrides: Sequence[str], code: str
+) -> list[Trial]:
+    """Expand a sweep into its trials, row by row and seed by seed.
+
+    Args:
+        preset: Name of a file of conf/preset/.
+        sweep: The section ``sweep``.
+        base: Overrides of the preset, on which the sweep's own come.
+        overrides: Of the user, on every trial; they overrule the sweep's own.
+        code: Fingerprint of the code that trains.
+
+    Raises:
+        ValueError: If the sweep or one of its rows is at fault; names the row.
+    """
+    check(sweep)
+    _forbid_axes(sweep, overrides)
+    common = [*base, *flatten_options(sweep["overrides"] or {})]
+    rows = [(part, axes, [*own, *overrides, *values]) for part, axes, own, values in _rows(sweep)]
+    seeds = {
+        part: (options or {}).get("seeds", sweep["seeds"])
+        for part, options in sweep["parts"].items()
+    }
+    configs = []
+    for part, axes, values in rows:
+        words = [("part", part)] if part else []
+        named = ", ".join(f"{k}={v}" for k, v in [*words, *axes.items()]) or "1"
+        try:
+            configs.append(compose_preset(preset, [*common, *values]))
+            _forbid_seed([*common, *values])
+            if sweep["search"]["kind"] == "optuna":  # what it may suggest must compose, too
+                for corner in _corners(sweep["search"]["space"]):
+                    compose_preset(preset, [*common, *flatten_options(corner)])
+        except ValueError as error:
+            raise ValueError(f"sweep {sweep['name']}, row {named}: {error}") from error
+    axes_shown = list(dict.fromkeys(name for _, axes, _ in rows for name in axes))
+    short = shorten(axes_shown)
+    several = len({part for part, _, _ in rows}) > 1
+    described = []
+    for (part, axes, _), config in zip(rows, configs, strict=True):
+        row = {"part": part} if several else {}
+        row |= {
+            short[name]: axes[name] if name in axes else _configured(config, name)
+            for name in axes_shown
+        }
+        described.append(row)
+    shown = [tuple((name, show(value)) for name, value in row.items()) for row in described]
+    if len(set(shown)) < len(shown):  # values that differ in a later digit
+        shown = [tuple((name, str(value)) for name, value in row.items()) for row in described]
+    trials = [
+        make_trial(preset, row, seed, [*common, *values], config, code)
+        for (part, _, values), row, config in zip(rows, shown, configs, strict=True)
+        for seed in range(seeds.get(part, sweep["seeds"]))
+    ]
+    twice = {trial.mark: trial for trial in trials}
+    if len(twice) < len(trials):
+        seen = [trial for trial in trials if twice[trial.mark] is not trial]
+        raise ValueError(
+            f"sweep {sweep['name']}: {seen[0].name!r} and {twice[seen[0].mark].name!r} are the same trial: "
+            "take one of them out"
+        )
+    return trials
+
+
+def make_trial(
+    preset: str,
+    row: tuple[tuple[str, str], ...],
+    seed: int,
+    overrides: Sequence[str],
+    config: Config,
+    code: str,
+) -> Trial:
+    """Make the trial of a row and a seed from the row's composed configuration."""
+    config = {**config, "cpmm": {**config["cpmm"], "seed": seed}}
+    mark = fingerprint("trial", mark_model(config), config["evaluation"]["ood"], code)
+    last = {item.split("=")[0]: item for item in overrides}  # what is overruled says nothing
+    kept = [item for item in overrides if last[item.split("=")[0]] is item]
+    return Trial(preset, row, seed, (*kept, f"cpmm.seed={seed}"), config, mark)
+
+
+def suggested_trial(trial: Trial, values: Mapping[str, Any], code: str) -> Trial:
+    """Change a trial by what a searcher suggests: values of plain options."""
+    config = trial.config
+    for option, value in values.items():
+        config = set_option(config, option, value)
+    short = shorten(list(values))
+    row = tuple((short[option], show(value, 6)) for option, value in values.items())
+    overrides = [item for item in trial.overrides[:-1] if item.split("=")[0] not in values] + list(
+        flatten_options(values)
+    )
+    return make_trial(trial.preset, row, trial.seed, overrides, config, code)
+
+
+def set_option(config: Config, option: str, value: Any) -> Config:
+    """Return the configuration with one dotted option changed.
+
+    Raises:
+        ValueError: If there is no such option, or it is a whole section.
+    """
+    head, _, rest = option.partition(".")
+    if head not in config or bool(rest) != isinstance(config[head], Mapping):
+        raise ValueError(f"sweep.search.space: the configuration has no option {option!r}")
+    return {**config, head: set_option(config[head], rest, value) if rest else value}
+
+
+def get_option(config: Config, option: str) -> Any:
+    """Return the value of a dotted option, None if there is none."""
+    for part in option.split("."):
+        config = config.get(part) if isinstance(config, Mapping) else None
+    return config
+
+
+def check(sweep: Config) -> None:
+    """Check a sweep's own options.
+
+    Raises:
+        ValueError: If one is unknown or out of range.
+    """
+    name = sweep.get("name")
+    if not isinstance(name, str) or not name.replace("_", "").replace("-", "").isalnum():
+        raise ValueError(f"sweep.name is {name!r}: expected letters, digits, - and _")
+    if unknown := sorted(set(sweep) - set(SECTIONS)):
+        raise ValueError(f"sweep {name}: unknown {unknown}: choose among {', '.join(SECTIONS)}")
+    search, scheduler = sweep["search"], sweep["scheduler"]
+    for key, value, known in (
+        ("search.kind", search["kind"], SEARCHES),
+        ("scheduler.kind", scheduler["kind"], SCHEDULERS),
+    ):
+        if value not in known:
+            raise ValueError(f"sweep.{key} is {value!r}: choose one of {', '.join(known)}")
+    _check_numbers(sweep)
+    _check_parts(sweep)
+    _check_claims(sweep["claims"])
+    if search["kind"] == "grid":
+        return
+    if sweep["parts"] or not search["space"]:
+        raise ValueError(f"sweep {name}: a {search['kind']} search has a search.space and no parts")
+    for option, distribution in search["space"].items():
+        _check_distribution(option, distribution)
+    if search["kind"] == "optuna" and sweep["seeds"] > 1:
+        raise ValueError("an optuna search trains each suggestion once: set sweep.seeds=1")
+
+
+def check_models(trials: Sequence[Trial], sweep: Config, n_workers: int) -> None:
+    """Check that a sweep's models can be trained and compared as it is to do.
+
+    Args:
+        trials: All of the sweep; for a searcher, the one that it changes.
+        sweep: The section ``sweep``.
+        n_workers: ``ray.workers``.
+
+    Raises:
+        ValueError: If not; names the models.
+    """
+    search, asha = sweep["search"], sweep["scheduler"]["kind"] == "asha"
+    models = {trial.config["model"] for trial in trials}
+    if search["kind"] == "optuna" and "model" in search["space"]:
+        models = set(map(str, search["space"]["model"]["choice"]))
+    if n_workers > 1 and (others := sorted(models - {"cpmm"})):
+        raise ValueError(
+            f"ray.workers is {n_workers}, but workers train together cpmm alone, and sweep {sweep['name']} has "
+            f"model {', '.join(others)}: set ray.workers=1, or leave it out"
+        )
+    blind = sorted(model for model in models if BASELINES.get(model) in NO_DENSITY)
+    if blind and (asha or search["kind"] == "optuna"):
+        by = "scheduler.kind is 'asha'" if asha else "search.kind is 'optuna'"
+        raise ValueError(
+            f"sweep.{by}, which compares trials by validation density, but model {', '.join(blind)} has none: "
+            "leave it out, or set sweep.search.kind to grid or random and sweep.scheduler.kind=fifo"
+        )
+
+
+def _check_numbers(sweep: Config) -> None:
+    for key, value in (
+        ("seeds", sweep["seeds"]),
+        ("search.n_samples", sweep["search"].get("n_samples", 1)),
+    ):
+        if not _is_whole(value) or value < 1:
+            raise ValueError(f"sweep.{key} is {value!r}: expected a whole number of at least 1")
+
+
+def _check_parts(sweep: Config) -> None:
+    for part, options in _parts(sweep).items():
+        if not isinstance(options, Mapping) or set(options) - {"overrides", "grid", "seeds"}:
+            raise ValueError(
+                f"sweep.parts.{part}: expected overrides, grid and seeds, got {options!r}"
+            )
+        if "seeds" in options and (not _is_whole(options["seeds"]) or options["seeds"] < 1):
+            raise ValueError(
+                f"sweep.parts.{part}.seeds is {options['seeds']!r}: expected a whole number of at least 1"
+            )
+        for axis, values in (options.get("grid") or {}).items():
+            if not isinstance(values, list | Mapping) or not values:
+                raise ValueError(
+                    f"sweep.parts.{part}.grid.{axis} is {values!r}: expected a list of values, or a "
+                    "mapping from labels to overrides"
+                )
+
+
+def _check_claims(claims: Sequence[Any]) -> None:
+    for claim in claims:
+        if not isinstance(claim, Mapping) or set(claim) != CLAIM:
+            raise ValueError(f"sweep.claims: expected {', '.join(sorted(CLAIM))}, got {claim!r}")
+        if claim["metric"] not in METRICS:
+            raise ValueError(
+                f"sweep.claims: metric is {claim['metric']!r}: choose one of {', '.join(METRICS)}"
+            )
+
+
+def flatten_options(options: Mapping[str, Any]) -> list[str]:
+    """Write options with dotted or nested names as Hydra's overrides."""
+    return list(flatten(options))
+
+
+def shorten(options: Sequence[str]) -> dict[str, str]:
+    """Call each option by its last name, or by its whole name where two would be called the same."""
+    short = {option: option.removesuffix(".kind").rsplit(".", 1)[-1] for option in options}
+    names = list(short.values())
+    long = {option: f"config.{option}" if option in TAKEN else option for option in options}
+    return {
+        option: name if names.count(name) == 1 and name not in TAKEN else long[option]
+        for option, name in short.items()
+    }
+
+
+def show(value: Any, digits: int = 4) -> str:
+    """Write a value for a table."""
+    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
+
+
+def _rows(sweep: Config) -> Iterator[tuple[str, dict[str, Any], list[str], list[str]]]:
+    """Give part, axis values, overrides of the part and overrides of the axes for each row."""
+    search = sweep["search"]
+    if search["kind"] == "optuna":
+        yield "", {}, [], []
+    elif search["kind"] == "random":
+        generator = np.random.default_rng(search["seed"])
+        known: list[dict[str, Any]] = []
+        for _ in range(100 * search["n_samples"]):
+            values = {name: _draw(d, generator) for name, d in search["space"].items()}
+            if values not in known:  # of a small space there may be fewer than asked for
+                known.append(values)
+                yield "", values, [], flatten_options(values)
+            if len(known) == search["n_samples"]:
+                return
+    else:
+        for part, options in (_parts(sweep) or {"": {}}).items():
+            common = flatten_options(options.get("overrides") or {})
+            axes = [list(_axis(name, v)) for name, v in (options.get("grid") or {}).items()]
+            for point in itertools.product(*axes):
+                yield (
+                    part,
+                    {name: label for name, label, _ in point},
+                    common,
+                    list(itertools.chain.from_iterable(o for _, _, o in point)),
+                )
+
+
+def _parts(sweep: Config) -> dict[str, Any]:
+    """The parts that are not left out."""
+    return {name: part for name, part in sweep["parts"].items() if part is not None}
+
+
+def _axis(name: str, values: list | Mapping[str, Any]) -> Iterator[tuple[str, Any, list[str]]]:
+    if isinstance(values, Mapping):
+        for label, overrides in values.items():
+            yield name, label, flatten_options(overrides)
+    else:
+        for value in values:
+            yield name, value, flatten_options({name: value})
+
+
+def _configured(config: Config, option: str) -> Any:
+    """What a row without an axis has: the value in its configuration, if the axis is an option."""
+    value = get_option(config, option)
+    return "-" if value is None or isinstance(value, Mapping) else value
+
+
+def _corners(space: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Suggestions at both ends of every distribution."""
+    for end in (0, -1):
+        yield {
+            option: values[end]
+            for option, distribution in space.items()
+            for values in distribution.values()
+        }
+
+
+def _forbid_axes(sweep: Config, overrides: Sequence[str]) -> None:
+    swept = set(sweep["search"]["space"] or {})
+    for part in _parts(sweep).values():
+        swept |= set(part.get("grid") or {})
+    for item in overrides:
+        if item.lstrip("+").split("=")[0] in swept:
+            raise ValueError(
+                f"sweep {sweep['name']}: {item} is one of its axes: leave it out, or change the sweep"
+            )
+
+
+def _forbid_seed(overrides: Sequence[str]) -> None:
+    for item in overrides:
+        if item.lstrip("+").split("=")[0] == "cpmm.seed":
+            raise ValueError(
+                f"{item} cannot be set: a sweep gives its trials seeds 0, 1, ... (sweep.seeds)"
+            )
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _draw(distribution: Mapping[str, Any], generator: np.random.Generator) -> Any:
+    ((kind, values),) = distribution.items()
+    if kind == "choice":
+        return values[int(generator.integers(len(values)))]
+    low, high = values
+    if kind == "integer":
+        return int(generator.integers(low, high + 1))
+    if kind == "uniform":
+        return float(generator.uniform(low, high))
+    return float(math.exp(generator.uniform(math.log(low), math.log(high))))
+
+
+def _check_distribution(option: str, distribution: Any) -> None:
+    kinds = list(distribution) if isinstance(distribution, Mapping) else []
+    if len(kinds) != 1 or kinds[0] not in DISTRIBUTIONS:
+        raise ValueError(
+            f"sweep.search.space.{option} is {distribution!r}: expected one of "
+            f"{', '.join(DISTRIBUTIONS)} with its values"
+        )
+    kind, values = kinds[0], distribution[kinds[0]]
+    allowed = _is_whole if kind == "integer" else lambda v: isinstance(v, int | float)
+    numbers = isinstance(values, list) and all(map(allowed, values))
+    if kind == "choice":
+        good = isinstance(values, list) and bool(values)
+    else:
+        good = numbers and len(values) == 2 and values[0] < values[1]
+        good = good and (kind != "loguniform" or values[0] > 0)
+    if not good:
+        raise ValueError(
+            f"sweep.search.space.{option}.{kind} is {values!r}: expected "
+            + (
+                "a list of values"
+                if kind == "choice"
+                else "two numbers [low, high], low first, whole for integer"
+            )
+        )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,138 @@
+"""A pipeline small enough to run whole in seconds."""
+
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import cpmm.pipeline.stage
+from cpmm.pipeline.config.compose import compose_preset
+from cpmm.pipeline.sweeps.inputs import locate_inputs, open_inputs
+from cpmm.pipeline.sweeps.trial import run_trial
+
+ROOT = Path(__file__).resolve().parents[2]
+STAGES = (
+    "prepare_data",
+    "train_teacher",
+    "build_spaces",
+    "train_cpmm",
+    "extract_mixture",
+    "evaluate",
+    "report",
+)
+TINY = [
+    "trainer.accelerator=cpu",
+    "trainer.threads=1",
+    "teacher.field.width=16",
+    "teacher.field.depth=1",
+    "teacher.flow_matching_epochs=3",
+    "teacher.solver.n_steps=4",
+    "teacher.n_draws=1",
+    "spaces.n_spaces=5",
+    "spaces.n_draws=1",
+    "cpmm.field.width=8",
+    "cpmm.field.depth=1",
+    "cpmm.solver.n_steps=2",
+    "cpmm.epochs_per_space=1",
+    "cpmm.fine_tune_epochs=2",
+    "cpmm.n_draws=1",
+    "cpmm.n_pseudotimes=3",
+    "mixture.n_pseudotimes=3",
+    "evaluation.direct.epochs=2",
+    "evaluation.direct.n_draws=1",
+    "evaluation.discretizations=[3,5]",
+    "evaluation.teacher_solver.method=rk4",
+]
+
+
+@pytest.fixture
+def make_folder(tmp_path):
+    """Make ``<name>/config.yaml`` of a tiny pipeline and return its folder."""
+
+    def make(preset, *overrides, name=None):
+        folder = tmp_path / (name or preset)
+        folder.mkdir(exist_ok=True)
+        config = compose_preset(preset, [*TINY, *overrides])
+        (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        return folder
+
+    return make
+
+
+def stage_command(stage, folder):
+    return [sys.executable, str(ROOT / "workflows" / f"{stage}.py"), str(folder / "config.yaml")]
+
+
+def copy_project(folder, overrides):
+    """Copy the project, without what it has made, with overrides of its own in params.yaml."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    for file in listed.stdout.splitlines():
+        if file != "dvc.lock" and not file.startswith("data/") and (ROOT / file).is_file():
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / file, folder / file)
+    subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
+    nested = {}
+    for item in overrides:
+        *groups, last = item.split("=")[0].split(".")
+        place = nested
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[last] = yaml.safe_load(item.split("=", 1)[1])
+    params = {"presets": ["digits"], "sweeps": ["table2"], "baselines": [], "compared": []}
+    params["overrides"] = nested
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    return folder
+
+
+def project_environment(folder):
+    """Environment in which a copy of the project runs its own code, with this Python."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return os.environ | {"PATH": path, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+
+
+def make_inputs(folder, options):
+    """Make data, teacher and spaces of digits in ``folder``, by the stages; return it."""
+    config = compose_preset("digits", options)
+    for stage in STAGES[:3]:
+        importlib.import_module(f"workflows.{stage}").main(folder, config)
+    return folder
+
+
+def train_trial(home, scratch, options, **how):
+    """Run a trial of digits on the inputs in ``home``; return its record and its folder."""
+    config = compose_preset("digits", options)
+    scratch.mkdir(exist_ok=True)
+    inputs = open_inputs(locate_inputs(config, home))
+    return run_trial(config, *inputs, "mark", scratch, **{"quiet": True} | how), scratch
+
+
+def check_last_step(module):
+    """A listener: the steps that were told to come are those that came."""
+    if module.current_epoch + 1 == module.n_epochs:
+        assert module.global_step == module.n_steps
+
+
+@pytest.fixture
+def run_stage(capsys, monkeypatch):
+    """Run a stage as its command does, in this process; return its exit status and what it printed."""
+
+    def run(stage, folder):
+        module = importlib.import_module(f"workflows.{stage}")
+        monkeypatch.setattr(sys, "argv", [f"{stage}.py", str(folder / "config.yaml")])
+        capsys.readouterr()
+        try:
+            cpmm.pipeline.stage.run_stage(module.main, module.__doc__)
+            status = 0
+        except SystemExit as end:
+            status = end.code
+        return status, *capsys.readouterr()
+
+    return run

@@ -1,0 +1,286 @@
+import hashlib
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from cpmm.initialization import GROUPINGS
+from cpmm.odes import FIXED_STEP
+from cpmm.pipeline.config import schema
+from cpmm.pipeline.config.compose import (
+    compose_preset,
+    flatten,
+    missing_outside,
+    overrides_of,
+    read_overrides,
+    split_preset,
+)
+from cpmm.pipeline.config.fingerprints import mark_prepared
+from workflows import compose, prepare_data
+
+PRESETS = sorted(path.stem for path in (ROOT / "conf" / "preset").glob("*.yaml"))
+
+
+def test_nested_overrides_become_hydra_syntax():
+    nested = {
+        "teacher": {"field": {"width": 9}},
+        "seed": 3,
+        "spaces": "noise",
+        "a": [1, "b c"],
+        "n": None,
+    }
+    assert list(flatten(nested)) == [
+        "teacher.field.width=9", "seed=3", "spaces=noise", "a=[1,'b c']", "n=null",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_composes_and_keeps_its_name(preset):
+    needs = {"csv": ["data.options.path=x.csv"], "npy": ["data.options.path=x.npy"]}
+    config = compose_preset(preset, needs.get(preset, []))
+    assert config["name"] == preset
+    assert yaml.safe_load(yaml.safe_dump(config)) == config
+
+
+def test_a_file_that_was_edited_is_another_configuration(tmp_path):
+    path = tmp_path / "table.csv"
+    overrides = [f"data.options.path={path}"]
+    assert (
+        "digests" not in compose_preset("csv", overrides)["data"]
+    )  # to be missed where it is read
+    marks = set()
+    for text in ("a,b\n1,2\n", "a,b\n1,3\n"):
+        path.write_text(text)
+        config = compose_preset("csv", overrides)
+        assert config["data"]["digests"] == {"path": hashlib.sha256(text.encode()).hexdigest()}
+        marks.add(mark_prepared(config))
+    assert len(marks) == 2
+    path.write_text("a,b\n" + "1,2\n3,4\n" * 300)
+    with pytest.raises(
+        ValueError, match=r"table\.csv \(data\.options\.path\) has changed since .* config@csv"
+    ):
+        prepare_data.main(tmp_path, config)
+    assert "digests" not in compose_preset("digits", [])["data"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            ["cpmm.initialization.kind=random"],
+            r"pseudo_label_spaces is \d+, .*'random' makes no groups",
+        ),
+        (["cpmm.weight_knots=90"], "weight_knots is 90: a solver of 4 steps"),
+    ],
+)
+def test_what_options_say_together_is_checked_when_they_are_composed(overrides, said):
+    with pytest.raises(ValueError, match=said):
+        compose_preset("digits", overrides)
+
+
+def test_the_table_of_options_knows_the_methods_names():
+    assert (schema.FIXED_STEP, schema.GROUPINGS) == (FIXED_STEP, GROUPINGS)
+
+
+def test_an_override_changes_its_value_alone():
+    plain, changed = (
+        compose_preset("digits", []),
+        compose_preset("digits", ["teacher.batch_size=7"]),
+    )
+    assert changed["teacher"].pop("batch_size") == 7
+    plain["teacher"].pop("batch_size")
+    assert plain == changed
+
+
+def test_a_group_override_swaps_the_group():
+    assert compose_preset("digits", ["spaces=noise"])["spaces"]["kind"] == "noise"
+
+
+@pytest.mark.parametrize(
+    ("preset", "override", "named"),
+    [
+        ("digit", "seed=0", "unknown preset 'digit'"),
+        ("digits", "teacher.epocs=9", "epocs"),
+        ("digits", "spaces=nose", "nose"),
+        ("digits", "cpmm.field.width", "cpmm.field.width"),
+    ],
+)
+def test_a_typo_is_named(preset, override, named):
+    with pytest.raises(ValueError, match=r"cannot be composed|unknown preset") as error:
+        compose_preset(preset, [override])
+    assert named in str(error.value)
+
+
+def test_the_command_ends_with_one_line(tmp_path):
+    command = [sys.executable, ROOT / "workflows" / "compose.py", "digit", tmp_path / "c.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("config: error: unknown preset 'digit': choose one of ")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "c.yaml").exists()
+
+
+def test_a_data_set_to_be_told_apart_is_looked_for_before_anything_runs(
+    tmp_path, monkeypatch, capsys
+):
+    cache = f"evaluation.ood.options.cache={tmp_path / 'none'}"  # of a download that never was
+    folder = f"evaluation.ood.options.folder={tmp_path}"
+
+    def missing(*overrides: str) -> str | None:
+        return missing_outside(compose_preset("fashion_mnist_cpu", [cache, *overrides]))
+
+    assert re.search(r"ood is mnist, and .* is missing .* evaluation\.ood to null", missing(folder))
+    assert missing() is not None
+    assert missing("evaluation.ood.options.mirror=http://localhost") is None
+    assert missing("evaluation.ood=null") is None
+    assert missing_outside(compose_preset("digits", [])) is None
+    options = compose_preset("fashion_mnist_cpu", [])["evaluation"]["ood"]["options"]
+    for name in options["files"].values():
+        (tmp_path / name.removesuffix(".gz")).touch()
+    assert missing(folder) is None
+
+    monkeypatch.setattr(compose, "read_overrides", lambda preset: [cache])
+    target = tmp_path / "config.yaml"
+    monkeypatch.setattr(sys, "argv", ["compose.py", "fashion_mnist_cpu", str(target)])
+    compose.main()
+    assert target.is_file()
+    assert "config: warning: evaluation.ood is mnist" in capsys.readouterr().err
+
+
+def test_overrides_named_after_a_preset_are_its_own():
+    overrides = {"seed": 3, "csv": {"data": {"options": {"path": "x.csv"}}}}
+    assert overrides_of("digits", overrides) == ["seed=3"]
+    assert overrides_of("csv", overrides) == ["seed=3", "data.options.path='x.csv'"]
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        (
+            "cpmm.n_factors=three",
+            "cpmm.n_factors is 'three': expected a whole number of at least 1",
+        ),
+        ("cpmm.curriculum=3", "cpmm.curriculum is 3: expected true or false"),
+        ("seed=true", "seed is True: expected a whole number of at least 0"),
+        ("spaces.dtype=16", "spaces.dtype is 16: choose one of float32, float16"),
+        ("cpmm.field=wide", "cpmm.field"),
+    ],
+)
+def test_a_value_of_another_type_is_named(override, named):
+    with pytest.raises(ValueError, match=named):
+        compose_preset("digits", [override])
+
+
+def test_a_missing_value_says_where_to_set_it():
+    with pytest.raises(ValueError, match=r"overrides\.csv\.data\.options\.path"):
+        compose_preset("csv", [])
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], ("digits", [])),
+        (["cpmm.seed=1", "preset=rings", "seed=2"], ("rings", ["cpmm.seed=1", "seed=2"])),
+        (["preset=rings", "preset=spiral"], ("spiral", [])),
+        (["data.options.path='preset=x'"], ("digits", ["data.options.path='preset=x'"])),
+        (["preset=a=b"], ("a=b", [])),
+    ],
+)
+def test_the_preset_is_taken_out_of_a_command_line(words, expected):
+    before = list(words)
+    assert split_preset(words) == expected
+    assert words == before
+
+
+def test_the_seed_of_training_is_that_of_all_unless_it_is_set():
+    for overrides, seeds in (
+        ([], (0, 0)),
+        (["seed=4"], (4, 4)),
+        (["cpmm.seed=3"], (0, 3)),
+        (["seed=4", "cpmm.seed=3"], (4, 3)),
+        (["cpmm.seed=3", "seed=4"], (4, 3)),
+    ):
+        config = compose_preset("digits", overrides)
+        assert (config["seed"], config["cpmm"]["seed"]) == seeds
+    with pytest.raises(ValueError, match=r"cpmm\.seed is 'one': expected a whole number"):
+        compose_preset("digits", ["cpmm.seed=one"])
+
+
+def test_a_sweep_is_composed_with_the_configuration_of_its_trials():
+    config = compose_preset("digits", ["sweep=random", "cpmm.noise=0.3", "ray.gpus=0.5"], "sweep")
+    sweep, ray = config.pop("sweep"), config.pop("ray")
+    assert config == compose_preset("digits", ["cpmm.noise=0.3"])
+    assert (sweep["name"], sweep["seeds"], sweep["search"]["kind"]) == ("random", 1, "random")
+    assert ray["gpus"] == 0.5
+    assert compose_preset("digits", [], "sweep")["sweep"]["name"] == "table2"
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("sweep=nose", "nose"),
+        ("sweep=default", "sweep.name"),
+        ("ray.workers=three", "ray.workers is 'three': expected a whole number"),
+        ("sweep.sedes=3", "sedes"),
+        ("ray.cpus=many", "ray.cpus is 'many': expected a number of at least 0.01"),
+        ("ray.reuse_actors=1", "ray.reuse_actors is 1: expected true or false"),
+        ("ray.cpu=2", "ray.cpu"),
+    ],
+)
+def test_a_typo_in_the_sweeps_options_is_named(override, named):
+    with pytest.raises(ValueError, match=named):
+        compose_preset("digits", [override], "sweep")
+
+
+def test_trials_know_nothing_of_the_sweep():
+    for override in ("sweep=table2", "ray.cpus=2"):
+        with pytest.raises(ValueError, match="cannot be composed"):
+            compose_preset("digits", [override])
+
+
+@pytest.mark.parametrize(
+    "text", ["a b", "it's", 'a "b", c=[1]', "a\\b", "a\\'b", "1e3", "null", "true", "größe"]
+)
+def test_text_comes_through_hydra_as_it_is(text):
+    (override,) = flatten({"data.options.path": text})
+    assert compose_preset("csv", [override])["data"]["options"]["path"] == text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "params.yaml is None: expected presets and overrides"),
+        ("[digits]", "expected presets and overrides"),
+        ("overrides: []", "overrides in params.yaml is []: expected a mapping"),
+        ("overrides: text", "overrides in params.yaml is 'text': expected a mapping"),
+        ("overrides: {rings: 3}", "overrides.rings in params.yaml is 3: expected a mapping"),
+        ("overrides: {3: 4}", "3 is not the name of an option"),
+        ("overrides: {seed=3: 4}", "'seed=3' is not the name of an option"),
+        (
+            "overrides: {cpmm: {seed: 2026-01-01}}",
+            "cpmm.seed is datetime.date(2026, 1, 1): expected",
+        ),
+        ("overrides: {seed: [{a: 1}]}", "seed is [{'a': 1}]: expected a number, text"),
+        ("overrides: {seed: 2026-99-99}", "params.yaml is not YAML: month must be in 1..12"),
+        ("overrides: {seed: 1", "params.yaml is not YAML: while parsing a flow mapping"),
+        ("overrides: &a {seed: *a}", "overrides in params.yaml contain themselves"),
+        ("overrides: {seed: &a [*a]}", "overrides in params.yaml contain themselves"),
+    ],
+)
+def test_params_that_cannot_be_overrides_are_named(tmp_path, text, message):
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        read_overrides("digits", path)
+    assert "\n" not in str(error.value)
+
+
+def test_params_are_read_as_they_are_written(tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_text("overrides: {seed: 3, cpmm: {}, csv: {data.options: {path: größe.csv}}}")
+    assert read_overrides("csv", path) == ["seed=3", "cpmm={}", "data.options.path='größe.csv'"]
+    path.write_text("presets: [digits]")
+    assert read_overrides("digits", path) == []

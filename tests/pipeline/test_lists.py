@@ -1,0 +1,37 @@
+"""Lists of the same things in several files."""
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from cpmm.pipeline.config.schema import BASELINES
+from cpmm.pipeline.scores.published import TITLES, published
+from workflows import compare
+
+
+def read(name):
+    return yaml.safe_load((ROOT / name).read_text())
+
+
+def test_every_baseline_is_in_conf_schema_sweep_and_table():
+    rows = {path.stem for path in (ROOT / "conf" / "baselines").glob("*.yaml")}
+    assert set(BASELINES) == rows
+    grids = [part["grid"]["model"] for part in read("conf/sweep/table1.yaml")["parts"].values()]
+    swept = sorted(model for models in grids for model in models)
+    assert swept == sorted({"cpmm", *rows})
+    members = [row for block in compare.BLOCKS.values() for row in block]
+    assert sorted(row.model for row in members if not row.evaluated) == swept
+    assert set(read("params.yaml")["baselines"]) <= rows
+
+
+@pytest.mark.parametrize("data", TITLES)
+def test_table_3_has_every_model_that_tells_data_apart(data):
+    told = {
+        "cpmm",
+        "refined_mixture",
+        "direct_mixture",
+        "matched_mixture",
+        "full_gaussian",
+        "teacher",
+    }
+    assert {f.model for f in published() if (f.table, f.data) == (3, data)} == told

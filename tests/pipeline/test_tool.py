@@ -1,0 +1,438 @@
+"""The command line on mixtures: every command, good and bad input, addresses of DVC repositories."""
+
+import gc
+import io
+import json
+import subprocess
+import sys
+import tempfile
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT, TINY
+from matplotlib.figure import Figure
+from PIL import Image
+
+from cpmm import figures
+from cpmm.cli import main as tool
+from cpmm.cli.address import located, split_address
+from cpmm.factor_analyzers import FactorAnalyzers
+from cpmm.fitted import FittedMixture
+from cpmm.mixture import Mixture
+from cpmm.pipeline.artifacts.store import load_prepared
+from cpmm.pipeline.config.compose import compose_preset
+from cpmm.preprocessing import Preprocessing
+from cpmm.seeds import seeded_generator
+from workflows import build_spaces, extract_mixture, prepare_data, train_cpmm, train_teacher
+
+STAGES = (prepare_data, train_teacher, build_spaces, train_cpmm, extract_mixture)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Mixtures of digits and of rings, to be read only."""
+    folder = tmp_path_factory.mktemp("made")
+    for preset, overrides in (("digits", []), ("rings", ["data.options.n=2200"])):
+        config = compose_preset(preset, [*TINY, *overrides])
+        for stage in STAGES:
+            stage.main(folder / preset, config)
+    return folder
+
+
+@pytest.fixture
+def cpmm(monkeypatch, capsys):
+    """Run a command in this process; return its exit status and what it printed."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["cpmm", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            tool.main()
+            status = 0
+        except SystemExit as end:
+            status = end.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_info_is_that_of_the_header(made, cpmm):
+    status, printed, _ = cpmm("info", made / "digits" / "mixture", "--json")
+    assert status == 0
+    values = json.loads(printed)
+    header = json.loads((made / "digits" / "mixture" / "mixture.json").read_text())
+    assert values["components"] == 30
+    assert values["fingerprint"] == header["fingerprint"]
+    assert "17 grey levels" in values["data"]
+    status, printed, _ = cpmm("info", made / "rings" / "mixture" / "mixture.safetensors")
+    assert "nats per dimension" in printed
+
+
+@pytest.mark.parametrize("ending", ["csv", "npy"])
+@pytest.mark.parametrize("preset", ["digits", "rings"])
+def test_scores_are_those_of_the_library_whatever_the_file(preset, ending, made, cpmm, tmp_path):
+    fitted = FittedMixture.load(made / preset / "mixture")
+    raw = load_prepared(made / preset / "prepared").raw["test"]
+    path, out = tmp_path / f"points.{ending}", tmp_path / "scores.csv"
+    if ending == "csv":  # in another order, beside a column of something else
+        table = pd.DataFrame(raw.numpy(), columns=list(fitted.feature_names))
+        table = table[table.columns[::-1]].assign(note="a, b")
+        table.to_csv(path, index=False)
+    else:
+        shape = (-1, *fitted.image_shape[1:]) if fitted.image_shape else raw.shape
+        np.save(path, raw.numpy().reshape(shape))
+    status, printed, said = cpmm(
+        "score", made / preset / "mixture", path, "--out", out, "--seed", 7, "--batch-size", 33
+    )
+    assert (status, printed) == (0, ""), said
+    expected = fitted.log_prob(raw, seeded_generator(7))
+    got = pd.read_csv(out)
+    assert got.columns.tolist() == ["log_prob", fitted.unit.replace(" ", "_")]
+    np.testing.assert_allclose(got["log_prob"], expected, rtol=1e-12)
+    np.testing.assert_allclose(got.iloc[:, 1], fitted.density(expected), rtol=1e-12)
+    assert f"{len(raw)} points, mean {got.iloc[:, 1].mean():.6g}" in said
+
+
+def test_the_mean_score_of_the_test_split_is_the_reported_density(made, cpmm, tmp_path):
+    from cpmm.pipeline.scores.scorer import Scorer
+
+    data = load_prepared(made / "rings" / "prepared")
+    np.save(tmp_path / "test.npy", data.raw["test"].numpy())
+    _, printed, _ = cpmm("score", made / "rings" / "mixture", tmp_path / "test.npy")
+    mixture = FittedMixture.load(made / "rings" / "mixture").mixture
+    score = Scorer(data, "test")
+    reported = score.density(mixture.log_prob(score.z))["density"]
+    assert pd.read_csv(io.StringIO(printed)).iloc[:, 1].mean() == pytest.approx(reported, rel=1e-12)
+
+
+def test_clusters_are_the_likeliest(made, cpmm, tmp_path):
+    fitted = FittedMixture.load(made / "rings" / "mixture")
+    raw = load_prepared(made / "rings" / "prepared").raw["test"]
+    np.save(tmp_path / "points.npy", raw.numpy())
+    status, printed, _ = cpmm("predict", made / "rings" / "mixture", tmp_path / "points.npy")
+    table = pd.read_csv(io.StringIO(printed))
+    assert status == 0
+    z, _ = fitted.transform(raw, torch.Generator())
+    np.testing.assert_array_equal(table["cluster"], fitted.mixture.predict(z))
+    np.testing.assert_allclose(table[["p0", "p1"]].sum(axis=1), 1)
+
+
+@pytest.mark.parametrize("preset", ["digits", "rings"])
+def test_samples_can_be_scored_and_depend_on_the_seed_alone(preset, made, cpmm, tmp_path):
+    tables = {}
+    for name, seed in (("a.csv", 1), ("b.csv", 1), ("c.csv", 2), ("a.npy", 1)):
+        status, _, said = cpmm(
+            "sample",
+            made / preset / "mixture",
+            "-n",
+            5000,
+            "--seed",
+            seed,
+            "--out",
+            tmp_path / name,
+        )
+        assert status == 0, said
+        tables[name] = (tmp_path / name).read_bytes()
+    assert tables["a.csv"] == tables["b.csv"] != tables["c.csv"]
+    table, array = pd.read_csv(tmp_path / "a.csv"), np.load(tmp_path / "a.npy")
+    np.testing.assert_allclose(table.drop(columns="cluster"), array.reshape(5000, -1), rtol=1e-12)
+    for name in ("a.csv", "a.npy"):
+        status, _, said = cpmm("score", made / preset / "mixture", tmp_path / name)
+        assert (status, "5000 points" in said) == (0, True)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_ellipses_of_whitened_data_are_those_of_the_data(tmp_path, monkeypatch, cpmm):
+    generator = seeded_generator(0)
+    mixing = torch.tensor([[3.0, 0.0], [2.8, 0.7]], dtype=torch.float64)
+    raw = torch.randn(4000, 2, generator=generator, dtype=torch.float64) @ mixing.mT + 5
+    preprocessing = Preprocessing.fit(raw, None, None, "whitened", generator)
+    one = FactorAnalyzers(
+        torch.zeros(1), torch.zeros(1, 2), torch.zeros(1, 2, 1), torch.zeros(1, 2)
+    )  # a standard normal behind the whitening is the Gaussian of the data
+    header = {
+        "preprocessing": preprocessing.to_dict(), "image_shape": None, "feature_names": ["a", "b"]
+    }  # fmt: skip
+    Mixture(one, (1,)).save(tmp_path / "mixture", header, preprocessing.tensors)
+    drawn = {}
+
+    def draw(mean, covariance, *rest, **options):
+        drawn["covariance"] = covariance
+        return Figure()
+
+    monkeypatch.setattr(figures, "plot_components", draw)
+    status, _, said = cpmm(
+        "plot", tmp_path / "mixture", "--kind", "components", "--out", tmp_path / "a.png"
+    )
+    assert status == 0, said
+    np.testing.assert_allclose(drawn["covariance"][0], np.cov(raw.T.numpy()), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("preset", "kind", "ending"),
+    [("digits", "means", "png"), ("digits", "samples", "svg"), ("rings", "means", "svg"),
+     ("rings", "samples", "png"), ("rings", "components", "png")],
+)  # fmt: skip
+def test_plots_are_drawn(preset, kind, ending, made, cpmm, tmp_path):
+    out = tmp_path / f"figure.{ending}"
+    status, _, said = cpmm("plot", made / preset / "mixture", "--kind", kind, "--out", out)
+    assert status == 0, said
+    if ending == "png":
+        assert np.asarray(Image.open(out).convert("L")).std() > 5
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.csv", "x0\n1\n", "lacks 1 of the mixture's 2 features: x1"),
+        ("p.csv", "x0,x1\n", "no rows"),
+        ("p.csv", "", "header"),
+        ("p.csv", "x0,x1\n1,2\n1,a\n", "column 'x1' of {path} must hold finite numbers: got 'a' in row 2"),
+        ("p.csv", "x0,x1\n1,2\n1,\n", "got '' in row 2"),
+        ("p.csv", "x0,x1\n1,inf\n", "got 'inf' in row 1"),
+        ("p.csv", "x0,x1\n1,2\n1,2,3\n", "as many fields in every row as in its header"),
+        ("p.csv", b"x0,x1\n1,\xff\xfe\n", "UTF-8"),
+        ("p.npy", b"\x93NUMPY", "not a whole .npy file"),
+        ("p.npy", np.zeros((3, 5)), "2 features, (N, 2)"),
+        ("p.npy", np.zeros((0, 2)), "no rows"),
+        ("p.npy", np.array([[1.0, np.nan]]), "'x1' of point 1 is nan"),
+        ("p.npy", np.array([[{}, 1]], object), "not a whole .npy file of plain numbers"),
+        ("p.npy", np.zeros(3, "U4"), "must hold numbers"),
+        ("p.txt", "1 2", "must be a .csv or .npy file"),
+        ("p.csv", None, "there is no file"),
+    ],
+)  # fmt: skip
+def test_bad_points_are_named_and_leave_no_file(name, content, message, made, cpmm, tmp_path):
+    path, out = tmp_path / name, tmp_path / "out.csv"
+    if isinstance(content, np.ndarray):
+        np.save(path, content)
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        path.write_text(content)
+    status, _, said = cpmm("score", made / "rings" / "mixture", path, "--out", out)
+    assert status == 1
+    assert said.startswith("cpmm: error: ")
+    assert said.count("\n") == 1
+    assert message.format(path=path) in said
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("change", ["bytes inserted", "shape negative"])
+def test_an_array_whose_header_lies_is_not_scored(change, made, cpmm, tmp_path):
+    path = tmp_path / "p.npy"
+    np.save(path, np.random.default_rng(0).normal(size=(5, 2)))
+    whole = path.read_bytes()
+    changed = whole[:140] + bytes(3) + whole[140:]  # every value after it would be another
+    path.write_bytes(changed if change == "bytes inserted" else whole.replace(b"(5, 2)", b"(5,-2)"))
+    status, printed, said = cpmm("score", made / "rings" / "mixture", path)
+    assert (status, printed) == (1, "")
+    assert said.startswith(f"cpmm: error: {path} is not a whole .npy file")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["info", "nowhere"], "there is no mixture nowhere"),
+        (["info", "dvc+.#"], "no address"),
+        (["sample", "{mixture}", "-n", "0"], "-n is 0"),
+        (["sample", "{mixture}", "--out", "a.txt"], "--out a.txt must end in .csv or .npy"),
+        (["sample", "{mixture}", "--out", "no/a.npy"], "there is no folder no: make it first"),
+        (["plot", "{mixture}", "--out", "abc"], "--out abc must end in .png or .svg or .pdf"),
+        (["info", "{folder}"], "holds one: give {mixture}"),
+        (["info", "{mixture}", "--device", "mps"], "--device is 'mps': expected cpu, cuda"),
+        (["info", "{mixture}", "--device", "cuda:77"], "--device cuda:77 cannot be used here"),
+        (["plot", "{mixture}", "--kind", "components", "--out", "a.png"], "needs 2 features"),
+    ],
+)
+def test_bad_options_are_named(arguments, message, made, cpmm, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    places = {"folder": made / "digits", "mixture": made / "digits" / "mixture"}
+    status, _, said = cpmm(*(a.format(**places) for a in arguments))
+    assert status == 1
+    assert said.startswith("cpmm: error: ")
+    assert message.format(**places) in said
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sample", "{mixture}", "--seed", "-1"], "--seed: expected a whole number from 0"),
+        (["score", "{mixture}", "a.csv", "--delimiter", ""], "--delimiter: expected one character"),
+        (["score", "{mixture}", "a.csv", "--delimiter", "::"], "--delimiter: expected one character"),
+    ],
+)  # fmt: skip
+def test_values_that_cannot_be_are_refused_with_the_options_name(
+    arguments, message, made, cpmm, capsys
+):
+    mixture = str(made / "digits" / "mixture")
+    status, _, said = cpmm(*(a.format(mixture=mixture) for a in arguments))
+    assert status == 2
+    assert message in said
+
+
+def test_points_are_not_overwritten_and_tabs_may_be_written_out(made, cpmm, tmp_path):
+    mixture, path = made / "rings" / "mixture", tmp_path / "points.csv"
+    assert cpmm("sample", mixture, "-n", "5", "--out", path)[0] == 0
+    before = path.read_bytes()
+    (tmp_path / "same.csv").symlink_to(path)
+    for command in ("score", "predict"):
+        for out in (path, tmp_path / "same.csv"):
+            status, _, said = cpmm(command, mixture, path, "--out", out)
+            assert (status, path.read_bytes()) == (1, before)
+            assert "is the input itself" in said
+    tabbed = tmp_path / "tabs.csv"
+    tabbed.write_bytes(before.replace(b",", b"\t"))
+    assert (
+        cpmm("score", mixture, tabbed, "--delimiter", r"\t")[:2] == cpmm("score", mixture, path)[:2]
+    )
+    (tmp_path / "empty.csv").write_text("")
+    assert (
+        "empty.csv is empty: expected a header" in cpmm("score", mixture, tmp_path / "empty.csv")[2]
+    )
+
+
+@pytest.mark.parametrize(
+    ("address", "parts"),
+    [
+        ("dvc+.#data/digits/mixture", (".", None, "data/digits/mixture")),
+        ("dvc+.@v1#a", (".", "v1", "a")),
+        ("dvc+/a/b@c#d/", ("/a/b", "c", "d")),
+        ("dvc+https://host/p.git@v1.2#a/b", ("https://host/p.git", "v1.2", "a/b")),
+        ("dvc+ssh://git@host/p.git#a", ("ssh://git@host/p.git", None, "a")),
+        ("dvc+ssh://git@host:22/p.git@main#a", ("ssh://git@host:22/p.git", "main", "a")),
+        ("dvc+git@host:team/p.git@v1#a", ("git@host:team/p.git", "v1", "a")),
+    ],
+)
+def test_addresses_are_taken_apart(address, parts):
+    assert split_address(address) == parts
+
+
+def git(folder, *arguments):
+    subprocess.run(
+        ["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments],
+        cwd=folder, check=True, capture_output=True,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def repository(made, tmp_path):
+    """A DVC repository with two revisions of a mixture, and a remote beside it."""
+    folder = tmp_path / "repository"
+    folder.mkdir()
+
+    def dvc(*arguments):
+        command = [sys.executable, "-m", "dvc", *arguments]
+        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+
+    git(folder, "init", "-q")
+    dvc("init", "-q")
+    dvc("remote", "add", "-d", "store", str(tmp_path / "store"))
+    for tag, preset in (("v1", "rings"), ("v2", "digits")):
+        (folder / "mixture").mkdir(exist_ok=True)
+        for name in ("mixture.json", "mixture.safetensors"):
+            (folder / "mixture" / name).unlink(missing_ok=True)
+            content = (made / preset / "mixture" / name).read_bytes()
+            (folder / "mixture" / name).write_bytes(content)
+        dvc("add", "-q", "mixture")
+        dvc("push", "-q")
+        git(folder, "add", "-A")
+        git(folder, "commit", "-qm", tag)
+        git(folder, "tag", tag)
+    return folder
+
+
+@pytest.mark.filterwarnings(  # DVC leaves its clones' packs to the garbage collector
+    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+def test_a_mixture_of_any_revision_by_its_address(repository, cpmm, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for revision, n in (("@v1", 6), ("@v2", 30), ("", 30)):
+        address = f"dvc+file://{repository}{revision}#mixture"
+        status, printed, said = cpmm("info", address, "--json")
+        assert status == 0, said
+        assert json.loads(printed)["components"] == n
+    with located(f"dvc+{repository}@v1#mixture") as folder:
+        assert (folder / "mixture.json").is_file()
+    assert not folder.exists()
+    for address, named in (
+        ("@v3#mixture", "v3"),
+        ("@v1#mix", "mix"),
+        ("x@v1#mixture", "repositoryx"),
+    ):
+        status, _, said = cpmm("info", f"dvc+file://{repository}{address}")
+        assert status == 1, address
+        assert named in said
+        assert said.splitlines()[-1].startswith("cpmm: error: ")
+    assert not list(tmp_path.rglob("*dvc-c*"))  # clones, and their caches
+    gc.collect()  # here, where its warnings are let pass
+
+
+def test_help_is_quick_and_both_names_work():
+    for command in (["-m", "cpmm"], ["-m", "cpmm.cli.main"]):
+        done = subprocess.run(
+            [sys.executable, *command, "--help"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert "usage: cpmm" in done.stdout
+    code = "import sys, cpmm.cli.main; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_a_reader_that_stops_early_is_no_error(made):
+    command = f"{sys.executable} -m cpmm sample {made}/rings/mixture -n 100000 | head -2"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.startswith("x0,x1,cluster\n")
+    assert done.stderr == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", ["csv", "npy"])
+def test_memory_does_not_grow_with_the_input(ending, made, tmp_path):
+    def peak(n):
+        path = tmp_path / f"{n}.{ending}"
+        x = np.random.default_rng(0).integers(0, 17, (n, 64), np.uint8)
+        if ending == "npy":
+            np.save(path, x.astype(float))
+        else:
+            names = FittedMixture.load(made / "digits" / "mixture").feature_names
+            pd.DataFrame(x, columns=list(names)).to_csv(path, index=False)
+        arguments = [
+            "score",
+            str(made / "digits" / "mixture"),
+            str(path),
+            "--out",
+            str(tmp_path / "out.csv"),
+        ]
+        code = (
+            "import sys; from cpmm.cli.main import main; main(); "
+            "print(open('/proc/self/status').read())"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert len(pd.read_csv(tmp_path / "out.csv")) == n
+        kib = int(done.stdout.split("VmHWM:")[1].split()[0])
+        return kib / 1024, path.stat().st_size / 2**20
+
+    small, _ = peak(10_000)
+    large, size = peak(400_000)
+    print(f"{size:.0f} MiB of {ending}: peak {large:.0f} MiB, of 10000 rows {small:.0f} MiB")
+    assert large - small < 0.2 * size

@@ -26,10 +26,10 @@ from typing import Any
 from cpmm.pipeline.artifacts.files import write_text
 from cpmm.pipeline.artifacts.store import verify_evaluation
 from cpmm.pipeline.config import Config
-from cpmm.pipeline.config.fingerprints import mark_trial
+from cpmm.pipeline.config.fingerprints import fingerprint_trial
 from cpmm.pipeline.errors import EXPECTED_ERRORS, describe
 from cpmm.pipeline.scores.published import TITLES, Figure, data_of, published
-from cpmm.pipeline.scores.tables import SPACES
+from cpmm.pipeline.scores.tables import DENSITY_SPACES
 from cpmm.pipeline.stage import load_config
 
 LARGEST_FIGURE = 300_000  # bytes
@@ -43,11 +43,11 @@ FIGURES = (
 PERCENT = ("accuracy", "auroc", "aupr", "aupr_out")
 # Models of a sweep by the names of evaluate's rows that they share a row of the paper with.
 EVALUATED = {
-    "matched": "matched_mixture",
-    "spectral_frechet": "direct_mixture",
-    "gaussian": "full_gaussian",
+    "matched": "matched",
+    "spectral_frechet": "direct",
+    "gaussian": "gaussian",
 }
-RECORD = ("data", "outside", "row", "source", "space", "metric", "value", "spread")
+RECORD = ("data", "ood", "row", "source", "space", "metric", "value", "spread")
 DETECTION = {"auroc": "AUROC", "aupr": "AUPR", "aupr_out": "AUPR out"}
 
 
@@ -59,14 +59,14 @@ class Column:
         name: Of the preset, and of the sweep if there is one.
         data: Data set of the paper.
         values: Value and spread by model and metric, or by model, space and metric of Table 3.
-        outside: Data set that was told apart; None if none was.
+        ood: Data set that was told apart; None if none was.
         note: How it was made, one sentence.
     """
 
     name: str
     data: str
     values: Mapping[tuple[str, ...], tuple[float, float | None]]
-    outside: str | None
+    ood: str | None
     note: str
 
 
@@ -101,7 +101,7 @@ def read_preset(folder: Path) -> Column:
                 values[model, metric] = (row[metric], row.get(f"{metric}_standard_error"))
     ood = metrics.get("ood")
     for model, row in ood["models"].items() if ood else ():
-        for space, _ in SPACES:
+        for space, _ in DENSITY_SPACES:
             for metric in DETECTION:
                 values[model, space, metric] = (row[space][metric], None)
     return Column(
@@ -183,7 +183,7 @@ def _is_of(config: Config, path: Path) -> bool:
     """Whether the trials of a sweep are those of a preset's configuration, but for the model and the seed."""
     return all(
         trial["fingerprint"]
-        == mark_trial(config, trial.get("model") or config["model"], int(trial["seed"]))
+        == fingerprint_trial(config, trial.get("model") or config["model"], int(trial["seed"]))
         for trial in _read_csv(path)
     )
 
@@ -216,7 +216,7 @@ def kept_columns(out: Path, but: Iterable[Column]) -> list[Column]:
             if row["name"] not in replaced:
                 columns.append(
                     Column(
-                        row["name"], row["data"], values[row["name"]], row["outside"] or None, row["note"]
+                        row["name"], row["data"], values[row["name"]], row["ood"] or None, row["note"]
                     )
                 )  # fmt: skip
     except FileNotFoundError as error:
@@ -277,9 +277,9 @@ def table_3(columns: Sequence[Column]) -> tuple[str, str]:
         'implementation. "-": the paper has none, or it was not measured.',
     ]
     records = []
-    for data, outside in (("mnist", "fashion_mnist"), ("fashion_mnist", "mnist")):
-        figures = [f for f in published() if (f.table, f.data, f.outside) == (3, data, outside)]
-        own = [column for column in columns if (column.data, column.outside) == (data, outside)]
+    for data, ood in (("mnist", "fashion_mnist"), ("fashion_mnist", "mnist")):
+        figures = [f for f in published() if (f.table, f.data, f.ood) == (3, data, ood)]
+        own = [column for column in columns if (column.data, column.ood) == (data, ood)]
         header = ["model", "space", "paper AUROC", "paper AUPR", "anchor AUROC", "anchor AUPR"]
         header += [f"{column.name} {short}" for column in own for short in DETECTION.values()]
         rows = []
@@ -287,7 +287,7 @@ def table_3(columns: Sequence[Column]) -> tuple[str, str]:
             model = group[0].model
             for figure in group:
                 records += _printed(figure)
-            for space, where in SPACES:
+            for space, where in DENSITY_SPACES:
                 told = [
                     _cell(_stated(group, source, space, metric), "", 2)
                     for source in ("paper", "anchor")
@@ -300,10 +300,10 @@ def table_3(columns: Sequence[Column]) -> tuple[str, str]:
                         cells.append(_cell(value, metric, 2))
                         if value is not None:
                             records.append(
-                                [data, outside, name, column.name, space, metric, value, None]
+                                [data, ood, name, column.name, space, metric, value, None]
                             )
                 rows.append([name, *cells])
-        title = f"## {TITLES[data]} known, {TITLES[outside]} told apart"
+        title = f"## {TITLES[data]} known, {TITLES[ood]} told apart"
         lines += ["", title, "", *_markdown(header, rows), *_notes(own)]
     return "\n".join([*lines, ""]), _csv(RECORD, records)
 
@@ -350,8 +350,8 @@ def write_paper(folders: Iterable[Path], out: Path, keep: bool = False) -> list[
         said += left_out
     if keep:
         columns = sorted(columns + kept_columns(out, columns), key=lambda column: column.name)
-    header = ["name", "data", "outside", "note"]
-    told = [[column.name, column.data, column.outside, column.note] for column in columns]
+    header = ["name", "data", "ood", "note"]
+    told = [[column.name, column.data, column.ood, column.note] for column in columns]
     texts = {"columns.csv": _csv(header, told)}
     for number, table in ((1, table_1), (3, table_3)):
         texts[f"table{number}.md"], texts[f"table{number}.csv"] = table(columns)
@@ -441,7 +441,7 @@ def _stated(group: Iterable[Figure], source: str, space: str, metric: str) -> fl
 def _printed(figure: Figure) -> list[list[Any]]:
     """Records of the paper's figure and the anchor, percent as shares like our own."""
     factor = 100 if figure.metric in PERCENT else 1
-    start = [figure.data, figure.outside, figure.row]
+    start = [figure.data, figure.ood, figure.row]
     return [
         [*start, source, figure.space, figure.metric, round(value / factor, 6), None]
         for source in ("paper", "anchor")

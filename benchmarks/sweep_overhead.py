@@ -50,11 +50,11 @@ def main() -> None:
     ):
         print(line, flush=True)
         archive = Archive(str(Path(folder) / "archive"))
-        names = {trial.mark: trial.name for trial in trials}
+        names = {trial.fingerprint: trial.name for trial in trials}
         progress = Progress("overhead", names, len(trials), 0, "bits")
         inputs = {trials[0].inputs: share(located)}
         run_trials(trials, sweep, options, inputs, archive, Path(folder) / "logs", progress)
-        records = [archive.record(trial.mark) for trial in trials]
+        records = [archive.record(trial.fingerprint) for trial in trials]
     starts = sorted(record["worker"]["began"] for record in records)
     ended = max(record["worker"]["ended"] for record in records)
     up = starts[arguments.workers - 1]

@@ -27,11 +27,11 @@ def no_op(config: dict, assignment: object) -> None:
 
     from cpmm.pipeline.sweeps.worker import call, final_report
 
-    mark = config["mark"]
-    call(assignment.archive.record, mark)
+    fingerprint = config["fingerprint"]
+    call(assignment.archive.record, fingerprint)
     record = {"status": "finished", "validation": 0.0}
-    call(assignment.archive.save_record, mark, record)
-    tune.report(final_report(mark, record))
+    call(assignment.archive.save_record, fingerprint, record)
+    tune.report(final_report(fingerprint, record))
 
 
 def main() -> None:
@@ -52,7 +52,7 @@ def main() -> None:
     template = compose_preset("digits", [])
     # As many trials as asked for, told apart by their seeds.
     trials = [make_trial("digits", (), seed, [], template, "") for seed in range(arguments.trials)]
-    names = {trial.mark: trial.name for trial in trials}
+    names = {trial.fingerprint: trial.name for trial in trials}
     simulated = Cluster(
         initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 10**8}
     )
@@ -71,7 +71,7 @@ def main() -> None:
             sweep = config["sweep"] | {"name": "no-op"}
             run_trials(trials, sweep, options, {}, archive, Path(folder) / "logs", progress, no_op)
             seconds = time.monotonic() - started
-            n_done = sum(archive.record(trial.mark) is not None for trial in trials)
+            n_done = sum(archive.record(trial.fingerprint) is not None for trial in trials)
     finally:
         simulated.shutdown()
     result = {

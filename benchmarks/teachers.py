@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpmm.pipeline.config import Config, pick
 from cpmm.pipeline.config.compose import compose_preset, flatten
-from cpmm.pipeline.config.fingerprints import mark_prepared, mark_teacher
+from cpmm.pipeline.config.fingerprints import fingerprint_prepared, fingerprint_teacher
 from cpmm.pipeline.config.root import ROOT
 from cpmm.pipeline.errors import EXPECTED_ERRORS, describe
 from cpmm.pipeline.stage import load_config
@@ -189,8 +189,8 @@ def read_trained(folder: Path, made: Config, config: Config, data: DataSplits) -
     from cpmm.pipeline.artifacts.store import load_model
     from cpmm.pipeline.models.flows import make_teacher
 
-    mark, options = mark_teacher(made), made["teacher"]
-    if mark is None or options["likelihood_epochs"]:
+    fingerprint, options = fingerprint_teacher(made), made["teacher"]
+    if fingerprint is None or options["likelihood_epochs"]:
         raise ValueError(
             f"{folder} has no teacher trained by flow matching alone: leave out --trained"
         )
@@ -199,8 +199,8 @@ def read_trained(folder: Path, made: Config, config: Config, data: DataSplits) -
             f"teacher.field is not that of {folder}: leave out --trained, or the override"
         )
     flow = make_teacher(config["teacher"], data, config["seed"])
-    load_model(folder / "teacher", "teacher", flow, mark)
-    header = load_header(folder / "teacher", "teacher", mark)
+    load_model(folder / "teacher", "teacher", flow, fingerprint)
+    header = load_header(folder / "teacher", "teacher", fingerprint)
     verify_files(folder / "teacher", header, {"history.csv"})
     history = pd.read_csv(folder / "teacher" / "history.csv")
     steps = int(history["step"].iloc[-1])
@@ -261,7 +261,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     from cpmm.pipeline.artifacts.store import load_prepared, write_json
 
     torch.set_num_threads(config["trainer"]["threads"] or torch.get_num_threads())
-    data = load_prepared(folder / "prepared", mark_prepared(config))
+    data = load_prepared(folder / "prepared", fingerprint_prepared(config))
     rate = config["teacher"]["learning_rate"]
     refine_rate = 0.1 * rate if arguments.refine_rate is None else arguments.refine_rate
     likelihood = Likelihood(
@@ -290,7 +290,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     exact = data.n_features <= config["teacher"]["exact_trace_up_to"]
     record: dict[str, Any] = {
         **pick(vars(arguments), "preset", "overrides", "trained"),
-        "prepared": mark_prepared(config),
+        "prepared": fingerprint_prepared(config),
         "seed": config["seed"],
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),

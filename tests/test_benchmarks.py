@@ -75,7 +75,7 @@ def test_teachers_are_trained_and_scored_as_by_the_pipeline_and_a_failure_is_rec
         stage.main(folder, config)
     with torch.no_grad():
         row, _ = evaluate._score_teacher(
-            folder, config, load_prepared(folder / "prepared"), outside=None
+            folder, config, load_prepared(folder / "prepared"), ood=None
         )
     before = {path: file_digest(path) for path in folder.rglob("*") if path.is_file()}
     records = {}

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from cpmm.pipeline.config import Config
 from cpmm.pipeline.config.fingerprints import (
-    mark_prepared,
-    mark_spaces,
-    mark_teacher,
+    fingerprint_prepared,
+    fingerprint_spaces,
+    fingerprint_teacher,
     needs_teacher,
 )
 from cpmm.pipeline.stage import publish, run_stage, scratch_folder
@@ -49,16 +49,16 @@ def main(folder: Path, config: Config) -> str:
     from cpmm.pipeline.models.runtime import choose, compute_device
     from cpmm.spaces import space_positions
 
-    data = load_prepared(folder / "prepared", mark_prepared(config))
+    data = load_prepared(folder / "prepared", fingerprint_prepared(config))
     options, seed = config["spaces"], config["seed"]
     choose("spaces.kind", options["kind"], {kind: kind for kind in SPACES})
     teacher = None
     if needs_teacher(config):
         teacher = make_teacher(config["teacher"], data, seed)
-        load_model(folder / "teacher", "teacher", teacher, mark_teacher(config))
+        load_model(folder / "teacher", "teacher", teacher, fingerprint_teacher(config))
         teacher = teacher.to(compute_device(config["trainer"]))
-    mark = mark_spaces(config)
-    scratch = scratch_folder(folder, "build_spaces", mark)
+    fingerprint = fingerprint_spaces(config)
+    scratch = scratch_folder(folder, "build_spaces", fingerprint)
     # The flow starts at the input, v = 0, so the last space is written first.
     positions = space_positions(options["n_spaces"])
     ascending = positions.flip(0).tolist()
@@ -98,7 +98,7 @@ def main(folder: Path, config: Config) -> str:
     import pandas as pd
 
     pd.DataFrame(extraction.statistics[::-1]).to_csv(store / "statistics.csv", index=False)
-    seal_spaces(store, mark, extraction.shards)
+    seal_spaces(store, fingerprint, extraction.shards)
     publish(scratch, "spaces", folder / "spaces")
     latent = extraction.statistics[-1]
     return (

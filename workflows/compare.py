@@ -1,4 +1,4 @@
-"""Put CPMM and its rivals into one table, with what they cost: data/<preset>/comparison.
+"""Put CPMM and its baselines into one table, with what they cost: data/<preset>/comparison.
 
 Reads the trials of the sweep ``table1``, a row a trial of a model, and what evaluate found in the pipeline's
 own run; beside them stands the paper's Table 1, where the preset is one of its data sets.
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpmm.pipeline.artifacts.files import write_text
 from cpmm.pipeline.config import Config
-from cpmm.pipeline.config.fingerprints import fingerprint, mark_trial
+from cpmm.pipeline.config.fingerprints import fingerprint_trial, hash_of
 from cpmm.pipeline.scores.published import TITLES, data_of, printed
 from cpmm.pipeline.scores.tables import DETECTION, write_score
 from cpmm.pipeline.stage import publish, run_stage, scratch_folder
@@ -57,7 +57,7 @@ class Row:
 BLOCKS: dict[str, tuple[Row, ...]] = {
     "CPMM": (
         Row("cpmm", "CPMM", "CPMM"),
-        Row("refined_mixture", "CPMM's components trained on", evaluated=True),
+        Row("refined", "CPMM's components trained on", evaluated=True),
     ),
     "mixtures": (
         Row("matched", "matched mixture", "Matched GMM"),
@@ -107,15 +107,15 @@ def main(folder: Path, config: Config) -> str:
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     rules = json.loads((folder / "evaluation" / "rules.json").read_text(encoding="utf-8"))
     table = compare(trials, metrics)
-    mark = mark_comparison(folder)
-    scratch = scratch_folder(folder, "compare", mark)
+    fingerprint = fingerprint_comparison(folder)
+    scratch = scratch_folder(folder, "compare", fingerprint)
     out = scratch / "comparison"
     out.mkdir(exist_ok=True)
     write_text(out / "table1.csv", table.to_csv(index=False, lineterminator="\n"))
     write_text(out / "table1.md", markdown(table, metrics, rules, config))
     with rc_context({"svg.hashsalt": "cpmm"}):
         draw(table, metrics["unit"]).savefig(out / "costs.svg", metadata={"Date": None})
-    seal_folder(out, "comparison", {"fingerprint": mark}, {})
+    seal_folder(out, "comparison", {"fingerprint": fingerprint}, {})
     publish(scratch, "comparison", folder / "comparison")
     n_failed = int(table["n_failed"].sum())
     return (
@@ -129,7 +129,7 @@ def trials_of(folder: Path) -> Path:
     return folder / "sweep" / SWEEP / "trials.csv"
 
 
-def mark_comparison(folder: Path) -> str:
+def fingerprint_comparison(folder: Path) -> str:
     """Fingerprint of ``comparison``: of the bytes of all that it is made from."""
     from cpmm.artifact import file_digest
 
@@ -139,7 +139,7 @@ def mark_comparison(folder: Path) -> str:
         folder / "evaluation" / "evaluation.json",  # seals the rules
         Path(__file__).with_name("published.csv"),
     )
-    return fingerprint("comparison", *map(file_digest, inputs))
+    return hash_of("comparison", *map(file_digest, inputs))
 
 
 def read_trials(path: Path, config: Config) -> pd.DataFrame:
@@ -191,10 +191,14 @@ def read_trials(path: Path, config: Config) -> pd.DataFrame:
             numbers = {name: _read_number(name, row.get(name, "")) for name in NUMBERS}
         except ValueError as error:
             raise damaged(f"{where}: {error}") from error
-        mark = row.get("fingerprint")
-        if not mark or mark != mark_trial(config, row["model"], int(row["seed"])):
+        fingerprint = row.get("fingerprint")
+        if not fingerprint or fingerprint != fingerprint_trial(
+            config, row["model"], int(row["seed"])
+        ):
             said = (
-                "is of another configuration than" if mark else "has no fingerprint to compare with"
+                "is of another configuration than"
+                if fingerprint
+                else "has no fingerprint to compare with"
             )
             raise ValueError(
                 f"{path}: {where} {said} {path.parents[2] / 'config.yaml'}: run the sweep {SWEEP} of this preset "
@@ -324,7 +328,7 @@ def markdown(
     shown = [(*column, [column[1](row) for _, row in table.iterrows()]) for column in columns]
     shown = [column for column in shown if set(column[2]) - {NONE} or column[0] == "density"]
     lines = [
-        f"# Table 1 for {metrics['preset']}: CPMM and its rivals",
+        f"# Table 1 for {metrics['preset']}: CPMM and its baselines",
         "",
         write_line([heading for heading, _, _ in shown]),
         write_line(["---", *["---:"] * (len(shown) - 1)]),
@@ -465,10 +469,8 @@ def _notes(
         notes.append(
             f"Of the pipeline's own run, its seed {metrics['seed']} alone: {sources['evaluation']}."
         )
-    if "refined_mixture" in set(table["model"]):
-        notes.append(
-            f"{names['refined_mixture']}: on their own likelihood, free of their trajectories."
-        )
+    if "refined" in set(table["model"]):
+        notes.append(f"{names['refined']}: on their own likelihood, free of their trajectories.")
     notes.append(f"Density, {metrics['unit']}: {rules['density']}")
     flows, n_points = table[table["block"] == "flows"], options["teacher_points"]
     if len(flows):

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from cpmm.pipeline.artifacts.files import write_text
-from cpmm.pipeline.config.compose import compose_preset, missing_outside, read_overrides
+from cpmm.pipeline.config.compose import compose_preset, missing_ood_files, read_overrides
 from cpmm.pipeline.errors import describe
 from cpmm.pipeline.stage import end_with_dvc
 
@@ -29,7 +29,7 @@ def main() -> None:
         print(f"config: error: {describe(error, arguments.target)}", file=sys.stderr)
         raise SystemExit(1) from None
     print(f"config: wrote {arguments.target}")
-    if missing := missing_outside(config):
+    if missing := missing_ood_files(config):
         print(f"config: warning: {missing}", file=sys.stderr)
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from cpmm.data import DataSplits
     from cpmm.mixture import Mixture
     from cpmm.pipeline.artifacts.store import Spaces
-    from cpmm.pipeline.scores.ood import Outside
+    from cpmm.pipeline.scores.ood import OodPoints
     from cpmm.pipeline.scores.scorer import Scorer
 
 
@@ -30,25 +30,25 @@ def main(folder: Path, config: Config) -> str:
     from cpmm.mixture import Mixture
     from cpmm.pipeline.artifacts.store import load_prepared, open_spaces, write_json
     from cpmm.pipeline.config.fingerprints import (
-        mark_evaluation,
-        mark_mixture,
-        mark_prepared,
-        mark_spaces,
+        fingerprint_evaluation,
+        fingerprint_mixture,
+        fingerprint_prepared,
+        fingerprint_spaces,
         needs_teacher,
     )
     from cpmm.pipeline.models.direct import start_direct, start_refined
-    from cpmm.pipeline.scores.ood import read_outside
+    from cpmm.pipeline.scores.ood import read_ood
     from cpmm.pipeline.scores.scorer import Scorer
 
-    data = load_prepared(folder / "prepared", mark_prepared(config))
-    mixture = Mixture.load(folder / "mixture", fingerprint=mark_mixture(config))
+    data = load_prepared(folder / "prepared", fingerprint_prepared(config))
+    mixture = Mixture.load(folder / "mixture", fingerprint=fingerprint_mixture(config))
     mixture = mixture.to(torch.float64)
-    spaces = open_spaces(folder / "spaces", mark_spaces(config))
+    spaces = open_spaces(folder / "spaces", fingerprint_spaces(config))
     history = _read_history(folder, config)
     options, seed = config["evaluation"], config["seed"]
-    outside = None if options["ood"] is None else read_outside(options["ood"], data)
-    mark = mark_evaluation(config)
-    scratch = scratch_folder(folder, "evaluate", mark)
+    ood = None if options["ood"] is None else read_ood(options["ood"], data)
+    fingerprint = fingerprint_evaluation(config)
+    scratch = scratch_folder(folder, "evaluate", fingerprint)
     out = scratch / "evaluation"
     (out / "figures").mkdir(parents=True, exist_ok=True)
     score = Scorer(data, "test", n_first=options["teacher_points"])
@@ -71,21 +71,21 @@ def main(folder: Path, config: Config) -> str:
                 "name": f"CPMM: {_sizes(mixture)}",
                 **score.mixture(mixture),
             },
-            "refined_mixture": {
+            "refined": {
                 "name": f"CPMM's components trained on, free of their trajectories: {_sizes(refined)}",
                 **score.mixture(refined),
             },
-            "direct_mixture": {
+            "direct": {
                 "name": f"direct mixture of factor analyzers: {_sizes(direct)}",
                 **score.density(direct.log_prob(score.z)),
                 "n_components": direct.components.n_components,
                 "n_parameters": direct.components.n_parameters,
             },
-            "matched_mixture": {
+            "matched": {
                 "name": f"direct mixture, a component a cluster: {_sizes(matched)}",
                 **score.mixture(matched),
             },
-            "full_gaussian": {
+            "gaussian": {
                 "name": "one Gaussian, full covariance",
                 **score.density(gaussian.log_prob(score.z)),
                 "n_components": 1,
@@ -103,32 +103,32 @@ def main(folder: Path, config: Config) -> str:
                 **_groups(config, data),
             }
         told = {}
-        if outside is not None:
+        if ood is not None:
             densities = {
                 "cpmm": mixture,
-                "refined_mixture": refined,
-                "direct_mixture": direct,
-                "matched_mixture": matched,
-                "full_gaussian": gaussian,
+                "refined": refined,
+                "direct": direct,
+                "matched": matched,
+                "gaussian": gaussian,
             }
-            told = {name: _tell_apart(model, score, outside) for name, model in densities.items()}
+            told = {name: _tell_apart(model, score, ood) for name, model in densities.items()}
         if needs_teacher(config):
-            models["teacher"], told["teacher"] = _score_teacher(folder, config, data, outside)
+            models["teacher"], told["teacher"] = _score_teacher(folder, config, data, ood)
         discretization = _discretize(folder, config, data, score)
     metrics = _metrics(config, data, models, discretization)
-    if outside is not None:
+    if ood is not None:
         metrics["ood"] = {
-            "name": outside.name,
-            "n_outside": len(outside.z),
+            "name": ood.name,
+            "n_ood": len(ood.z),
             "models": {
                 name: {"name": models[name]["name"], **found} for name, found in told.items()
             },
         }
-    write_json(out / "rules.json", _rules(config, data, outside))
+    write_json(out / "rules.json", _rules(config, data, ood))
     _write_tables(out, score, mixture, discretization, metrics.get("ood"))
     _draw_figures(out, config, data, mixture, metrics, spaces, history)
     write_json(folder / "metrics.json", metrics)
-    header = {"fingerprint": mark, "metrics": file_digest(folder / "metrics.json")}
+    header = {"fingerprint": fingerprint, "metrics": file_digest(folder / "metrics.json")}
     seal_folder(out, "evaluation", header, {})
     publish(scratch, "evaluation", folder / "evaluation")
     return f"{_summarize(metrics)} -> {folder / 'evaluation'}"
@@ -175,8 +175,8 @@ def _summarize(metrics: dict[str, Any]) -> str:
     return f"test {metrics['unit']}: {', '.join(parts)}{tail}"
 
 
-def _tell_apart(model: Any, score: Scorer, outside: Outside) -> dict[str, Any]:
-    return outside.scores(score, model.log_prob(score.z), model.log_prob(outside.z))
+def _tell_apart(model: Any, score: Scorer, ood: OodPoints) -> dict[str, Any]:
+    return ood.scores(score, model.log_prob(score.z), model.log_prob(ood.z))
 
 
 def _groups(config: Config, data: DataSplits) -> dict[str, float]:
@@ -194,28 +194,28 @@ def _groups(config: Config, data: DataSplits) -> dict[str, float]:
 
 def _kmeans(score: Scorer, n_clusters: int, n_starts: int, seed: int) -> dict[str, float]:
     """Score k-means on the same split."""
-    from cpmm.pipeline.models.direct import KMeansRival
+    from cpmm.pipeline.models.direct import KMeansModel
 
     if score.label is None:
         return {}
-    model = KMeansRival(score.data, n_clusters, n_starts, seed)
+    model = KMeansModel(score.data, n_clusters, n_starts, seed)
     return score.clusters(model.predict(score.split).numpy(), n_clusters)
 
 
 def _score_teacher(
-    folder: Path, config: Config, data: DataSplits, outside: Outside | None
+    folder: Path, config: Config, data: DataSplits, ood: OodPoints | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Density of the teacher by a solve at the stated tolerance, and how it tells points outside."""
     from cpmm.odes import Solver
     from cpmm.pipeline.artifacts.store import load_model
-    from cpmm.pipeline.config.fingerprints import mark_teacher
+    from cpmm.pipeline.config.fingerprints import fingerprint_teacher
     from cpmm.pipeline.models.flows import make_teacher
     from cpmm.pipeline.models.runtime import compute_device
     from cpmm.pipeline.scores.scorer import Scorer, flow_log_prob
     from cpmm.seeds import seeded_generator
 
     teacher = make_teacher(config["teacher"], data, config["seed"])
-    load_model(folder / "teacher", "teacher", teacher, mark_teacher(config))
+    load_model(folder / "teacher", "teacher", teacher, fingerprint_teacher(config))
     teacher.solver = Solver(**config["evaluation"]["teacher_solver"])
     device = compute_device(config["trainer"], exact=True)
     teacher = teacher.to(device)
@@ -231,8 +231,8 @@ def _score_teacher(
 
     inside = solve(score.z, 31, "test")
     told = {}
-    if outside is not None:
-        told = outside.scores(score, inside, solve(outside.z[:n_points], 34, outside.name))
+    if ood is not None:
+        told = ood.scores(score, inside, solve(ood.z[:n_points], 34, ood.name))
     name = "teacher (continuous normalizing flow)"
     if len(inside) < len(data.raw["test"]):
         name += f", first {len(inside)} test points"
@@ -263,7 +263,7 @@ def _discretize(folder: Path, config: Config, data: DataSplits, score: Scorer) -
     }
 
 
-def _rules(config: Config, data: DataSplits, outside: Outside | None) -> dict[str, str]:
+def _rules(config: Config, data: DataSplits, ood: OodPoints | None) -> dict[str, str]:
     """One sentence for each figure: the rule that made it."""
     from cpmm.pipeline.config.fingerprints import needs_teacher
 
@@ -280,9 +280,9 @@ def _rules(config: Config, data: DataSplits, outside: Outside | None) -> dict[st
         "density": density + ". Lower is better.",
         "density_standard_error": "Standard deviation over the test points divided by the root of their number.",
         "selection": "Weights are those of the fine-tuning epoch with the best validation likelihood.",
-        "direct_mixture": "k-means and local factor analysis, shrinkage by validation likelihood, then Adam "
+        "direct": "k-means and local factor analysis, shrinkage by validation likelihood, then Adam "
         f"for {options['direct']['epochs']} epochs; best epoch by validation.",
-        "refined_mixture": "The extracted components as the start of the same Adam, for as many epochs.",
+        "refined": "The extracted components as the start of the same Adam, for as many epochs.",
     }
     n_first = options["teacher_points"]
     if n_first is not None and n_first < len(data.raw["test"]):
@@ -314,9 +314,9 @@ def _rules(config: Config, data: DataSplits, outside: Outside | None) -> dict[st
                 "points"
             )
         rules["teacher"] += "."
-    if outside is not None:
+    if ood is not None:
         rules["ood"] = (
-            f"The test points are told from the {len(outside.z)} points of {outside.name}, mapped by the "
+            f"The test points are told from the {len(ood.z)} points of {ood.name}, mapped by the "
             "preprocessing of the data that the models know with one noise sample of the same seed, by their "
             "log-density, higher for those known: area under the ROC curve, and average precision of the "
             "points known and of those outside. In units of the data, log p(z) + log|dz/dx|, and in the "
@@ -354,7 +354,7 @@ def _write_tables(
     points.to_csv(out / "clusters.csv", index=False)
     if ood is not None:
         rows = [
-            {"model": model, "outside": ood["name"], "space": space, **row[space]}
+            {"model": model, "ood": ood["name"], "space": space, **row[space]}
             for model, row in ood["models"].items()
             for space in ("data", "mixture")
         ]
@@ -366,9 +366,9 @@ def _read_history(folder: Path, config: Config) -> pd.DataFrame:
     import pandas as pd
 
     from cpmm.artifact import load_header, verify_files
-    from cpmm.pipeline.config.fingerprints import mark_cpmm
+    from cpmm.pipeline.config.fingerprints import fingerprint_cpmm
 
-    header = load_header(folder / "cpmm", "cpmm", mark_cpmm(config))
+    header = load_header(folder / "cpmm", "cpmm", fingerprint_cpmm(config))
     verify_files(folder / "cpmm", header, {"history.csv"})
     return pd.read_csv(folder / "cpmm" / "history.csv")
 

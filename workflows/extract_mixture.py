@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cpmm.pipeline.config import Config
-from cpmm.pipeline.config.fingerprints import mark_mixture, mark_prepared
+from cpmm.pipeline.config.fingerprints import fingerprint_mixture, fingerprint_prepared
 from cpmm.pipeline.stage import publish, run_stage, scratch_folder
 
 
@@ -14,12 +14,12 @@ def main(folder: Path, config: Config) -> str:
     from cpmm.pipeline.artifacts.store import load_prepared
     from cpmm.pipeline.models.mixtures import extract, load_trajectories, mixture_header
 
-    data = load_prepared(folder / "prepared", mark_prepared(config))
+    data = load_prepared(folder / "prepared", fingerprint_prepared(config))
     trajectories = load_trajectories(folder, config, data)
-    options, mark = config["mixture"], mark_mixture(config)
-    scratch = scratch_folder(folder, "extract_mixture", mark)
+    options, fingerprint = config["mixture"], fingerprint_mixture(config)
+    scratch = scratch_folder(folder, "extract_mixture", fingerprint)
     mixture = extract(trajectories, options, data)
-    header = mixture_header(config, data, mark)
+    header = mixture_header(config, data, fingerprint)
     mixture.save(scratch / "mixture", header, data.preprocessing.tensors)
     n_all = config["cpmm"]["n_clusters"] * options["n_pseudotimes"]
     publish(scratch, "mixture", folder / "mixture")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cpmm.pipeline.config import Config, pick
-from cpmm.pipeline.config.fingerprints import check_digests, mark_prepared
+from cpmm.pipeline.config.fingerprints import check_digests, fingerprint_prepared
 from cpmm.pipeline.stage import publish, run_stage, scratch_folder
 
 if TYPE_CHECKING:
@@ -54,9 +54,9 @@ def main(folder: Path, config: Config) -> str:
         feature_names=source.feature_names,
         class_names=source.class_names,
     )
-    mark = mark_prepared(config)
-    scratch = scratch_folder(folder, "prepare_data", mark)
-    save_prepared(scratch / "prepared", data, mark)
+    fingerprint = fingerprint_prepared(config)
+    scratch = scratch_folder(folder, "prepare_data", fingerprint)
+    save_prepared(scratch / "prepared", data, fingerprint)
     publish(scratch, "prepared", folder / "prepared")
     sizes = ", ".join(f"{len(index[split])} {split}" for split in SPLITS)
     return f"{sizes} points with {data.n_features} features -> {folder / 'prepared'}"

@@ -24,7 +24,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from cpmm.pipeline.artifacts.files import write_text
 from cpmm.pipeline.artifacts.store import verify_evaluation
 from cpmm.pipeline.scores.published import data_of, printed_ood
-from cpmm.pipeline.scores.tables import SPACES
+from cpmm.pipeline.scores.tables import DENSITY_SPACES
 from cpmm.pipeline.stage import run_stage
 
 MIME = {".svg": "image/svg+xml", ".png": "image/png"}
@@ -197,9 +197,9 @@ def write_report(folder: Path, config: dict) -> Path:
 def describe_density(models: dict, unit: str) -> dict[str, Any]:
     """Say how the density of CPMM compares; lower is better."""
     own = models["cpmm"]
-    others = {"direct_mixture": "direct mixture", "full_gaussian": "single Gaussian"}
-    if "matched_mixture" in models:
-        others["matched_mixture"] = "direct mixture of one component a cluster"
+    others = {"direct": "direct mixture", "gaussian": "single Gaussian"}
+    if "matched" in models:
+        others["matched"] = "direct mixture of one component a cluster"
     return {
         "title": "Density",
         "value": _show(own, "density", _density),
@@ -255,7 +255,7 @@ def describe_clustering(models: dict) -> dict[str, Any]:
 
 def describe_size(models: dict) -> dict[str, Any]:
     """Say how large the mixture is once its ODE is gone."""
-    own, other = models["cpmm"], models.get("direct_mixture", {})
+    own, other = models["cpmm"], models.get("direct", {})
     return {
         "title": "Extracted mixture",
         "value": _show(own, "n_components", _count),
@@ -312,7 +312,7 @@ def tabulate_ood(metrics: dict) -> dict[str, Any] | None:
     if not ood:
         return None
     data, name = data_of(str(metrics.get("preset"))), ood["name"]
-    columns = [(space, key) for space, _ in SPACES for key, _ in DETECTION]
+    columns = [(space, key) for space, _ in DENSITY_SPACES for key, _ in DETECTION]
     rows, has_paper = [], False
     for model, row in ood["models"].items():
         cells = [_show(row.get(space, {}), key, _percent) for space, key in columns]
@@ -321,7 +321,7 @@ def tabulate_ood(metrics: dict) -> dict[str, Any] | None:
             has_paper = has_paper or figure is not None
             cells.append("–" if figure is None else _percent(figure / 100))
         rows.append({"name": row.get("name", model), "cells": cells})
-    headings = [f"{title}, {where}" for _, where in SPACES for _, title in DETECTION]
+    headings = [f"{title}, {where}" for _, where in DENSITY_SPACES for _, title in DETECTION]
     if has_paper:
         headings += [f"{title}, paper" for _, title in DETECTION[:2]]
     else:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cpmm.pipeline.config import Config
-from cpmm.pipeline.config.fingerprints import fingerprint
+from cpmm.pipeline.config.fingerprints import hash_of
 from cpmm.pipeline.config.root import ROOT
 from cpmm.pipeline.errors import EXPECTED_ERRORS, describe
 from cpmm.pipeline.stage import end_with_dvc, publish
@@ -99,7 +99,9 @@ def run_sweep(overrides: list[str], only_config: bool = False, only_plan: bool =
     home = ROOT / "data" / preset
     archive = Archive(options["storage"] or str(home / ".scratch" / "sweep"))
     located = {trial.inputs: trial for trial in trials}
-    located = {marks: locate_inputs(trial.config, home) for marks, trial in located.items()}
+    located = {
+        fingerprints: locate_inputs(trial.config, home) for fingerprints, trial in located.items()
+    }
     logs = home / ".scratch" / "ray" / sweep["name"]
     _run(trials, sweep, options, located, archive, logs)
     _publish(trials, sweep, preset, archive, home)
@@ -121,7 +123,7 @@ def _run(
 
     for trial, record in recorded_trials(trials, sweep, archive):
         if record["status"] == "lost":
-            archive.delete_record(trial.mark)
+            archive.delete_record(trial.fingerprint)
     searched = sweep["search"]["kind"] == "optuna"
     n_trials = sweep["search"]["n_samples"] if searched else len(trials)
     n_done = len(recorded_trials(trials, sweep, archive))
@@ -139,7 +141,7 @@ def _run(
     data, _ = open_inputs(next(iter(located.values())))
     unit, _, _ = data.preprocessing.density_unit
     progress = Progress(
-        sweep["name"], {trial.mark: trial.name for trial in trials}, n_trials, n_done, unit
+        sweep["name"], {trial.fingerprint: trial.name for trial in trials}, n_trials, n_done, unit
     )
     size = sum(map(size_of, located.values()))
     with cluster.connected(options, size, options["cpus"] * options["workers"]) as line:
@@ -147,17 +149,17 @@ def _run(
         inputs = share_all(located, options)
         if searched:  # what it suggested before and was not ended, from its checkpoints
             suggested = suggested_trials(trials[0], archive)
-            begun = [trial for trial in suggested if archive.record(trial.mark) is None]
+            begun = [trial for trial in suggested if archive.record(trial.fingerprint) is None]
             as_grid = sweep | {"search": sweep["search"] | {"kind": "grid"}}
             if begun:
-                progress.names |= {trial.mark: trial.name for trial in begun}
+                progress.names |= {trial.fingerprint: trial.name for trial in begun}
                 run_trials(begun, as_grid, options, inputs, archive, logs, progress)
         if len(recorded_trials(trials, sweep, archive)) < n_trials:
             run_trials(trials, sweep, options, inputs, archive, logs, progress)
     missing = n_trials - len(recorded_trials(trials, sweep, archive))
     if searched and missing > 0:
         suggested = suggested_trials(trials[0], archive)
-        if all(archive.record(trial.mark) is not None for trial in suggested):
+        if all(archive.record(trial.fingerprint) is not None for trial in suggested):
             print(
                 f"sweep {sweep['name']} | {len(suggested)} trials in place of {n_trials}: the search suggested "
                 "nothing else; its space has few points, a grid would do",
@@ -175,23 +177,28 @@ def _beginning(
     from cpmm.pipeline.sweeps.archive import CHECKPOINT
 
     name = f"sweeps/{sweep['name']}-{trials[0].config['name']}.json"
-    mark = fingerprint(sweep["search"], sweep["scheduler"], [trial.mark for trial in trials])
+    fingerprint = hash_of(
+        sweep["search"], sweep["scheduler"], [trial.fingerprint for trial in trials]
+    )
     noted = archive.read_json(name) or {}
     before = noted.get("fingerprint")
-    archive.write_json(name, {"fingerprint": mark, "trials": [trial.mark for trial in trials]})
+    archive.write_json(
+        name, {"fingerprint": fingerprint, "trials": [trial.fingerprint for trial in trials]}
+    )
     begun = sum(
-        archive.record(trial.mark) is None and archive.has(f"trials/{trial.mark}/{CHECKPOINT}")
+        archive.record(trial.fingerprint) is None
+        and archive.has(f"trials/{trial.fingerprint}/{CHECKPOINT}")
         for trial in trials
     )
     state = f"{n_trials} trials, {n_done} done before, {begun} begun"
-    if before == mark:
+    if before == fingerprint:
         return (
             f"same configuration: resuming, {state}" if n_done < n_trials else f"all done: {state}"
         )
     if before is None:
         return f"starting, {state}"
-    marks, known = {trial.mark for trial in trials}, set(noted.get("trials", ()))
-    if marks != known and marks & known:
+    fingerprints, known = {trial.fingerprint for trial in trials}, set(noted.get("trials", ()))
+    if fingerprints != known and fingerprints & known:
         return f"other trials asked for than before, {state}"
     what = "configuration or code changed"
     if n_done or begun:
@@ -225,7 +232,7 @@ def _publish(trials: list[Trial], sweep: Config, preset: str, archive: Archive, 
     partial.mkdir(parents=True)
     if best is not None:
         for name in KEPT:
-            archive.fetch(f"trials/{best[0].mark}/{name}", partial / name)
+            archive.fetch(f"trials/{best[0].fingerprint}/{name}", partial / name)
     shown = Path("data") / preset / "sweep" / sweep["name"]
     kept = [name for name in KEPT if (partial / name).is_dir()]
     line = table.best_line(best, unit, shown, kept)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from cpmm.pipeline.config import Config
 from cpmm.pipeline.config.fingerprints import (
-    mark_baseline,
-    mark_prepared,
-    mark_spaces,
+    fingerprint_baseline,
+    fingerprint_prepared,
+    fingerprint_spaces,
     needs_spaces,
 )
 from cpmm.pipeline.stage import publish, run_stage, scratch_folder
@@ -22,27 +22,27 @@ def main(folder: Path, config: Config, row: str) -> str:
 
     from cpmm.pipeline.artifacts.store import load_prepared, open_spaces, write_json
     from cpmm.pipeline.models.baselines import save_baseline, score_baseline, train_baseline
-    from cpmm.pipeline.scores.ood import read_outside
+    from cpmm.pipeline.scores.ood import read_ood
     from cpmm.pipeline.scores.scorer import Scorer
 
-    data = load_prepared(folder / "prepared", mark_prepared(config))
+    data = load_prepared(folder / "prepared", fingerprint_prepared(config))
     spaces = None
     if needs_spaces(config, row):
-        spaces = open_spaces(folder / "spaces", mark_spaces(config))
+        spaces = open_spaces(folder / "spaces", fingerprint_spaces(config))
     ood = config["evaluation"]["ood"]
-    outside = None if ood is None else read_outside(ood, data)
-    mark = mark_baseline(config, row)
-    scratch = scratch_folder(folder, "train_baseline", mark, row)
+    ood = None if ood is None else read_ood(ood, data)
+    fingerprint = fingerprint_baseline(config, row)
+    scratch = scratch_folder(folder, "train_baseline", fingerprint, row)
     fitted = train_baseline(row, config, data, spaces, scratch / "training")
     score = Scorer(data, "test", fitted.n_points, config["evaluation"]["teacher_points"])
-    scores = score_baseline(fitted, score, config["cpmm"]["n_clusters"], outside)
+    scores = score_baseline(fitted, score, config["cpmm"]["n_clusters"], ood)
     scores.pop("seconds_10k", None)  # results are the same every time, times are not
     out = scratch / row
     out.mkdir(exist_ok=True)
     write_json(
         out / "scores.json", {"row": row, "unit": data.preprocessing.density_unit[0], **scores}
     )
-    save_baseline(row, fitted, out, config, data, mark)
+    save_baseline(row, fitted, out, config, data, fingerprint)
     publish(scratch, row, folder / "baselines" / row)
     said = [f"{name} {scores[name]:.3f}" for name in ("density", "accuracy") if name in scores]
     return f"{row}: test {', '.join(said)} -> {folder / 'baselines' / row}"

@@ -5,7 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from cpmm.pipeline.config import Config
-from cpmm.pipeline.config.fingerprints import mark_cpmm, mark_prepared, mark_spaces
+from cpmm.pipeline.config.fingerprints import (
+    fingerprint_cpmm,
+    fingerprint_prepared,
+    fingerprint_spaces,
+)
 from cpmm.pipeline.stage import publish, run_stage, scratch_folder
 
 
@@ -17,17 +21,17 @@ def main(folder: Path, config: Config) -> str:
     from cpmm.pipeline.models.fit import fit
     from cpmm.pipeline.models.mixtures import make_mixture_training
 
-    data = load_prepared(folder / "prepared", mark_prepared(config))
+    data = load_prepared(folder / "prepared", fingerprint_prepared(config))
     options = config["cpmm"]
     spaces = None
     if options["curriculum"]:
-        spaces = open_spaces(folder / "spaces", mark_spaces(config))
-    mark = mark_cpmm(config)
-    scratch = scratch_folder(folder, "train_cpmm", mark)
+        spaces = open_spaces(folder / "spaces", fingerprint_spaces(config))
+    fingerprint = fingerprint_cpmm(config)
+    scratch = scratch_folder(folder, "train_cpmm", fingerprint)
     module, rows = make_mixture_training(options, config["mixture"], data, spaces)
     fit("train_cpmm", module, rows, config["trainer"], scratch, options["gradient_clip"])
     out = scratch / "cpmm"
-    header = {"fingerprint": mark, "best": module.best_summary()}
+    header = {"fingerprint": fingerprint, "best": module.best_summary()}
     out.mkdir(exist_ok=True)
     pd.DataFrame(module.history).to_csv(out / "history.csv", index=False)
     save_model(out, "cpmm", module.model, header)

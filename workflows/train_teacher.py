@@ -5,7 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from cpmm.pipeline.config import Config, pick
-from cpmm.pipeline.config.fingerprints import mark_prepared, mark_teacher, needs_teacher
+from cpmm.pipeline.config.fingerprints import (
+    fingerprint_prepared,
+    fingerprint_teacher,
+    needs_teacher,
+)
 from cpmm.pipeline.stage import publish, run_stage, scratch_folder
 
 
@@ -22,10 +26,10 @@ def main(folder: Path, config: Config) -> str:
     if not needs_teacher(config):
         save_artifact(folder / "teacher", "teacher", {}, {"fingerprint": None, "trained": False})
         return "not needed: the curriculum of this configuration has no teacher"
-    data = load_prepared(folder / "prepared", mark_prepared(config))
+    data = load_prepared(folder / "prepared", fingerprint_prepared(config))
     options, seed = config["teacher"], config["seed"]
-    mark = mark_teacher(config)
-    scratch = scratch_folder(folder, "train_teacher", mark)
+    fingerprint = fingerprint_teacher(config)
+    scratch = scratch_folder(folder, "train_teacher", fingerprint)
     module = TeacherTraining(
         make_teacher(options, data, seed),
         **pick(
@@ -37,7 +41,7 @@ def main(folder: Path, config: Config) -> str:
     rows = drawn_rows(data, **pick(options, "n_draws", "batch_size"), seed=seed)
     fit("train_teacher", module, rows, config["trainer"], scratch, options["gradient_clip"])
     out = scratch / "teacher"
-    header = {"fingerprint": mark, "best": module.best_summary()}
+    header = {"fingerprint": fingerprint, "best": module.best_summary()}
     out.mkdir(exist_ok=True)
     pd.DataFrame(module.history).to_csv(out / "history.csv", index=False)
     save_model(out, "teacher", module.model, header)

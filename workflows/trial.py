@@ -16,7 +16,7 @@ from pathlib import Path
 from cpmm.pipeline.config import pick
 from cpmm.pipeline.errors import EXPECTED_ERRORS, describe
 from cpmm.pipeline.errors import explain as explain_error
-from cpmm.pipeline.sweeps.trial import FOLDERS, _outside, run_trial, summarize, trial_code
+from cpmm.pipeline.sweeps.trial import FOLDERS, read_ood_if_there, run_trial, summarize, trial_code
 
 
 def main() -> None:
@@ -62,11 +62,11 @@ def _run(overrides: list[str], out: Path | None) -> None:
     data, spaces = open_inputs(locate_inputs(trial.config, home))
     out = out or home / "trial"
     _make_room(out)
-    if missing := _outside(trial.config, data)[1]:
+    if missing := read_ood_if_there(trial.config, data)[1]:
         raise FileNotFoundError(missing["ood_missing"])
-    scratch = home / ".scratch" / f"trial-{trial.mark}"
+    scratch = home / ".scratch" / f"trial-{trial.fingerprint}"
     scratch.mkdir(parents=True, exist_ok=True)
-    record = run_trial(trial.config, data, spaces, trial.mark, scratch)
+    record = run_trial(trial.config, data, spaces, trial.fingerprint, scratch)
     for name in FOLDERS:
         shutil.rmtree(out / name, ignore_errors=True)
         if (scratch / name).is_dir():

@@ -1,4 +1,4 @@
-r"""An einsum network with Gaussian leaves (Peharz et al., ICML 2020): the deep mixture among rivals.
+r"""An einsum network with Gaussian leaves (Peharz et al., ICML 2020): the deep mixture among the baselines.
 
 Each replica cuts the M features along a balanced binary tree into 2^depth leaf regions. A leaf
 region has I components, products of Gaussians of its features; a region p above it has K sums over

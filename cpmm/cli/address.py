@@ -14,7 +14,7 @@ FORM = "dvc+REPOSITORY[@REVISION]#PATH, such as dvc+https://host/project.git@v1#
 
 
 @contextmanager
-def located(address: str) -> Iterator[Path]:
+def mixture_folder(address: str) -> Iterator[Path]:
     """Yield the folder of a mixture, fetched for as long as it is needed if it lies elsewhere.
 
     Args:

@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpmm.cli.address import located
+from cpmm.cli.address import mixture_folder
 from cpmm.pipeline.errors import EXPECTED_ERRORS, describe
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def main() -> None:
     """Run a command."""
     arguments = _parser().parse_args()
     try:
-        with located(arguments.mixture) as folder:
+        with mixture_folder(arguments.mixture) as folder:
             from cpmm.fitted import FittedMixture
 
             _check_device(arguments.device)
@@ -198,10 +198,10 @@ def _apply(fitted: FittedMixture, arguments: argparse.Namespace, function: Any) 
     """Yield what ``function`` makes of the points of the input, part by part."""
     import torch
 
-    from cpmm.cli.points import RowReader, progress_bar
+    from cpmm.cli.points import PointReader, progress_bar
     from cpmm.seeds import seeded_generator
 
-    reader = RowReader(
+    reader = PointReader(
         arguments.points, fitted.feature_names, arguments.batch_size, arguments.delimiter
     )
     generator = seeded_generator(arguments.seed, device=arguments.device)

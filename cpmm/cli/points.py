@@ -16,7 +16,7 @@ import pandas as pd
 from cpmm.pipeline.artifacts.sources import whole_npy
 
 
-class RowReader:
+class PointReader:
     """Points of a file, (n, M) at a time, in bounded memory.
 
     Args:

@@ -24,7 +24,7 @@ def summarize(folder: Path) -> str:
     metrics = json.loads(path.read_text())
     models = metrics["models"]
     cpmm = models["cpmm"]
-    peers = {"direct_mixture": "direct mixture", "full_gaussian": "full Gaussian"}
+    peers = {"direct": "direct mixture", "gaussian": "full Gaussian"}
     densities = ", ".join(
         f"{name} {models[key]['density']:.3f}" for key, name in peers.items() if key in models
     )

@@ -19,7 +19,7 @@ import yaml
 from cpmm.pipeline.artifacts.files import temporary_files_in
 from cpmm.pipeline.config import Config
 from cpmm.pipeline.config.code import SCRIPTS, code_fingerprint
-from cpmm.pipeline.config.fingerprints import fingerprint
+from cpmm.pipeline.config.fingerprints import hash_of
 from cpmm.pipeline.errors import EXPECTED_ERRORS, describe, explain, system_error
 
 
@@ -46,7 +46,7 @@ def run_stage(main: Callable[..., str], description: str, *arguments: str) -> No
     end_with_dvc()
     try:
         config = load_config(path)
-        temporary = "-".join([name, *([fingerprint(further)] if further else [])])
+        temporary = "-".join([name, *([hash_of(further)] if further else [])])
         with (
             threads_of(config),
             temporary_files_in(path.parent / ".scratch" / f"{temporary}.tmp"),
@@ -157,7 +157,7 @@ def load_config(path: Path) -> Config:
     return config
 
 
-def scratch_folder(folder: Path, stage: str, mark: str, part: str = "") -> Path:
+def scratch_folder(folder: Path, stage: str, fingerprint: str, part: str = "") -> Path:
     """Make the folder where a stage keeps its unfinished work between runs.
 
     DVC deletes a stage's outputs before it runs, so what is to be resumed lies elsewhere. The
@@ -166,13 +166,13 @@ def scratch_folder(folder: Path, stage: str, mark: str, part: str = "") -> Path:
     Args:
         folder: ``data/<preset>``.
         stage: Name of the stage, a file of workflows/.
-        mark: Fingerprint of all that the work depends on, but for the code, which is found.
+        fingerprint: Fingerprint of all that the work depends on, but for the code, which is found.
         part: Which of several runs of the stage, such as a baseline's row.
     """
     root = folder / ".scratch"
     name = f"{stage}-{part}" if part else stage
     code = code_fingerprint(SCRIPTS / f"{stage}.py")
-    scratch = root / f"{name}-{fingerprint(mark, code)}"
+    scratch = root / f"{name}-{hash_of(fingerprint, code)}"
     for other in root.glob(f"{name}-*"):
         if other != scratch:
             shutil.rmtree(other, ignore_errors=True)

@@ -111,7 +111,7 @@ def train_trial(home, scratch, options, **how):
     config = compose_preset("digits", options)
     scratch.mkdir(exist_ok=True)
     inputs = open_inputs(locate_inputs(config, home))
-    return run_trial(config, *inputs, "mark", scratch, **{"quiet": True} | how), scratch
+    return run_trial(config, *inputs, "fingerprint", scratch, **{"quiet": True} | how), scratch
 
 
 def check_last_step(module):

@@ -22,12 +22,12 @@ from cpmm.baselines import expectation_maximization
 from cpmm.fitted import FittedMixture
 from cpmm.mixture import Mixture
 from cpmm.pipeline.artifacts import verify
-from cpmm.pipeline.config import fingerprints as marks
+from cpmm.pipeline.config import fingerprints
 from cpmm.pipeline.config.compose import compose_preset, known_presets
 from cpmm.pipeline.models import baselines
 from cpmm.pipeline.models.baselines import Fitted, train_baseline
 from cpmm.pipeline.models.direct import start_direct
-from cpmm.pipeline.scores.ood import Outside
+from cpmm.pipeline.scores.ood import OodPoints
 from cpmm.pipeline.scores.scorer import Scorer
 from cpmm.pipeline.sweeps.inputs import locate_inputs, open_inputs
 from cpmm.pipeline.sweeps.plan import set_option
@@ -95,7 +95,7 @@ def trials(home, tmp_path_factory):
             inputs = open_inputs(locate_inputs(config, home))
             scratch = tmp_path_factory.mktemp(row)
             record = run_trial(
-                config, *inputs, "mark", scratch, quiet=True, listeners=[check_last_step]
+                config, *inputs, "fingerprint", scratch, quiet=True, listeners=[check_last_step]
             )
             known[row] = config, inputs, record, scratch
         return known[row]
@@ -154,7 +154,7 @@ def test_every_row_is_trained_and_scored(row, trials):
     trained = config["baselines"][row]["kind"] not in ("gaussian", "sklearn", "kmeans")
     assert (record["steps"] is not None) == (record["best_epoch"] is not None) == trained
     assert {path.name for path in scratch.iterdir() if path.is_dir()} >= {"baseline"}
-    header = load_header(scratch / "baseline", "baseline", "mark")
+    header = load_header(scratch / "baseline", "baseline", "fingerprint")
     assert (header["row"], header["kind_of_model"]) == (row, config["baselines"][row]["kind"])
     verify_files(scratch / "baseline", header, header["files"])
 
@@ -181,10 +181,10 @@ def test_parameters_are_the_numbers_that_are_kept(row, trials):
     if row in by_formula:
         assert n == by_formula[row]
     if row in MIXTURES:
-        header = load_header(scratch / "baseline" / "mixture", "mixture", "mark")
+        header = load_header(scratch / "baseline" / "mixture", "mixture", "fingerprint")
         assert n == n_numbers(header)
     elif row not in ("gaussian", "gmm_full"):  # of symmetric matrices one half counts
-        assert n == n_numbers(load_header(scratch / "baseline", "baseline", "mark"))
+        assert n == n_numbers(load_header(scratch / "baseline", "baseline", "fingerprint"))
 
 
 def test_an_einsum_network_has_at_most_the_parameters_of_the_extracted_cpmm(trials):
@@ -320,12 +320,12 @@ def test_a_density_that_takes_long_is_computed_once(step, n_calls, rings, monkey
     fitted = Fitted(3, {}, log_prob=log_prob, n_points=20)
     score = Scorer(rings, "test", 20)
     z, log_det = rings.points("validation")
-    outside = Outside("other", 2 * z, log_det)
-    got = baselines.score_baseline(fitted, score, 2, outside)
+    ood = OodPoints("other", 2 * z, log_det)
+    got = baselines.score_baseline(fitted, score, 2, ood)
     assert [len(z) for z in seen] == [20] * (n_calls + 1)
-    assert torch.equal(seen[-1], outside.z[:20])
-    inside, there = (-z.square().sum(1) for z in (score.z, outside.z[:20]))
-    assert got["ood"] == outside.scores(score, inside, there)
+    assert torch.equal(seen[-1], ood.z[:20])
+    inside, there = (-z.square().sum(1) for z in (score.z, ood.z[:20]))
+    assert got["ood"] == ood.scores(score, inside, there)
     assert got["seconds_10k"] == pytest.approx(step * 10_000 / 20)
     assert score.density(inside).items() <= got.items()
 
@@ -344,7 +344,7 @@ def test_resumed_equals_uninterrupted(row, trials, tmp_path):
         if len(seen) == 2:
             raise Kill
 
-    run = partial(run_trial, config, *inputs, "mark", tmp_path, quiet=True, listeners=[kill])
+    run = partial(run_trial, config, *inputs, "fingerprint", tmp_path, quiet=True, listeners=[kill])
     with pytest.raises(Kill):
         run()
     resumed = run()
@@ -362,7 +362,7 @@ def test_resumed_equals_uninterrupted(row, trials, tmp_path):
 def test_rows_give_signs_of_life_where_no_epoch_ends(row, least, trials, tmp_path):
     config, inputs, _, _ = trials(row)
     signs = []  # of the epochs of VaDE's autoencoder, a flow's four evaluations a step of two splits, EM
-    run_trial(config, *inputs, "mark", tmp_path, lambda: signs.append(1), quiet=True)
+    run_trial(config, *inputs, "fingerprint", tmp_path, lambda: signs.append(1), quiet=True)
     assert len(signs) >= least
     assert bool(signs) == bool(least)
 
@@ -395,7 +395,7 @@ def test_what_cannot_be_is_refused(row, overrides, said, rings, tmp_path):
 )
 def test_what_takes_images_is_trained_on_a_table(row, rings, tmp_path):
     config = composed(f"model={row}", preset="rings")
-    record = run_trial(config, rings, None, "mark", tmp_path, quiet=True)
+    record = run_trial(config, rings, None, "fingerprint", tmp_path, quiet=True)
     assert record["status"] == "finished"
     assert "density" in record["test"] or "accuracy" in record["test"]
 
@@ -471,7 +471,7 @@ def test_several_processes_train_no_baseline(home, tmp_path):
     config = composed("model=matched")
     inputs = open_inputs(locate_inputs(config, home))
     with pytest.raises(ValueError, match=r"ray\.workers above 1 trains cpmm alone: .*'matched'"):
-        run_trial(config, *inputs, "mark", tmp_path, quiet=True, together={"devices": 2})
+        run_trial(config, *inputs, "fingerprint", tmp_path, quiet=True, ddp={"devices": 2})
 
 
 def test_a_baseline_that_diverges_says_so(home, tmp_path):
@@ -479,14 +479,14 @@ def test_a_baseline_that_diverges_says_so(home, tmp_path):
     config = composed("model=einet_matched", *rate)
     data, _ = open_inputs(locate_inputs(config, home))
     config = set_option(config, "baselines.einet_matched.learning_rate", 1e30)
-    record = run_trial(config, data, None, "mark", tmp_path, quiet=True)
+    record = run_trial(config, data, None, "fingerprint", tmp_path, quiet=True)
     assert record["status"] == "diverged"
     assert record["step"] >= 1
     assert "lower the learning rate" in record["reason"]
     assert not (tmp_path / "baseline").exists()
 
 
-def outside_options(path):
+def ood_options(path):
     return [
         "ood@evaluation.ood=npy", f"evaluation.ood.options.path={path}",
         "evaluation.ood.options.levels=17", "evaluation.ood.name=negative",
@@ -495,23 +495,25 @@ def outside_options(path):
 
 def test_another_data_set_is_told_apart_where_it_is_at_hand(home, tmp_path):
     path = tmp_path / "negative.npy"
-    config = composed("model=gaussian", *outside_options(path))
+    config = composed("model=gaussian", *ood_options(path))
     inputs = open_inputs(locate_inputs(config, home))
-    record = run_trial(config, *inputs, "mark", tmp_path / "missing", quiet=True)
+    record = run_trial(config, *inputs, "fingerprint", tmp_path / "missing", quiet=True)
     assert record["status"] == "finished"
     assert str(path) in record["ood_missing"]
     said = f"not told from another data set: {record['ood_missing']}"
     assert summarize(record, "bits").endswith(said)
     assert "auroc" not in record
     np.save(path, 16 - load_digits().images[:60].astype(np.uint8))
-    told = run_trial(config, *inputs, "mark", tmp_path / "there", quiet=True)
+    told = run_trial(config, *inputs, "fingerprint", tmp_path / "there", quiet=True)
     assert "ood_missing" not in told
     assert "another data set" not in summarize(told, "bits")
     assert told["test"] == record["test"]
     for name in ("auroc", "aupr", "auroc_data", "aupr_data"):
         assert 0 <= told[name] <= 1
-    clusters = composed("model=kmeans", *outside_options(path))
-    assert "auroc" not in run_trial(clusters, *inputs, "mark", tmp_path / "kmeans", quiet=True)
+    clusters = composed("model=kmeans", *ood_options(path))
+    assert "auroc" not in run_trial(
+        clusters, *inputs, "fingerprint", tmp_path / "kmeans", quiet=True
+    )
 
 
 @pytest.fixture
@@ -553,7 +555,7 @@ def test_the_stage_writes_scores_and_a_sealed_model(row, preset, command, trials
     scores = json.loads((folder / "scores.json").read_text())
     expected = {"row": row, "unit": "bits per dimension", **trials(row)[2]["test"]}
     assert scores == expected
-    header = load_header(folder, "baseline", marks.mark_baseline(composed(), row))
+    header = load_header(folder, "baseline", fingerprints.fingerprint_baseline(composed(), row))
     assert "scores.json" in header["files"]
     verify_files(folder, header, header["files"])
     if row in MIXTURES:
@@ -567,7 +569,7 @@ def test_the_stage_writes_scores_and_a_sealed_model(row, preset, command, trials
 def test_the_stage_tells_another_data_set_apart(preset, command, tmp_path):
     path = tmp_path / "negative.npy"
     np.save(path, 16 - load_digits().images[:60].astype(np.uint8))
-    config = composed(*outside_options(path))
+    config = composed(*ood_options(path))
     (preset / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     assert command(preset / "config.yaml", "gmm_diagonal")[0] == 0
     scores = json.loads((preset / "baselines" / "gmm_diagonal" / "scores.json").read_text())
@@ -627,7 +629,8 @@ def test_a_mark_is_that_of_the_rows_own_options(row, config):
     option, value = OPTIONS[config["baselines"][row]["kind"]]
     changed = set_option(config, f"baselines.{row}.{option}", value)
     before, after = (
-        {name: marks.mark_baseline(c, name) for name in ROWS} for c in (config, changed)
+        {name: fingerprints.fingerprint_baseline(c, name) for name in ROWS}
+        for c in (config, changed)
     )
     # A row of one kind is told from another by its options, so there are no two the same.
     assert len(set(before.values())) == len(ROWS)
@@ -642,10 +645,14 @@ def test_a_mark_changes_with_the_sizes_and_data_that_cpmm_has(row, config):
         ("trainer.precision", "64-true"), ("evaluation.teacher_points", 9),
     ):  # fmt: skip
         changed = set_option(config, option, value)
-        assert marks.mark_baseline(changed, row) != marks.mark_baseline(config, row), option
+        assert fingerprints.fingerprint_baseline(changed, row) != fingerprints.fingerprint_baseline(
+            config, row
+        ), option
     for option, value in (("trainer.threads", 3), ("evaluation.kmeans_restarts", 3)):
         changed = set_option(config, option, value)
-        assert marks.mark_baseline(changed, row) == marks.mark_baseline(config, row), option
+        assert fingerprints.fingerprint_baseline(changed, row) == fingerprints.fingerprint_baseline(
+            config, row
+        ), option
 
 
 @pytest.mark.parametrize("guided", [True, False])
@@ -653,17 +660,22 @@ def test_a_mark_changes_with_the_sizes_and_data_that_cpmm_has(row, config):
 def test_only_the_rows_that_cpmms_options_train_change_with_them(row, guided, config):
     config = set_option(config, "cpmm.curriculum", guided)
     changed = set_option(config, "cpmm.noise", 0.37)
-    same = marks.mark_baseline(changed, row) == marks.mark_baseline(config, row)
+    same = fingerprints.fingerprint_baseline(changed, row) == fingerprints.fingerprint_baseline(
+        config, row
+    )
     assert same == (row != "curriculum")
 
 
 def test_only_curriculum_and_cpmm_need_spaces(config):
     for model in ("cpmm", *ROWS):
         of_model = config | {"model": model}
-        prepared, spaces = marks.marks_of_inputs(of_model)
-        assert prepared == marks.mark_prepared(config)
+        prepared, spaces = fingerprints.fingerprint_inputs(of_model)
+        assert prepared == fingerprints.fingerprint_prepared(config)
         assert (spaces is not None) == (model in ("cpmm", "curriculum"))
-        assert marks.marks_of_inputs(set_option(of_model, "cpmm.curriculum", False))[1] is None
+        assert (
+            fingerprints.fingerprint_inputs(set_option(of_model, "cpmm.curriculum", False))[1]
+            is None
+        )
 
 
 def test_a_damaged_baseline_is_found(preset, command, monkeypatch):

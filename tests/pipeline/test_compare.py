@@ -18,7 +18,7 @@ from scipy.stats import ttest_ind
 from cpmm.artifact import file_digest, load_header, seal_folder, verify_files
 from cpmm.figures import plot_costs
 from cpmm.pipeline.config.compose import compose_preset
-from cpmm.pipeline.config.fingerprints import mark_evaluation, mark_options
+from cpmm.pipeline.config.fingerprints import fingerprint_evaluation, fingerprint_options
 from cpmm.pipeline.scores.published import printed, published
 from workflows import compare
 
@@ -29,7 +29,7 @@ RULES = {
 }
 MODELS = {
     "cpmm": {"name": "CPMM: 10 x 25 components, R = 6", "density": 9.9, "accuracy": 0.1},
-    "refined_mixture": {
+    "refined": {
         "name": "CPMM's components trained on: 10 x 25 components, R = 6",
         "density": 1.85,
         "accuracy": 0.81,
@@ -81,7 +81,9 @@ def compose():
 def marked(row, config):
     """A trial's row with the fingerprint that the sweep gives it."""
     cpmm = config["cpmm"] | {"seed": row["seed"]}
-    return {"fingerprint": mark_options(config | {"model": row["model"], "cpmm": cpmm})} | row
+    return {
+        "fingerprint": fingerprint_options(config | {"model": row["model"], "cpmm": cpmm})
+    } | row
 
 
 def add_preset(root, trials=TRIALS, name="digits", ood=None, columns=None):
@@ -94,12 +96,12 @@ def add_preset(root, trials=TRIALS, name="digits", ood=None, columns=None):
         "discretization": {},
     }  # fmt: skip
     if ood:
-        metrics["ood"] = {"name": "mnist", "n_outside": 9, "models": ood}
+        metrics["ood"] = {"name": "mnist", "n_ood": 9, "models": ood}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     (folder / "metrics.json").write_text(json.dumps(metrics))
     (folder / "evaluation" / "rules.json").write_text(json.dumps(RULES))
     digest = file_digest(folder / "metrics.json")
-    header = {"fingerprint": mark_evaluation(config), "metrics": digest}
+    header = {"fingerprint": fingerprint_evaluation(config), "metrics": digest}
     seal_folder(folder / "evaluation", "evaluation", header, {})
     if trials is not None:
         path = compare.trials_of(folder)
@@ -287,7 +289,7 @@ def test_the_papers_figures_stand_beside_its_data_sets(make):
         "mixture": {"auroc": 0.75, "aupr": 0.8, "aupr_out": 0.9},
     }
     trials = [row | {"auroc": 0.9, "auroc_data": 0.1 + 0.1 * row["seed"]} for row in TRIALS]
-    folder = make(trials, "fashion_mnist_cpu", {"refined_mixture": found})
+    folder = make(trials, "fashion_mnist_cpu", {"refined": found})
     _, rows, shown, text = run(*folder)
     assert (shown["CPMM"]["paper"], shown["CPMM"]["paper, %"]) == ("3.91", "65.01")
     assert rows["cpmm"]["paper_accuracy"] == "0.6501"
@@ -306,7 +308,7 @@ def test_the_papers_figures_stand_beside_its_data_sets(make):
     refined = shown["CPMM's components trained on"]
     assert refined["AUROC, mixture's space, %"] == "75.00"
     assert refined["AUROC, data's space, %"] == "25.00"
-    assert rows["refined_mixture"]["aupr_data_mean"] == "0.3"
+    assert rows["refined"]["aupr_data_mean"] == "0.3"
     assert "from those of mnist by their log-density" in text
 
 
@@ -342,15 +344,15 @@ def test_it_is_sealed_and_the_same_for_the_same_inputs(make):
     folder, config = make()
     run(folder, config)
     out = folder / "comparison"
-    mark = compare.mark_comparison(folder)
-    header = load_header(out, "comparison", mark)
+    fingerprint = compare.fingerprint_comparison(folder)
+    header = load_header(out, "comparison", fingerprint)
     assert set(header["files"]) == {"table1.csv", "table1.md", "costs.svg"}
     verify_files(out, header, header["files"])
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     run(folder, config)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     make([*TRIALS, trial("vade", 0, accuracy=0.5)])
-    assert compare.mark_comparison(folder) != mark
+    assert compare.fingerprint_comparison(folder) != fingerprint
 
 
 def test_a_sweep_that_is_missing_is_named_with_its_command(make):

@@ -13,12 +13,12 @@ from cpmm.pipeline.config import schema
 from cpmm.pipeline.config.compose import (
     compose_preset,
     flatten,
-    missing_outside,
+    missing_ood_files,
     overrides_of,
     read_overrides,
     split_preset,
 )
-from cpmm.pipeline.config.fingerprints import mark_prepared
+from cpmm.pipeline.config.fingerprints import fingerprint_prepared
 from workflows import compose, prepare_data
 
 PRESETS = sorted(path.stem for path in (ROOT / "conf" / "preset").glob("*.yaml"))
@@ -51,13 +51,13 @@ def test_a_file_that_was_edited_is_another_configuration(tmp_path):
     assert (
         "digests" not in compose_preset("csv", overrides)["data"]
     )  # to be missed where it is read
-    marks = set()
+    fingerprints = set()
     for text in ("a,b\n1,2\n", "a,b\n1,3\n"):
         path.write_text(text)
         config = compose_preset("csv", overrides)
         assert config["data"]["digests"] == {"path": hashlib.sha256(text.encode()).hexdigest()}
-        marks.add(mark_prepared(config))
-    assert len(marks) == 2
+        fingerprints.add(fingerprint_prepared(config))
+    assert len(fingerprints) == 2
     path.write_text("a,b\n" + "1,2\n3,4\n" * 300)
     with pytest.raises(
         ValueError, match=r"table\.csv \(data\.options\.path\) has changed since .* config@csv"
@@ -130,13 +130,13 @@ def test_a_data_set_to_be_told_apart_is_looked_for_before_anything_runs(
     folder = f"evaluation.ood.options.folder={tmp_path}"
 
     def missing(*overrides: str) -> str | None:
-        return missing_outside(compose_preset("fashion_mnist_cpu", [cache, *overrides]))
+        return missing_ood_files(compose_preset("fashion_mnist_cpu", [cache, *overrides]))
 
     assert re.search(r"ood is mnist, and .* is missing .* evaluation\.ood to null", missing(folder))
     assert missing() is not None
     assert missing("evaluation.ood.options.mirror=http://localhost") is None
     assert missing("evaluation.ood=null") is None
-    assert missing_outside(compose_preset("digits", [])) is None
+    assert missing_ood_files(compose_preset("digits", [])) is None
     options = compose_preset("fashion_mnist_cpu", [])["evaluation"]["ood"]["options"]
     for name in options["files"].values():
         (tmp_path / name.removesuffix(".gz")).touch()

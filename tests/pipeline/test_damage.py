@@ -25,7 +25,7 @@ from conftest import STAGES, TINY, copy_project, project_environment
 from cpmm.artifact import seal_folder
 from cpmm.pipeline import stage
 from cpmm.pipeline.artifacts import verify
-from cpmm.pipeline.config import fingerprints as marks
+from cpmm.pipeline.config import fingerprints
 from cpmm.pipeline.config.compose import compose_preset
 from cpmm.pipeline.sweeps.archive import Archive
 
@@ -168,7 +168,7 @@ def test_a_whole_artifact_of_another_preset_an_empty_folder_and_none(artifact, c
     shutil.copytree(other / artifact, folder / artifact)
     theirs = json.loads((other / artifact / f"{artifact}.json").read_text())["fingerprint"]
     config = stage.load_config(folder / "config.yaml")
-    ours = getattr(marks, f"mark_{artifact}")(config)
+    ours = getattr(fingerprints, f"fingerprint_{artifact}")(config)
     refused(artifact, f"fingerprint {theirs}, expected {ours}", "another preset", "dvc checkout")
     shutil.rmtree(folder / artifact)
     (folder / artifact).mkdir()
@@ -227,9 +227,9 @@ def test_files_that_must_not_be_read(artifact, made, run_stage):
 def test_a_planted_checkpoint_is_neither_executed_nor_taken(copies, run_stage):
     folder, _ = copies
     config = stage.load_config(folder / "config.yaml")
-    for step, output, mark in (
-        ("train_teacher", "teacher", marks.mark_teacher(config)),
-        ("train_cpmm", "cpmm", marks.mark_cpmm(config)),
+    for step, output, fingerprint in (
+        ("train_teacher", "teacher", fingerprints.fingerprint_teacher(config)),
+        ("train_cpmm", "cpmm", fingerprints.fingerprint_cpmm(config)),
     ):
         before = content_of(folder / output)
         whole = Path(tempfile.gettempdir()) / f"whole-{os.getpid()}.ckpt"
@@ -240,7 +240,7 @@ def test_a_planted_checkpoint_is_neither_executed_nor_taken(copies, run_stage):
             b"",
             whole.read_bytes()[:-9],
         ):
-            scratch = stage.scratch_folder(folder, step, mark)
+            scratch = stage.scratch_folder(folder, step, fingerprint)
             (scratch / "last.ckpt").write_bytes(content)
             status, printed, errors = run_stage(step, folder)
             assert status == 0, errors

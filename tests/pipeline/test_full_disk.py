@@ -283,8 +283,8 @@ def test_a_full_disk_costs_nothing_but_time(case):
             continue
         line = assert_refused(case, done, "No space left on device", "space")
         cases["refused"] += 1
-        mark, resuming = RESUMED.get(case.stage, (None, None))
-        begun = mark and list(case.digits.glob(f".scratch/{case.stage}-*/{mark}"))
+        fingerprint, resuming = RESUMED.get(case.stage, (None, None))
+        begun = fingerprint and list(case.digits.glob(f".scratch/{case.stage}-*/{fingerprint}"))
         done = case.run()
         assert done.returncode == 0, done.stdout + done.stderr
         assert case.made() == expected

@@ -9,7 +9,7 @@ from conftest import TINY
 from cpmm.artifact import load_header
 from cpmm.pipeline.artifacts.store import load_prepared
 from cpmm.pipeline.config.compose import compose_preset
-from cpmm.pipeline.config.fingerprints import mark_teacher, marks_of_inputs
+from cpmm.pipeline.config.fingerprints import fingerprint_inputs, fingerprint_teacher
 from cpmm.pipeline.sweeps.inputs import Located, locate_inputs, open_inputs, size_of
 from workflows import build_spaces, prepare_data, train_teacher
 
@@ -41,11 +41,14 @@ def made(home):
 
 
 def test_marks_are_those_in_the_artifacts(finished):
-    marks = marks_of_inputs(configure())
-    assert marks == tuple(
+    fingerprints = fingerprint_inputs(configure())
+    assert fingerprints == tuple(
         load_header(finished / name, name)["fingerprint"] for name in ("prepared", "spaces")
     )
-    assert mark_teacher(configure()) == load_header(finished / "teacher", "teacher")["fingerprint"]
+    assert (
+        fingerprint_teacher(configure())
+        == load_header(finished / "teacher", "teacher")["fingerprint"]
+    )
 
 
 def test_what_the_pipeline_has_made_is_used_as_it_is(home, capsys):
@@ -80,17 +83,17 @@ def test_noise_needs_no_teacher(home):
     shutil.rmtree(home / "teacher")
     located = locate_inputs(configure("spaces=noise", "spaces.n_spaces=3"), home)
     assert made(home) == ["spaces"]
-    assert located.spaces.parent.name == f"spaces-{located.marks[1]}"
+    assert located.spaces.parent.name == f"spaces-{located.fingerprints[1]}"
 
 
 def test_an_empty_home_gets_everything_from_the_stages(finished, tmp_path, capsys):
     located = locate_inputs(configure(), tmp_path / "digits")
     assert made(tmp_path / "digits") == ["prepared", "spaces", "teacher"]
-    assert located.marks == marks_of_inputs(configure())
+    assert located.fingerprints == fingerprint_inputs(configure())
     assert capsys.readouterr().out.count(" | making ") == 3
     (data, spaces), (expected, others) = (
         open_inputs(located),
-        open_inputs(Located(finished / "prepared", finished / "spaces", located.marks)),
+        open_inputs(Located(finished / "prepared", finished / "spaces", located.fingerprints)),
     )
     assert all(torch.equal(data.raw[split], expected.raw[split]) for split in data.raw)
     for index in range(3):
@@ -117,7 +120,7 @@ def test_without_a_curriculum_no_spaces_are_needed(home):
     for name in ("teacher", "spaces"):
         shutil.rmtree(home / name)
     located = locate_inputs(configure("cpmm.curriculum=false", "cpmm.pseudo_label_spaces=0"), home)
-    assert located == Located(home / "prepared", None, (marks_of_inputs(configure())[0], None))
+    assert located == Located(home / "prepared", None, (fingerprint_inputs(configure())[0], None))
     assert made(home) == []
     assert open_inputs(located)[1] is None
 
@@ -127,7 +130,7 @@ def test_artifacts_of_other_options_are_not_used(home):
     assert made(home) == ["prepared", "spaces", "teacher"]
     other, mine = (load_prepared(path) for path in (home / "prepared", located.prepared))
     assert not torch.equal(other.raw["train"], mine.raw["train"])
-    assert open_inputs(located)[1].fingerprint == located.marks[1]
+    assert open_inputs(located)[1].fingerprint == located.fingerprints[1]
 
 
 @pytest.mark.parametrize(
@@ -150,7 +153,7 @@ def test_artifacts_with_damaged_headers_are_made_anew(name, content, made_again,
     assert made(home) == made_again
     data, spaces = open_inputs(located)
     assert len(data.raw["train"]) == 120
-    assert spaces.fingerprint == located.marks[1]
+    assert spaces.fingerprint == located.fingerprints[1]
 
 
 @pytest.mark.parametrize("of", ["pipeline", "sweep"])

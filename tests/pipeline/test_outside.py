@@ -15,7 +15,7 @@ from cpmm.data import DataSplits
 from cpmm.fitted import FittedMixture
 from cpmm.pipeline.artifacts.store import load_prepared
 from cpmm.pipeline.config.compose import compose_preset
-from cpmm.pipeline.scores.ood import Outside, read_outside
+from cpmm.pipeline.scores.ood import OodPoints, read_ood
 from cpmm.pipeline.scores.scorer import Scorer
 from cpmm.pipeline.stage import load_config
 from cpmm.preprocessing import Augmentation, Preprocessing
@@ -23,14 +23,14 @@ from cpmm.seeds import seeded_generator
 from workflows.report import tabulate_ood
 
 MODELS = (
-    "cpmm", "direct_mixture", "matched_mixture", "refined_mixture", "full_gaussian", "teacher",
+    "cpmm", "direct", "matched", "refined", "gaussian", "teacher",
 )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def upside_down(tmp_path_factory):
     """Digits' negatives: of the same kind, and another data set."""
-    path = tmp_path_factory.mktemp("outside") / "negative.npy"
+    path = tmp_path_factory.mktemp("ood") / "negative.npy"
     np.save(path, 16 - load_digits().images[:60].astype(np.uint8))
     return path
 
@@ -67,15 +67,15 @@ def test_every_density_tells_points_apart_in_both_spaces(evaluated, upside_down)
     folder, _ = evaluated
     metrics = json.loads((folder / "metrics.json").read_text())
     ood = metrics["ood"]
-    assert (ood["name"], ood["n_outside"]) == ("negative", 60)
+    assert (ood["name"], ood["n_ood"]) == ("negative", 60)
     assert set(ood["models"]) == set(MODELS)
     fitted = FittedMixture.load(folder / "mixture")
     data = load_prepared(folder / "prepared")
     inside = fitted.log_prob(data.raw["test"], seeded_generator(data.noise_seed, 2))
     raw = torch.from_numpy(np.load(upside_down).reshape(60, 64))
-    outside = fitted.log_prob(raw, seeded_generator(data.noise_seed, 4))
+    ood = fitted.log_prob(raw, seeded_generator(data.noise_seed, 4))
     member = np.repeat([1, 0], [len(inside), 60])
-    score = torch.cat([inside, outside]).numpy()
+    score = torch.cat([inside, ood]).numpy()
     got = ood["models"]["cpmm"]
     assert got["data"]["auroc"] == pytest.approx(roc_auc_score(member, score))
     assert got["data"]["aupr"] == pytest.approx(average_precision_score(member, score))
@@ -138,7 +138,7 @@ def test_the_report_has_the_table(evaluated):
 
 
 @pytest.mark.parametrize(
-    ("preset", "outside", "expected"),
+    ("preset", "ood", "expected"),
     [
         ("fashion_mnist", "mnist", ["93.4 %", "93.3 %"]),
         ("mnist_small", "fashion_mnist", ["100.0 %", "100.0 %"]),  # 99.95, rounded
@@ -146,10 +146,10 @@ def test_the_report_has_the_table(evaluated):
         ("fashion_mnist", "mine", None),
     ],
 )
-def test_the_papers_figures_stand_beside_the_papers_pairs(preset, outside, expected):
+def test_the_papers_figures_stand_beside_the_papers_pairs(preset, ood, expected):
     row = {"name": "m", "data": {"auroc": 0.25, "aupr": 0.5, "aupr_out": 1.0}, "mixture": {}}
-    models = {"cpmm": row, "direct_mixture": row}
-    table = tabulate_ood({"preset": preset, "ood": {"name": outside, "models": models}})
+    models = {"cpmm": row, "direct": row}
+    table = tabulate_ood({"preset": preset, "ood": {"name": ood, "models": models}})
     assert table["paper"] is (expected is not None)
     cells = table["rows"][0]["cells"]
     assert cells[:6] == ["25.0 %", "50.0 %", "100.0 %", "–", "–", "–"]
@@ -183,32 +183,32 @@ def test_what_does_not_compare_is_named(tmp_path, upside_down):
     path = tmp_path / "x.npy"
     np.save(path, np.zeros((5, 7, 7), np.uint8))
     with pytest.raises(ValueError, match=r"evaluation\.ood, other, .* features: 49, expected 64"):
-        read_outside(section(path), data)
+        read_ood(section(path), data)
     np.save(path, np.zeros((5, 4, 16), np.uint8))
     with pytest.raises(ValueError, match=r"shape of an image .*: \(1, 4, 16\), expected"):
-        read_outside(section(path), data)
+        read_ood(section(path), data)
     with pytest.raises(ValueError, match="grey levels: 256, expected 17"):
-        read_outside(section(upside_down, 256), data)
+        read_ood(section(upside_down, 256), data)
     np.save(path, load_digits().images[25:35].astype(np.uint8))
     with pytest.raises(ValueError, match="is the data set itself: 10 of its 10 test points"):
-        read_outside(section(path), data)
+        read_ood(section(path), data)
     with pytest.raises(FileNotFoundError, match=r"set evaluation\.ood\.options\.path .*ood=null"):
-        read_outside(section(tmp_path / "none.npy"), data)
+        read_ood(section(tmp_path / "none.npy"), data)
     with pytest.raises(ValueError, match=r"evaluation\.ood\.source is None"):
-        read_outside({"name": "other"}, data)
+        read_ood({"name": "other"}, data)
     with pytest.raises(ValueError, match=r"evaluation\.ood\.name is missing"):
-        read_outside({}, data)
-    found = read_outside(section(upside_down), data)
+        read_ood({}, data)
+    found = read_ood(section(upside_down), data)
     assert found.z.shape == (60, 64)
 
 
 def test_a_density_that_is_not_finite_is_no_score():
     data = splits(torch.from_numpy(load_digits().data[:40].astype(np.uint8)))
     score = Scorer(data, "test")
-    outside = Outside("other", score.z[:3], score.log_det[:3])
+    ood = OodPoints("other", score.z[:3], score.log_det[:3])
     good = torch.zeros(10, dtype=torch.float64)
     with pytest.raises(FloatingPointError, match="1 of 13 log-densities are not finite: points of"):
-        outside.scores(score, good, torch.tensor([0.0, float("-inf"), 0.0]))
+        ood.scores(score, good, torch.tensor([0.0, float("-inf"), 0.0]))
 
 
 def test_a_missing_data_set_is_said_before_anything_is_trained(evaluated, run_stage, tmp_path):
@@ -246,9 +246,9 @@ def test_an_edited_file_of_the_other_data_set_is_refused(evaluated, upside_down,
                "evaluation.ood.options.levels=17", "evaluation.ood.name=negative"]  # fmt: skip
     ood = compose_preset("digits", options)["evaluation"]["ood"]
     data = load_prepared(folder / "prepared")
-    assert len(read_outside(ood, data).z) == 60
+    assert len(read_ood(ood, data).z) == 60
     np.save(path, values[:40])
     with pytest.raises(
         ValueError, match=r"negative\.npy \(evaluation\.ood\.options\.path\) has changed"
     ):
-        read_outside(ood, data)
+        read_ood(ood, data)

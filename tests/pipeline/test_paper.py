@@ -18,7 +18,7 @@ from benchmarks import paper
 from cpmm.artifact import file_digest, seal_folder
 from cpmm.figures import plot_trajectory_means
 from cpmm.pipeline.config.compose import compose_preset
-from cpmm.pipeline.config.fingerprints import mark_evaluation, mark_trial
+from cpmm.pipeline.config.fingerprints import fingerprint_evaluation, fingerprint_trial
 from cpmm.pipeline.scores.published import data_of, published
 
 DETECTED = {"auroc": 0.9512, "aupr": 0.9411, "aupr_out": 0.9613}
@@ -46,21 +46,21 @@ def add_preset(root, preset, name=None, ood=None, **options):
                 "density_standard_error": 0.0051,
                 "accuracy": 0.7654,
             },
-            "full_gaussian": {"name": "one Gaussian", "density": 2.0126},
+            "gaussian": {"name": "one Gaussian", "density": 2.0126},
             "kmeans": {"name": "k-means", "accuracy": 0.5432},
         },
         "discretization": {},
     }
     if ood:
         row = {"name": "CPMM", "data": DETECTED, "mixture": DETECTED | {"auroc": 0.25}}
-        metrics["ood"] = {"name": ood, "n_outside": 10000, "models": {"cpmm": row}}
+        metrics["ood"] = {"name": ood, "n_ood": 10000, "models": {"cpmm": row}}
     mean = np.linspace(0, 1, 2 * 3 * 784).reshape(2, 3, 784)
     figure = plot_trajectory_means(mean, (1, 28, 28))
     figure.savefig(folder / "evaluation" / "figures" / "trajectories.svg")
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     (folder / "metrics.json").write_text(json.dumps(metrics))
     header = {
-        "fingerprint": mark_evaluation(config),
+        "fingerprint": fingerprint_evaluation(config),
         "metrics": file_digest(folder / "metrics.json"),
     }
     seal_folder(folder / "evaluation", "evaluation", header, {})
@@ -92,8 +92,8 @@ def add_sweep(folder, name, rows, models=False):
         writer.writeheader()
         for label in rows:
             model = label.split()[-1] if models else "cpmm"
-            mark = mark_trial(config, model, 0)
-            writer.writerow({"model": model, "seed": 0, "fingerprint": mark})
+            fingerprint = fingerprint_trial(config, model, 0)
+            writer.writerow({"model": model, "seed": 0, "fingerprint": fingerprint})
 
 
 def rows_of(text, title):
@@ -109,15 +109,15 @@ def rows_of(text, title):
 
 def test_every_figure_of_the_paper_is_there_once():
     figures = published()
-    keys = [(f.table, f.data, f.outside, f.row, f.space, f.metric) for f in figures]
+    keys = [(f.table, f.data, f.ood, f.row, f.space, f.metric) for f in figures]
     assert len(set(keys)) == len(keys)
     for data, n in (("mnist", 15), ("fashion_mnist", 15)):
         found = [f for f in figures if f.table == 1 and f.data == data and f.paper is not None]
         assert len(found) == n
     assert sum(f.table == 3 and f.paper is not None for f in figures) == 8
     evaluated = {
-        "", "cpmm", "teacher", "direct_mixture", "matched_mixture", "full_gaussian", "groups", "kmeans",
-        "refined_mixture",
+        "", "cpmm", "teacher", "direct", "matched", "gaussian", "groups", "kmeans",
+        "refined",
     }  # fmt: skip
     trials = {path.stem for path in (ROOT / "conf" / "baselines").glob("*.yaml")}
     assert {f.model for f in figures} <= evaluated | trials
@@ -226,9 +226,9 @@ def test_a_sweep_of_another_configuration_is_no_column_of_the_preset(root, tmp_p
     add_sweep(folder, "seeds", {"mnist": 2.5})
     add_sweep(folder, "table1", {"clusters matched": 2.3}, models=True)
     path = folder / "sweep" / "table1" / "trials.csv"
-    other = mark_trial(compose_preset("mnist", ["cpmm.n_factors=12"]), "matched", 0)
-    mark = mark_trial(compose_preset("mnist", []), "matched", 0)
-    path.write_text(path.read_text().replace(mark, other))
+    other = fingerprint_trial(compose_preset("mnist", ["cpmm.n_factors=12"]), "matched", 0)
+    fingerprint = fingerprint_trial(compose_preset("mnist", []), "matched", 0)
+    path.write_text(path.read_text().replace(fingerprint, other))
     said = paper.write_paper([folder], tmp_path / "out")
     assert any(line.startswith(f"left out {folder / 'sweep' / 'table1.csv'}") for line in said)
     text = (tmp_path / "out" / "table1.md").read_text()

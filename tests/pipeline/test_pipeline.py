@@ -84,19 +84,19 @@ def test_metrics_hold_every_model(finished):
     models = metrics["models"]
     assert {
         "cpmm",
-        "direct_mixture",
-        "matched_mixture",
-        "full_gaussian",
+        "direct",
+        "matched",
+        "gaussian",
         "groups",
         "kmeans",
-        "refined_mixture",
+        "refined",
         "teacher",
     } == set(models)
     without = {"groups", "kmeans"}
     assert all(np.isfinite(row["density"]) for name, row in models.items() if name not in without)
-    assert models["cpmm"]["n_components"] == models["direct_mixture"]["n_components"] == 30
+    assert models["cpmm"]["n_components"] == models["direct"]["n_components"] == 30
     # One component a pixel and the logit's margin: the closed form is the same on any machine.
-    assert 2.2 < models["full_gaussian"]["density"] < 2.4
+    assert 2.2 < models["gaussian"]["density"] < 2.4
 
 
 def test_the_mixture_is_the_trajectory(finished):
@@ -192,15 +192,17 @@ def test_killed_and_resumed_equals_uninterrupted(stage, make_folder, run_stage):
         shutil.copytree(
             whole / LONG.get(earlier, "prepared"), killed / LONG.get(earlier, "prepared")
         )
-    mark = {"build_spaces": "progress.json"}.get(stage, "last.ckpt")
+    fingerprint = {"build_spaces": "progress.json"}.get(stage, "last.ckpt")
     n_kills = 0
     while n_kills < 3:
         process = subprocess.Popen(
             stage_command(stage, killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        seen = {path: path.stat().st_mtime_ns for path in killed.glob(f".scratch/*/{mark}")}
+        seen = {path: path.stat().st_mtime_ns for path in killed.glob(f".scratch/*/{fingerprint}")}
         while process.poll() is None:
-            now = {path: path.stat().st_mtime_ns for path in killed.glob(f".scratch/*/{mark}")}
+            now = {
+                path: path.stat().st_mtime_ns for path in killed.glob(f".scratch/*/{fingerprint}")
+            }
             if now != seen:  # it has got further than the last time
                 time.sleep(0.05 * n_kills)
                 break

@@ -11,8 +11,8 @@ import pytest
 import yaml
 from conftest import ROOT
 
+from cpmm.pipeline.config.code import PACKAGE, code_fingerprint, reached_files
 from cpmm.pipeline.config.compose import compose_preset, split_preset
-from cpmm.pipeline.config.fingerprints import code_fingerprint
 from cpmm.pipeline.sweeps import plan
 from cpmm.pipeline.sweeps.archive import Archive
 from cpmm.pipeline.sweeps.plan import make_trial, plan_trials, set_option, shorten, suggested_trial
@@ -78,7 +78,7 @@ def test_trials_are_rows_by_seeds_in_the_order_of_the_file(planned):
     assert [(trial.row, trial.seed) for trial in planned] == expected
     assert planned[3].name == "alone constant large, seed 1"
     assert planned[8].name == "guided variable, seed 0"
-    assert len({trial.mark for trial in planned}) == len(planned)
+    assert len({trial.fingerprint for trial in planned}) == len(planned)
 
 
 def test_a_row_has_the_bundles_of_its_axes(planned):
@@ -325,7 +325,7 @@ def test_a_random_search_is_decided_by_its_seed():
     again, second = plan_seed(0, 2)  # more samples keep the trials there are
     (other,) = plan_seed(1)
     assert again == first
-    assert len({first.mark, second.mark, other.mark}) == 3
+    assert len({first.fingerprint, second.fingerprint, other.fingerprint}) == 3
     assert compose_preset("digits", first.overrides) == first.config
     assert [name for name, _ in first.row] == ["learning_rate", "n_factors", "ode", "noise"]
 
@@ -368,9 +368,12 @@ def test_a_suggestion_is_the_trial_that_its_overrides_compose_to(template):
     again = make_trial("digits", trial.row, trial.seed, trial.overrides[:-1], composed, "code")
     assert again == trial
     assert trial.row[:2] == (("learning_rate", "1.23457e-05"), ("n_factors", "3"))
-    assert trial.mark != template.mark
+    assert trial.fingerprint != template.fingerprint
     assert yaml.safe_dump(template.config) == before
-    assert suggested_trial(template, values | {"cpmm.n_factors": 4}, "code").mark != trial.mark
+    assert (
+        suggested_trial(template, values | {"cpmm.n_factors": 4}, "code").fingerprint
+        != trial.fingerprint
+    )
 
 
 @pytest.mark.parametrize("option", ["cpm.noise", "cpmm.nois", "cpmm.noise.level", "spaces"])
@@ -379,8 +382,8 @@ def test_a_suggestion_of_what_is_no_option_raises(option, config):
         set_option(config, option, "noise")
 
 
-def mark(config, code="code", seed=0):
-    return make_trial("digits", (), seed, [], config, code).mark
+def fingerprint(config, code="code", seed=0):
+    return make_trial("digits", (), seed, [], config, code).fingerprint
 
 
 @pytest.mark.parametrize(
@@ -393,7 +396,7 @@ def mark(config, code="code", seed=0):
     ],
 )  # fmt: skip
 def test_a_mark_changes_with_what_decides_the_result(option, value, config):
-    assert mark(set_option(config, option, value)) != mark(config)
+    assert fingerprint(set_option(config, option, value)) != fingerprint(config)
 
 
 @pytest.mark.parametrize(
@@ -404,27 +407,27 @@ def test_a_mark_changes_with_what_decides_the_result(option, value, config):
     ],
 )  # fmt: skip
 def test_a_mark_does_not_change_with_what_does_not(option, value, config):
-    assert mark(set_option(config, option, value)) == mark(config)
+    assert fingerprint(set_option(config, option, value)) == fingerprint(config)
 
 
 def test_a_mark_changes_with_seed_and_code_and_without_curriculum_not_with_the_teacher(config):
-    assert len({mark(config), mark(config, seed=1), mark(config, code="other")}) == 3
+    assert (
+        len({fingerprint(config), fingerprint(config, seed=1), fingerprint(config, code="other")})
+        == 3
+    )
     alone = set_option(config, "cpmm.curriculum", False)
     for option, value in (("teacher.batch_size", 7), ("spaces.n_spaces", 9), ("seed", 1)):
-        assert mark(set_option(alone, option, value)) == mark(alone)
-    assert mark(set_option(alone, "data.split_seed", 1)) != mark(alone)
+        assert fingerprint(set_option(alone, option, value)) == fingerprint(alone)
+    assert fingerprint(set_option(alone, "data.split_seed", 1)) != fingerprint(alone)
 
 
-def test_the_code_of_a_trial_is_that_of_training_and_scoring(tmp_path, monkeypatch):
-    files = []
-    for name in ("fit", "score"):
-        files.append(tmp_path / f"{name}.py")
-        files[-1].write_text("x = 1\n")
-    monkeypatch.setattr("cpmm.pipeline.sweeps.trial.CODE", tuple(files))
-    before = trial_code()
-    assert trial_code() == before != code_fingerprint()
-    files[1].write_text("x = 2\n")
-    assert trial_code() != before
+def test_the_code_of_a_trial_is_that_of_training_and_scoring():
+    trial = code_fingerprint(PACKAGE / "pipeline" / "sweeps" / "trial.py")
+    assert trial_code() == trial
+    reached = set(reached_files(PACKAGE / "pipeline" / "sweeps" / "trial.py"))
+    needed = {"models/fit.py", "models/baselines.py", "models/mixtures.py", "scores/scorer.py"}
+    assert {f"cpmm/pipeline/{name}" for name in needed} | {"cpmm/factor_analyzers.py"} <= reached
+    assert not {name for name in reached if name.startswith("workflows/")}
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ def test_a_learned_map_is_kept_with_the_data(make_folder, run_stage, tmp_path):
     assert "prepare_data | step 25/25 | elementwise map | " in printed
     data = load_prepared(folder / "prepared")
     assert data.preprocessing.map.n_bins == 6
-    save_prepared(tmp_path / "again", data, "mark")
+    save_prepared(tmp_path / "again", data, "fingerprint")
     assert load_prepared(tmp_path / "again").preprocessing == data.preprocessing
     z, log_det = data.points("train")
     assert float(z.mean(0).abs().max()) < 0.1

@@ -11,7 +11,7 @@ import yaml
 
 from cpmm.artifact import file_digest, seal_folder
 from cpmm.pipeline.config.compose import compose_preset
-from cpmm.pipeline.config.fingerprints import mark_evaluation
+from cpmm.pipeline.config.fingerprints import fingerprint_evaluation
 from workflows import report
 
 HOSTILE = "<script>alert('&\"')</script>"
@@ -38,7 +38,7 @@ def folder(tmp_path):
                 "n_parameters": 96000,
                 **SCORES,
             },
-            "direct_mixture": {
+            "direct": {
                 "name": "Direct mixture",
                 "density": 2.15,
                 "density_standard_error": 0.004,
@@ -46,7 +46,7 @@ def folder(tmp_path):
                 "n_parameters": 96000,
                 **SCORES,
             },
-            "full_gaussian": {"name": "One Gaussian", "density": 2.01},
+            "gaussian": {"name": "One Gaussian", "density": 2.01},
             "teacher": {"name": "Teacher", "density": 1.3},
             "kmeans": {"name": "k-means", "accuracy": 0.781},
         },
@@ -190,7 +190,7 @@ def test_density_verdict(own, other, verdict):
 
 def test_missing_values_have_reasons(folder):
     def edit(metrics):
-        metrics["models"]["full_gaussian"] |= {"n_parameters": float("nan"), "n_components": None}
+        metrics["models"]["gaussian"] |= {"n_parameters": float("nan"), "n_components": None}
 
     change(folder, edit)
     metrics = json.loads((folder / "metrics.json").read_text())
@@ -272,7 +272,7 @@ def test_command_reads_what_is_sealed_alone(folder):
     config = compose_preset("digits", [])
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     header = {
-        "fingerprint": mark_evaluation(config),
+        "fingerprint": fingerprint_evaluation(config),
         "metrics": file_digest(folder / "metrics.json"),
     }
     add_figures(folder)

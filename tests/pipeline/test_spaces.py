@@ -15,7 +15,11 @@ from cpmm.data import SPLITS, DataSplits
 from cpmm.pipeline.artifacts import store
 from cpmm.pipeline.artifacts.store import load_prepared, open_spaces, save_model, save_prepared
 from cpmm.pipeline.config.compose import compose_preset
-from cpmm.pipeline.config.fingerprints import mark_prepared, mark_spaces, mark_teacher
+from cpmm.pipeline.config.fingerprints import (
+    fingerprint_prepared,
+    fingerprint_spaces,
+    fingerprint_teacher,
+)
 from cpmm.pipeline.models import mixtures as models
 from cpmm.preprocessing import Augmentation, Preprocessing
 from workflows import build_spaces, prepare_data, train_teacher
@@ -45,7 +49,9 @@ def folder(prepared, tmp_path):
 def build(folder, *overrides):
     config = configure(*overrides)
     build_spaces.main(folder, config)
-    return load_prepared(folder / "prepared"), open_spaces(folder / "spaces", mark_spaces(config))
+    return load_prepared(folder / "prepared"), open_spaces(
+        folder / "spaces", fingerprint_spaces(config)
+    )
 
 
 def files(folder):
@@ -79,7 +85,7 @@ def test_spaces_lie_on_the_paths_of_the_teacher_or_of_noise(folder):
     config = configure(*solver)
     train_teacher.main(folder, config)
     teacher = models.make_teacher(config["teacher"], load_prepared(folder / "prepared"), 0)
-    store.load_model(folder / "teacher", "teacher", teacher, mark_teacher(config))
+    store.load_model(folder / "teacher", "teacher", teacher, fingerprint_teacher(config))
     positions = torch.tensor([1, 0.75, 0.5, 0.25, 0])
     _, spaces = build(folder, *common, *solver)
     x = spaces.train(4)
@@ -122,8 +128,8 @@ def test_an_option_that_is_null_leaves_the_fingerprint_as_it_was():
     assert config["spaces"]["n_train"] is config["spaces"]["n_validation"] is None
     before = config["spaces"].copy()
     del before["n_train"], before["n_validation"]
-    assert mark_spaces(config | {"spaces": before}) == mark_spaces(config)
-    assert mark_spaces(configure("spaces.n_train=30")) != mark_spaces(config)
+    assert fingerprint_spaces(config | {"spaces": before}) == fingerprint_spaces(config)
+    assert fingerprint_spaces(configure("spaces.n_train=30")) != fingerprint_spaces(config)
 
 
 @pytest.mark.parametrize(
@@ -426,7 +432,7 @@ def large(tmp_path_factory):
         raw, None, Preprocessing.fit(raw["train"][:100], 256, alpha, "none", generator),
         Augmentation(image_shape=(1, 28, 28)), 0, (1, 28, 28), tuple(map(str, range(M))), (),
     )  # fmt: skip
-    save_prepared(folder / "prepared", data, mark_prepared(config))
+    save_prepared(folder / "prepared", data, fingerprint_prepared(config))
     return folder
 
 
@@ -445,7 +451,7 @@ def test_sixty_thousand_images_fit_a_laptop(kind, large, tmp_path):
     if kind == "teacher":
         config = write_config(folder, *QUICK)
         teacher = models.make_teacher(config["teacher"], load_prepared(folder / "prepared"), 0)
-        header = {"fingerprint": mark_teacher(config)}
+        header = {"fingerprint": fingerprint_teacher(config)}
         save_model(folder / "teacher", "teacher", teacher, header)
     printed, peak = measure(folder)
     spaces = open_spaces(folder / "spaces")

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from cpmm.pipeline import stage
 
 
-@pytest.mark.parametrize("name", [*STAGES, "compose", "summary"])
+@pytest.mark.parametrize("name", [*STAGES, "compose"])
 def test_help_is_quick_and_needs_nothing(name):
     done = subprocess.run(
         [sys.executable, ROOT / "workflows" / f"{name}.py", "--help"],

@@ -17,7 +17,7 @@ from PIL import Image
 
 from cpmm import figures
 from cpmm.cli import main as tool
-from cpmm.cli.address import located, split_address
+from cpmm.cli.address import mixture_folder, split_address
 from cpmm.factor_analyzers import FactorAnalyzers
 from cpmm.fitted import FittedMixture
 from cpmm.mixture import Mixture
@@ -356,7 +356,7 @@ def test_a_mixture_of_any_revision_by_its_address(repository, cpmm, tmp_path, mo
         status, printed, said = cpmm("info", address, "--json")
         assert status == 0, said
         assert json.loads(printed)["components"] == n
-    with located(f"dvc+{repository}@v1#mixture") as folder:
+    with mixture_folder(f"dvc+{repository}@v1#mixture") as folder:
         assert (folder / "mixture.json").is_file()
     assert not folder.exists()
     for address, named in (

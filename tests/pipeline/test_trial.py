@@ -82,7 +82,7 @@ def test_a_trial_makes_the_mixture_of_the_stages(finished, home, tmp_path):
     for name in ("cpmm", "mixture"):
         ours, theirs = (f / name / f"{name}.safetensors" for f in (scratch, folder))
         assert ours.read_bytes() == theirs.read_bytes()
-        assert load_header(scratch / name, name)["fingerprint"] == "mark"
+        assert load_header(scratch / name, name)["fingerprint"] == "fingerprint"
     headers = [json.loads((f / "mixture" / "mixture.json").read_text()) for f in (scratch, folder)]
     own = {"fingerprint": "", "seal": ""}
     assert headers[0] | own == headers[1] | own
@@ -118,7 +118,7 @@ def test_the_test_split_has_no_say_in_training(finished, home, tmp_path):
     data.label["test"].zero_()
     other = tmp_path / "other"
     other.mkdir()
-    again = run_trial(config, data, spaces, "mark", other, quiet=True)
+    again = run_trial(config, data, spaces, "fingerprint", other, quiet=True)
     assert again["validation"] == record["validation"]
     assert again["test"] != record["test"]
     names = [f / "mixture" / "mixture.safetensors" for f in (scratch, other)]

@@ -70,11 +70,11 @@ def test_signs_of_life_are_told_now_and_then(report_seconds, n_told, tmp_path):
     assignment = SimpleNamespace(options={"report_seconds": report_seconds})
     told = []
     reporter = Reporter(
-        SimpleNamespace(mark="1" * 16), assignment, tmp_path, (data, None), told.append
+        SimpleNamespace(fingerprint="1" * 16), assignment, tmp_path, (data, None), told.append
     )
     for _ in range(3):
         reporter.alive()
-    assert told == [{"mark": "1" * 16, "alive": True}] * n_told
+    assert told == [{"fingerprint": "1" * 16, "alive": True}] * n_told
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, torch.AcceleratorError])
@@ -85,7 +85,7 @@ def test_what_a_gpu_does_is_not_the_trials_own_failure(error, monkeypatch):
     monkeypatch.setattr(sweep_worker, "_train_alone", train)
     assignment = SimpleNamespace(options={"workers": 1})
     with pytest.raises(GPULost, match=f"{error.__name__}: CUDA error"):
-        sweep_worker._train(SimpleNamespace(mark="1" * 16), assignment)
+        sweep_worker._train(SimpleNamespace(fingerprint="1" * 16), assignment)
 
 
 @pytest.mark.parametrize(("gpus", "accelerator"), [([], "cpu"), ([0], "auto")])
@@ -103,7 +103,7 @@ def test_the_rest_of_a_trial_is_told_by_its_steps(resumed_at, capsys, monkeypatc
     clock = [0.0]
     monkeypatch.setattr(sweep_progress.time, "monotonic", lambda: clock[0])
     progress = sweep_progress.Progress("images", {"0" * 16: "cpmm, seed 0"}, 1, 0, "bits")
-    trial = SimpleNamespace(trial_id="a", config={"mark": "0" * 16})
+    trial = SimpleNamespace(trial_id="a", config={"fingerprint": "0" * 16})
     steps = [10 * (epoch + 1) for epoch in range(51)]
     steps += [510 + 25 * (epoch + 1) for epoch in range(80)]
     for epoch in range(resumed_at, 131):
@@ -123,14 +123,14 @@ def test_the_rest_of_a_trial_is_told_by_its_steps(resumed_at, capsys, monkeypatc
         assert float(told[2]) == 2510 - step
         if resumed_at == 0:  # of the sweep, only what was done in this process counts
             assert float(told[1].removesuffix("m")) == pytest.approx(2510 - step, rel=0.02)
-    ended = {"mark": "0" * 16, "status": "finished", "progress": 1.0, "step": 2510}
+    ended = {"fingerprint": "0" * 16, "status": "finished", "progress": 1.0, "step": 2510}
     progress.on_trial_result(0, [], trial, ended)
     assert progress._eta(clock[0]) == "0.0m"
 
 
 def test_a_trial_that_ends_before_its_last_epoch_is_told_has_nothing_left():
     progress = sweep_progress.Progress("images", {"0" * 16: "cpmm, seed 0"}, 2, 0, "bits")
-    trial = SimpleNamespace(trial_id="a", config={"mark": "0" * 16})
+    trial = SimpleNamespace(trial_id="a", config={"fingerprint": "0" * 16})
     told = {"phase": "space 1/51", "step": 500, "n_steps": 1310, "validation_loss": 0.7}
     progress.on_trial_result(0, [], trial, told | {"progress": 50 / 131})
     progress.on_trial_result(0, [], trial, {"progress": 1.0, "step": 2510, "status": "finished"})

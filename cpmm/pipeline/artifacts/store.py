@@ -29,17 +29,17 @@ from cpmm.artifact import (
     verify_files,
 )
 from cpmm.data import SPLITS, DataSplits
-from cpmm.pipeline.config.fingerprints import mark_evaluation
+from cpmm.pipeline.config.fingerprints import fingerprint_evaluation
 from cpmm.preprocessing import Augmentation, Preprocessing
 
 
-def save_prepared(folder: Path, data: DataSplits, mark: str) -> None:
-    """Write the splits; ``mark`` is their fingerprint."""
+def save_prepared(folder: Path, data: DataSplits, fingerprint: str) -> None:
+    """Write the splits; ``fingerprint`` is their fingerprint."""
     tensors = {f"raw_{split}": data.raw[split] for split in SPLITS} | data.preprocessing.tensors
     if data.label is not None:
         tensors |= {f"label_{split}": data.label[split] for split in SPLITS}
     header = {
-        "fingerprint": mark,
+        "fingerprint": fingerprint,
         "preprocessing": data.preprocessing.to_dict(),
         "augmentation": asdict(data.augmentation),
         "noise_seed": data.noise_seed,
@@ -50,9 +50,9 @@ def save_prepared(folder: Path, data: DataSplits, mark: str) -> None:
     save_artifact(folder, "prepared", tensors, header)
 
 
-def load_prepared(folder: Path, mark: str | None = None) -> DataSplits:
-    """Read the splits; ``mark`` is the fingerprint that they must have, None takes any."""
-    tensors, header = load_artifact(folder, "prepared", fingerprint=mark)
+def load_prepared(folder: Path, fingerprint: str | None = None) -> DataSplits:
+    """Read the splits; ``fingerprint`` is the fingerprint that they must have, None takes any."""
+    tensors, header = load_artifact(folder, "prepared", fingerprint=fingerprint)
     shape = tuple(header["image_shape"]) if header["image_shape"] else None
     labelled = "label_train" in tensors
     return DataSplits(
@@ -72,19 +72,19 @@ def save_model(folder: Path, kind: str, model: nn.Module, header: dict[str, Any]
     save_artifact(folder, kind, model.state_dict(), header)
 
 
-def load_model(folder: Path, kind: str, model: nn.Module, mark: str | None = None) -> None:
+def load_model(folder: Path, kind: str, model: nn.Module, fingerprint: str | None = None) -> None:
     """Load weights into a model built from the same configuration.
 
     Args:
         folder: Where they are.
         kind: teacher or cpmm.
         model: Gets them.
-        mark: The fingerprint that they must have; None takes any.
+        fingerprint: The fingerprint that they must have; None takes any.
 
     Raises:
         ValueError: If the weights do not fit the model.
     """
-    tensors, _ = load_artifact(folder, kind, fingerprint=mark)
+    tensors, _ = load_artifact(folder, kind, fingerprint=fingerprint)
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     got = {name: tuple(value.shape) for name, value in tensors.items()}
     if expected != got:
@@ -230,33 +230,33 @@ def write_space(folder: Path, index: int, rows: Tensor) -> dict[str, str]:
     return {name: file_digest(folder / name)}
 
 
-def seal_spaces(folder: Path, mark: str, shards: dict[str, str]) -> None:
+def seal_spaces(folder: Path, fingerprint: str, shards: dict[str, str]) -> None:
     """Seal a store whose spaces have all been written.
 
     Args:
         folder: The store.
-        mark: Its fingerprint.
+        fingerprint: Its fingerprint.
         shards: sha256 of each shard, from :func:`write_space`: gigabytes that are not read again.
     """
     group = zarr.open_group(folder, mode="r")
     names = [name for name in ("train_index", "u") if name in group]
     tensors = {name: describe_tensor(group[name]) for name in names}
     files = digest_folder(folder, "spaces", shards)
-    seal_folder(folder, "spaces", {"fingerprint": mark}, tensors, files)
+    seal_folder(folder, "spaces", {"fingerprint": fingerprint}, tensors, files)
 
 
-def open_spaces(folder: Path, mark: str | None = None) -> Spaces:
+def open_spaces(folder: Path, fingerprint: str | None = None) -> Spaces:
     """Open a store of spaces.
 
     Args:
         folder: The store.
-        mark: The fingerprint that it must have; None takes any.
+        fingerprint: The fingerprint that it must have; None takes any.
 
     Raises:
         FileNotFoundError: If there is none, or a file is missing.
         ValueError: If its metadata are damaged, or of another schema or configuration.
     """
-    header = load_header(folder, "spaces", mark)
+    header = load_header(folder, "spaces", fingerprint)
     metadata = {name for name in header["files"] if not name.startswith("u/c/")}
     verify_files(folder, header, metadata | {"zarr.json", "u/zarr.json"})
     group = zarr.open_group(folder, mode="r")
@@ -344,7 +344,7 @@ def verify_evaluation(folder: Path, config: dict) -> None:
     """
     from cpmm.artifact import file_digest, load_header, verify_files
 
-    header = load_header(folder / "evaluation", "evaluation", mark_evaluation(config))
+    header = load_header(folder / "evaluation", "evaluation", fingerprint_evaluation(config))
     verify_files(folder / "evaluation", header, header["files"])
     path = folder / "metrics.json"
     if not path.is_file() or file_digest(path) != header["metrics"]:

@@ -19,19 +19,18 @@ from typing import Any
 
 import yaml
 
-from cpmm.pipeline.config import Config
-from cpmm.pipeline.config import fingerprints as marks
+from cpmm.pipeline.config import Config, fingerprints
 from cpmm.pipeline.config.root import ROOT
 from cpmm.pipeline.errors import EXPECTED_ERRORS, describe
 from cpmm.pipeline.stage import load_config
 
-MARKS = {
-    "prepared": marks.mark_prepared,
-    "teacher": marks.mark_teacher,
-    "spaces": marks.mark_spaces,
-    "cpmm": marks.mark_cpmm,
-    "mixture": marks.mark_mixture,
-    "evaluation": marks.mark_evaluation,
+FINGERPRINTS = {
+    "prepared": fingerprints.fingerprint_prepared,
+    "teacher": fingerprints.fingerprint_teacher,
+    "spaces": fingerprints.fingerprint_spaces,
+    "cpmm": fingerprints.fingerprint_cpmm,
+    "mixture": fingerprints.fingerprint_mixture,
+    "evaluation": fingerprints.fingerprint_evaluation,
 }
 REMEDY = "`dvc checkout --force` or `dvc pull --force` restores it, `dvc repro` makes it again"
 REMEDY_GIT = "`git checkout` restores it, `dvc repro` makes it again"
@@ -54,10 +53,10 @@ def verify_preset(preset: str) -> Iterator[tuple[str, str | None]]:
             if path.name == "config.yaml":
                 config = load_config(path)
             _verify_digest(path, digest, REMEDY_GIT if _is_in_git(path) else REMEDY)
-            if path.name in MARKS:
-                _verify_seal(path, path.name, MARKS[path.name](config))
+            if path.name in FINGERPRINTS:
+                _verify_seal(path, path.name, FINGERPRINTS[path.name](config))
             elif path.parent.name == "baselines":
-                _verify_seal(path, "baseline", marks.mark_baseline(config, path.name))
+                _verify_seal(path, "baseline", fingerprints.fingerprint_baseline(config, path.name))
         except EXPECTED_ERRORS as error:
             yield name, describe(error)
         except (KeyError, TypeError) as error:  # of a configuration that is itself damaged
@@ -117,10 +116,10 @@ def _listed_in_cache(digest: str) -> dict[str, str]:
     return {item["relpath"]: item["md5"] for item in json.loads(text)}
 
 
-def _verify_seal(folder: Path, kind: str, mark: str | None) -> None:
+def _verify_seal(folder: Path, kind: str, fingerprint: str | None) -> None:
     from cpmm.artifact import load_header, verify_files
 
-    header: Mapping[str, Any] = load_header(folder, kind, mark)
+    header: Mapping[str, Any] = load_header(folder, kind, fingerprint)
     verify_files(folder, header, header["files"])
 
 

@@ -82,7 +82,7 @@ def compose_preset(
     return resolved
 
 
-def missing_outside(config: Mapping[str, Any]) -> str | None:
+def missing_ood_files(config: Mapping[str, Any]) -> str | None:
     """Say that the files of the data set to be told apart are not at hand; None if they are.
 
     No error: trials go without it. But ``evaluate``, at the end of the pipeline, does not.

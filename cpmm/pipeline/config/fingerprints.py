@@ -12,7 +12,7 @@ from typing import Any
 from cpmm.pipeline.config import Config
 
 
-def fingerprint(*parts: object) -> str:
+def hash_of(*parts: object) -> str:
     """Hash configuration sections and the fingerprints of inputs, 16 hexadecimal digits."""
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -59,39 +59,41 @@ def _digest_file(path: Path, mtime_ns: int, size: int) -> str:
 LATER = ("weight_knots",)
 
 
-def mark_prepared(config: Config) -> str:
+def fingerprint_prepared(config: Config) -> str:
     """Fingerprint of ``prepared``."""
-    return fingerprint("prepared", config["data"])
+    return hash_of("prepared", config["data"])
 
 
-def mark_teacher(config: Config) -> str | None:
+def fingerprint_teacher(config: Config) -> str | None:
     """Fingerprint of ``teacher``; None where the configuration needs none."""
     if not needs_teacher(config):
         return None
-    return fingerprint(
+    return hash_of(
         "teacher", config["teacher"], config["seed"], config["trainer"]["precision"],
-        mark_prepared(config),
+        fingerprint_prepared(config),
     )  # fmt: skip
 
 
-def mark_spaces(config: Config) -> str:
+def fingerprint_spaces(config: Config) -> str:
     """Fingerprint of ``spaces``; an option that is null, such as a limit that is not set, is not in it."""
     options = {name: value for name, value in config["spaces"].items() if value is not None}
-    return fingerprint(
-        "spaces", options, config["seed"], mark_prepared(config), mark_teacher(config)
+    return hash_of(
+        "spaces", options, config["seed"], fingerprint_prepared(config), fingerprint_teacher(config)
     )
 
 
-def mark_cpmm(config: Config) -> str:
+def fingerprint_cpmm(config: Config) -> str:
     """Fingerprint of ``cpmm``; an option of :data:`LATER` that is null is not in it."""
     options = config["cpmm"]
     options = {k: v for k, v in options.items() if v is not None or k not in LATER}
-    spaces = mark_spaces(config) if options["curriculum"] else None
+    spaces = fingerprint_spaces(config) if options["curriculum"] else None
     precision = config["trainer"]["precision"]
-    return fingerprint("cpmm", options, config["mixture"], precision, mark_prepared(config), spaces)
+    return hash_of(
+        "cpmm", options, config["mixture"], precision, fingerprint_prepared(config), spaces
+    )
 
 
-def mark_baseline(config: Config, row: str) -> str:
+def fingerprint_baseline(config: Config, row: str) -> str:
     """Fingerprint of a row of conf/baselines/, trained by its options and sizes that CPMM has.
 
     Rows of kind "curriculum" are trained by all of CPMM's options, with spaces or without.
@@ -102,29 +104,29 @@ def mark_baseline(config: Config, row: str) -> str:
         evaluation[name]
         for name in ("batch_size", "gaussian_draws", "teacher_points", "teacher_solver", "ood")
     ]
-    return fingerprint(
+    return hash_of(
         "baseline", config["baselines"][row], sizes, config["mixture"]["n_pseudotimes"], scored,
-        config["trainer"]["precision"], mark_prepared(config),
-        mark_cpmm(config) if config["baselines"][row]["kind"] == "curriculum" else None,
+        config["trainer"]["precision"], fingerprint_prepared(config),
+        fingerprint_cpmm(config) if config["baselines"][row]["kind"] == "curriculum" else None,
     )  # fmt: skip
 
 
-def mark_model(config: Config) -> str:
+def fingerprint_model(config: Config) -> str:
     """Fingerprint of what a trial trains."""
     model = config["model"]
-    return mark_cpmm(config) if model == "cpmm" else mark_baseline(config, model)
+    return fingerprint_cpmm(config) if model == "cpmm" else fingerprint_baseline(config, model)
 
 
-def mark_mixture(config: Config) -> str:
+def fingerprint_mixture(config: Config) -> str:
     """Fingerprint of ``mixture``."""
-    return fingerprint("mixture", config["mixture"], mark_cpmm(config))
+    return hash_of("mixture", config["mixture"], fingerprint_cpmm(config))
 
 
-def mark_evaluation(config: Config) -> str:
+def fingerprint_evaluation(config: Config) -> str:
     """Fingerprint of ``evaluation``."""
-    return fingerprint(
+    return hash_of(
         "evaluation", config["evaluation"], config["cpmm"]["n_factors"],
-        config["cpmm"]["log_diagonal_floor"], config["seed"], mark_mixture(config),
+        config["cpmm"]["log_diagonal_floor"], config["seed"], fingerprint_mixture(config),
     )  # fmt: skip
 
 
@@ -139,19 +141,19 @@ def needs_spaces(config: Config, model: str) -> bool:
     return guided and config["cpmm"]["curriculum"]
 
 
-def marks_of_inputs(config: Config) -> tuple[str, str | None]:
+def fingerprint_inputs(config: Config) -> tuple[str, str | None]:
     """Fingerprints of the data and the spaces that a trial needs, None where it needs no spaces."""
-    spaces = mark_spaces(config) if needs_spaces(config, config["model"]) else None
-    return mark_prepared(config), spaces
+    spaces = fingerprint_spaces(config) if needs_spaces(config, config["model"]) else None
+    return fingerprint_prepared(config), spaces
 
 
-def mark_options(config: Config) -> str:
+def fingerprint_options(config: Config) -> str:
     """Fingerprint of what a trial's row is of: all that trains and scores it, but for the code."""
-    return fingerprint(mark_model(config), config["evaluation"]["ood"])
+    return hash_of(fingerprint_model(config), config["evaluation"]["ood"])
 
 
-def mark_trial(config: Config, model: str, seed: int) -> str | None:
+def fingerprint_trial(config: Config, model: str, seed: int) -> str | None:
     """Fingerprint of a trial of the preset; None of a model that its configuration has not."""
     if model != "cpmm" and model not in config["baselines"]:
         return None
-    return mark_options(config | {"model": model, "cpmm": config["cpmm"] | {"seed": seed}})
+    return fingerprint_options(config | {"model": model, "cpmm": config["cpmm"] | {"seed": seed}})

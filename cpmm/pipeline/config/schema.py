@@ -500,7 +500,9 @@ def check_cpmm(cpmm: Mapping[str, Any]) -> None:
             f"cpmm.initialization.kind {kind!r} makes no groups: choose one of {', '.join(GROUPINGS)}, or set "
             "both to 0"
         )
-    n_knots = cpmm.get("weight_knots")  # one of marks.LATER: an earlier configuration has none
+    n_knots = cpmm.get(
+        "weight_knots"
+    )  # one of fingerprints.LATER: an earlier configuration has none
     method, n_steps = cpmm["solver"]["method"], cpmm["solver"]["n_steps"]
     if n_knots is not None and method in FIXED_STEP and n_knots > n_steps + 1:
         raise ValueError(

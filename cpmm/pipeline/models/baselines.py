@@ -24,7 +24,7 @@ from cpmm.training import EpochData, LossTraining, Recorded, Rows
 
 if TYPE_CHECKING:
     from cpmm.pipeline.artifacts.store import Spaces
-    from cpmm.pipeline.scores.ood import Outside
+    from cpmm.pipeline.scores.ood import OodPoints
     from cpmm.pipeline.scores.scorer import Scorer
 
 LogProb = Callable[[Tensor], Tensor]
@@ -206,13 +206,13 @@ def train_baseline(
 
 
 def score_baseline(
-    fitted: Fitted, score: Scorer, n_clusters: int, outside: Outside | None = None
+    fitted: Fitted, score: Scorer, n_clusters: int, ood: OodPoints | None = None
 ) -> dict[str, Any]:
     """Density and clustering scores of a model on the split of ``score``.
 
     Returns:
         The scores of the split; for a density ``seconds_10k``, the time that it takes for 10,000
-        points, and with ``outside`` the entry ``ood`` of :meth:`cpmm.pipeline.scores.ood.Outside.scores`.
+        points, and with ``ood`` the entry ``ood`` of :meth:`cpmm.pipeline.scores.ood.OodPoints.scores`.
 
     Raises:
         FloatingPointError: If the density is not finite.
@@ -227,9 +227,9 @@ def score_baseline(
                     f"the density of the trained model is not finite on the {score.split} split"
                 )
             scores["seconds_10k"] = seconds * 10_000 / len(score.z)
-            if outside is not None:
-                there = fitted.log_prob(outside.z[: fitted.n_points])
-                scores["ood"] = outside.scores(score, inside, there)
+            if ood is not None:
+                there = fitted.log_prob(ood.z[: fitted.n_points])
+                scores["ood"] = ood.scores(score, inside, there)
     if fitted.predict is not None and score.label is not None:
         scores |= score.clusters(fitted.predict(score.split).numpy(), n_clusters)
     if fitted.mixture is not None:
@@ -250,7 +250,7 @@ def _timed(log_prob: LogProb, z: Tensor) -> tuple[Tensor, float]:
 
 
 def save_baseline(
-    row: str, fitted: Fitted, folder: Path, config: Config, data: DataSplits, mark: str
+    row: str, fitted: Fitted, folder: Path, config: Config, data: DataSplits, fingerprint: str
 ) -> None:
     """Write what is kept of a baseline: a mixture as the pipeline's own, other models' weights.
 
@@ -258,13 +258,17 @@ def save_baseline(
     """
     from cpmm.artifact import save_artifact, seal_folder
 
-    header = {"fingerprint": mark, "row": row, "kind_of_model": config["baselines"][row]["kind"]}
+    header = {
+        "fingerprint": fingerprint,
+        "row": row,
+        "kind_of_model": config["baselines"][row]["kind"],
+    }
     if fitted.mixture is None:
         save_artifact(folder, "baseline", fitted.weights or {}, header)
         return
     pre = data.preprocessing
     fitted.mixture.to(torch.float32).save(
-        folder / "mixture", mixture_header(config, data, mark), pre.tensors
+        folder / "mixture", mixture_header(config, data, fingerprint), pre.tensors
     )
     seal_folder(folder, "baseline", header, {})
 
@@ -619,10 +623,10 @@ def _sklearn(run: Run) -> Fitted:
 
 def _kmeans(run: Run) -> Fitted:
     """k-means, as evaluate has it."""
-    from cpmm.pipeline.models.direct import KMeansRival
+    from cpmm.pipeline.models.direct import KMeansModel
 
     _require_points(run)
-    model = KMeansRival(run.data, run.n_clusters, run.section["n_starts"], run.seed)
+    model = KMeansModel(run.data, run.n_clusters, run.section["n_starts"], run.seed)
     return Fitted(
         model.centre.numel(), NOT_TRAINED, predict=model.predict, weights={"centre": model.centre}
     )

@@ -97,7 +97,7 @@ def direct_training(
     return module, drawn_rows(data, **pick(options, "n_draws", "batch_size"), seed=seed)
 
 
-class KMeansRival:
+class KMeansModel:
     """k-means in the models' space, before any whitening, fitted to the training points.
 
     Args:

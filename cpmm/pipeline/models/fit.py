@@ -112,7 +112,7 @@ def fit(
     unit: str = "nats/dim",
     listeners: Sequence[Callable[[Recorded], None]] = (),
     quiet: bool = False,
-    together: Mapping[str, Any] | None = None,
+    ddp: Mapping[str, Any] | None = None,
 ) -> None:
     """Train ``module``, from its last checkpoint in ``scratch`` if there is one.
 
@@ -126,7 +126,7 @@ def fit(
         unit: Unit of the losses, for the progress line.
         listeners: Called with the module after each epoch.
         quiet: Print no progress line.
-        together: Options of Lightning's trainer for several processes that train one model.
+        ddp: Options of Lightning's trainer for several processes that train one model.
 
     Raises:
         FloatingPointError: If the run diverges.
@@ -151,7 +151,7 @@ def fit(
             max_epochs=module.n_epochs,
             precision="32-true" if precision == "tf32" else precision,
             accelerator=accelerator,
-            **pick(config, "devices", "deterministic") | dict(together or {}),
+            **pick(config, "devices", "deterministic") | dict(ddp or {}),
             use_distributed_sampler=False,  # EpochData leaves each process its part
             gradient_clip_val=gradient_clip,
             check_val_every_n_epoch=1,

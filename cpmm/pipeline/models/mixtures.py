@@ -25,7 +25,7 @@ from cpmm.neighbours import neighbour_groups
 from cpmm.odes import Solver
 from cpmm.pipeline.artifacts.store import Spaces, load_model
 from cpmm.pipeline.config import pick
-from cpmm.pipeline.config.fingerprints import mark_cpmm
+from cpmm.pipeline.config.fingerprints import fingerprint_cpmm
 from cpmm.pipeline.config.schema import check_cpmm
 from cpmm.pipeline.models.flows import make_blocks, make_field
 from cpmm.pipeline.models.runtime import choose, seeded
@@ -127,7 +127,9 @@ def make_trajectories(
 
     check_cpmm(config)
     blocks = make_blocks(config["field"], data)
-    n_knots = config.get("weight_knots")  # one of marks.LATER: an earlier configuration has none
+    n_knots = config.get(
+        "weight_knots"
+    )  # one of fingerprints.LATER: an earlier configuration has none
     solver = Solver(**config["solver"])
 
     def shared() -> nn.Module:
@@ -177,7 +179,7 @@ def make_disconnected(
 def load_trajectories(folder: Path, config: Mapping[str, Any], data: DataSplits) -> Trajectories:
     """Read the trained trajectories of ``data/<preset>``."""
     trajectories = make_trajectories(config["cpmm"], data)
-    load_model(folder / "cpmm", "cpmm", trajectories, mark_cpmm(config))
+    load_model(folder / "cpmm", "cpmm", trajectories, fingerprint_cpmm(config))
     return trajectories
 
 
@@ -190,10 +192,10 @@ def extract(trajectories: Trajectories, options: Mapping[str, Any], data: DataSp
     return mixture
 
 
-def mixture_header(config: Mapping[str, Any], data: DataSplits, mark: str) -> dict[str, Any]:
+def mixture_header(config: Mapping[str, Any], data: DataSplits, fingerprint: str) -> dict[str, Any]:
     """Header of an extracted mixture: what its points mean."""
     return {
-        "fingerprint": mark,
+        "fingerprint": fingerprint,
         "preset": config["name"],
         "preprocessing": data.preprocessing.to_dict(),
         "image_shape": data.image_shape,

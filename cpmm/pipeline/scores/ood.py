@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Outside:
+class OodPoints:
     """Points of another data set, in the space of the data that the models know.
 
     Attributes:
@@ -34,31 +34,31 @@ class Outside:
     z: Tensor
     log_det: Tensor
 
-    def scores(self, score: Scorer, inside: Tensor, outside: Tensor) -> dict[str, dict[str, float]]:
+    def scores(self, score: Scorer, inside: Tensor, ood: Tensor) -> dict[str, dict[str, float]]:
         """Tell the two apart by log-density, in units of the data and in the models' space.
 
         Args:
             score: Of the split whose points are known.
             inside: Log-density of its first n points in the models' space, nats, (n,).
-            outside: The same of the first n' points of the other data set, (n',).
+            ood: The same of the first n' points of the other data set, (n',).
 
         Raises:
             FloatingPointError: If a log-density is not finite.
         """
-        bad = int((~torch.isfinite(torch.cat([inside, outside]))).sum())
+        bad = int((~torch.isfinite(torch.cat([inside, ood]))).sum())
         if bad:
             raise FloatingPointError(
-                f"{bad} of {len(inside) + len(outside)} log-densities are not finite: points of "
+                f"{bad} of {len(inside) + len(ood)} log-densities are not finite: points of "
                 f"{self.name} lie too far from the data to be told apart by a number"
             )
-        shifts = (score.log_det[: len(inside)], self.log_det[: len(outside)])
+        shifts = (score.log_det[: len(inside)], self.log_det[: len(ood)])
         return {
-            "data": detection_scores((inside + shifts[0]).numpy(), (outside + shifts[1]).numpy()),
-            "mixture": detection_scores(inside.numpy(), outside.numpy()),
+            "data": detection_scores((inside + shifts[0]).numpy(), (ood + shifts[1]).numpy()),
+            "mixture": detection_scores(inside.numpy(), ood.numpy()),
         }
 
 
-def read_outside(options: Mapping[str, Any], data: DataSplits) -> Outside:
+def read_ood(options: Mapping[str, Any], data: DataSplits) -> OodPoints:
     """Read the other data set's own test split, all of it if it has none.
 
     Args:
@@ -91,7 +91,7 @@ def read_outside(options: Mapping[str, Any], data: DataSplits) -> Outside:
     _require_other_points(name, raw, data)
     pre = data.preprocessing
     generator = seeded_generator(data.noise_seed, len(SPLITS) + 1)
-    return Outside(name, *pre.forward(pre.dequantize(raw, generator)))
+    return OodPoints(name, *pre.forward(pre.dequantize(raw, generator)))
 
 
 def _require_same_kind(name: str, source: Source, data: DataSplits) -> None:

@@ -22,7 +22,7 @@ class Figure:
     Attributes:
         table: 1 or 3.
         data: Data set that is modelled.
-        outside: Data set that is told from it, Table 3 only.
+        ood: Data set that is told from it, Table 3 only.
         row: Name of the row.
         model: What this project calls the model, in ``metrics.json`` or else in the sweep ``table1``; empty if it has none.
         space: Space of the densities, "data" or "mixture"; empty if it is not stated.
@@ -33,7 +33,7 @@ class Figure:
 
     table: int
     data: str
-    outside: str
+    ood: str
     row: str
     model: str
     space: str
@@ -72,10 +72,10 @@ def printed(data: str | None, row: str, metric: str) -> float | None:
     return None
 
 
-def printed_ood(data: str | None, outside: str, model: str, metric: str) -> float | None:
+def printed_ood(data: str | None, ood: str, model: str, metric: str) -> float | None:
     """A figure of the paper's Table 3 in percent, None if it has none."""
     for figure in published():
-        key = (figure.data, figure.outside, figure.model, figure.metric)
-        if figure.table == 3 and key == (data, outside, model, metric):
+        key = (figure.data, figure.ood, figure.model, figure.metric)
+        if figure.table == 3 and key == (data, ood, model, metric):
             return figure.paper
     return None

@@ -32,7 +32,7 @@ def write_score(score: str, mean: float | None, sd: float | None = None, nothing
     return text if sd is None or math.isnan(sd) else f"{text} ± {factor * sd:.{digits}f}"
 
 
-SPACES = (("data", "units of the data"), ("mixture", "the models' space"))
+DENSITY_SPACES = (("data", "units of the data"), ("mixture", "the models' space"))
 
 
 def write_line(cells: Sequence[str]) -> str:

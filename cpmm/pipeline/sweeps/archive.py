@@ -109,23 +109,23 @@ class Archive:
         """Write JSON."""
         self.write(name, (json.dumps(value, indent=1) + "\n").encode())
 
-    def record(self, mark: str) -> dict[str, Any] | None:
+    def record(self, fingerprint: str) -> dict[str, Any] | None:
         """Record of a trial that has ended."""
-        record = self.read_json(f"trials/{mark}/{RECORD}")
+        record = self.read_json(f"trials/{fingerprint}/{RECORD}")
         return record if isinstance(record, dict) and record.get("schema") == SCHEMA else None
 
     def save_record(
-        self, mark: str, record: dict[str, Any], files: Mapping[str, bytes] | None = None
+        self, fingerprint: str, record: dict[str, Any], files: Mapping[str, bytes] | None = None
     ) -> None:
         """Keep what a trial leaves, its files first, then its record; its checkpoint goes."""
         for name, content in (files or {}).items():
-            self.write(f"trials/{mark}/{name}", content)
-        self.write_json(f"trials/{mark}/{RECORD}", {"schema": SCHEMA, **record})
-        self.delete(f"trials/{mark}/{CHECKPOINT}")
+            self.write(f"trials/{fingerprint}/{name}", content)
+        self.write_json(f"trials/{fingerprint}/{RECORD}", {"schema": SCHEMA, **record})
+        self.delete(f"trials/{fingerprint}/{CHECKPOINT}")
 
-    def delete_record(self, mark: str) -> None:
+    def delete_record(self, fingerprint: str) -> None:
         """Forget how a trial ended, so that it is run again."""
-        self.delete(f"trials/{mark}/{RECORD}")
+        self.delete(f"trials/{fingerprint}/{RECORD}")
 
     def has(self, name: str) -> bool:
         """Whether there is a file."""

@@ -33,7 +33,7 @@ from cpmm.pipeline.sweeps.worker import (
 OWN_ERRORS = (ValueError, TypeError, LookupError, MemoryError, NotImplementedError)
 
 
-def train_together(trial: Trial, assignment: Assignment, scratch: Path) -> dict[str, Any]:
+def train_ddp(trial: Trial, assignment: Assignment, scratch: Path) -> dict[str, Any]:
     """Train a trial with ``ray.workers`` workers; its files come back through the archive.
 
     Args:
@@ -57,7 +57,7 @@ def train_together(trial: Trial, assignment: Assignment, scratch: Path) -> dict[
             },
         ),
         run_config=RunConfig(
-            name=trial.mark,
+            name=trial.fingerprint,
             storage_path=str(scratch),
             failure_config=FailureConfig(max_failures=0),  # Tune starts the trial again
             callbacks=[TuneReportCallback()],
@@ -84,22 +84,22 @@ def _work(config: dict[str, Any]) -> None:
     """Train as one of the workers; the first of them tells, keeps and scores."""
     trial, assignment = config["trial"], config["assignment"]
     first = ray.train.get_context().get_world_rank() == 0
-    with trial_scratch(trial.mark) as scratch, _told(trial, assignment):
+    with trial_scratch(trial.fingerprint) as scratch, _told(trial, assignment):
         reporter: Reporter = prepare(trial, assignment, scratch, ray.train.report)
         reporter.keep = first
-        together = {
+        ddp = {
             "strategy": RayDDPStrategy(),
             "plugins": [RayLightningEnvironment()],
             "devices": "auto",
         }
         record = run_trial(
-            on_given_device(trial.config), *reporter.inputs, trial.mark, scratch,
-            listeners=[reporter], quiet=True, together=together,
+            on_given_device(trial.config), *reporter.inputs, trial.fingerprint, scratch,
+            listeners=[reporter], quiet=True, ddp=ddp,
         )  # fmt: skip
         if first and record["status"] == "finished":
             for name in FOLDERS:
                 for path in sorted((scratch / name).glob("*")):
-                    target = f"trials/{trial.mark}/{path.relative_to(scratch)}"
+                    target = f"trials/{trial.fingerprint}/{path.relative_to(scratch)}"
                     call(assignment.archive.write, target, path.read_bytes())
         # Numbers may break in one worker alone, and the others then only lose their peer.
         if first or record["status"] != "finished":
@@ -123,4 +123,4 @@ def _leave(trial: Trial, assignment: Assignment, record: dict[str, Any]) -> None
 
 
 def _outcome(trial: Trial) -> str:
-    return f"trials/{trial.mark}/outcome.json"
+    return f"trials/{trial.fingerprint}/outcome.json"

@@ -60,27 +60,23 @@ def run_trials(
                 f"trainer.accelerator is {trial.config['trainer']['accelerator']!r}, but a trial gets no GPU: "
                 "set ray.gpus, or trainer.accelerator=auto"
             )
-    together = options["workers"] > 1
-    watch = Watch(archive, sweep, options["stall_seconds"], trials)
-    by_mark = {trial.mark: trial for trial in trials}
+    ddp = options["workers"] > 1
+    watch = TrialRecorder(archive, sweep, options["stall_seconds"], trials)
+    by_fingerprint = {trial.fingerprint: trial for trial in trials}
     if search["searched"]:
-        by_mark = {"template": trials[0]}
+        by_fingerprint = {"template": trials[0]}
     assignment = Assignment(
         sweep["name"],
-        by_mark,
+        by_fingerprint,
         inputs,
         _start_archive(archive.uri),
         options,
-        every_epoch=asha or together,
+        every_epoch=asha or ddp,
     )
     # A trial of several workers asks for them itself, and for a small share of a CPU.
-    request = (
-        {"cpu": cluster.OUTER_CPU} if together else {"cpu": worker["CPU"], "gpu": worker["GPU"]}
-    )
+    request = {"cpu": cluster.OUTER_CPU} if ddp else {"cpu": worker["CPU"], "gpu": worker["GPU"]}
     run = tune.with_resources(tune.with_parameters(trainable, assignment=assignment), request)
-    at_once = options["max_concurrent"] or (
-        cluster.n_at_once(worker, options) if together else None
-    )
+    at_once = options["max_concurrent"] or (cluster.n_at_once(worker, options) if ddp else None)
     tuner = tune.Tuner(
         run,
         param_space=search["param_space"],
@@ -89,9 +85,9 @@ def run_trials(
             search_alg=search["algorithm"],
             num_samples=search["num_samples"],
             # With Ray Train inside, workers are released with their trial's own process.
-            reuse_actors=options["reuse_actors"] and not together,
+            reuse_actors=options["reuse_actors"] and not ddp,
             max_concurrent_trials=at_once,
-            trial_dirname_creator=lambda trial: trial.config.get("mark", trial.trial_id),
+            trial_dirname_creator=lambda trial: trial.config.get("fingerprint", trial.trial_id),
         ),
         run_config=tune.RunConfig(
             name=time.strftime("%Y%m%d-%H%M%S"),
@@ -119,7 +115,7 @@ def recorded_trials(
     """
     searched = sweep["search"]["kind"] == "optuna"
     found = suggested_trials(trials[0], archive) if searched else trials
-    records = ((trial, archive.record(trial.mark)) for trial in found)
+    records = ((trial, archive.record(trial.fingerprint)) for trial in found)
     return [(trial, record) for trial, record in records if record is not None]
 
 
@@ -145,7 +141,7 @@ class Stop(tune.Stopper):
         return self.reason is not None
 
 
-class Watch(tune.Callback):
+class TrialRecorder(tune.Callback):
     """Records what workers cannot: trials stopped early, trials whose workers died or hang.
 
     Args:
@@ -160,7 +156,7 @@ class Watch(tune.Callback):
     ) -> None:
         self.archive, self.sweep, self.stall_seconds = archive, sweep, stall_seconds
         self.template = trials[0]
-        self.trials = {trial.mark: trial for trial in trials}
+        self.trials = {trial.fingerprint: trial for trial in trials}
         self.stopper = Stop()
         self.reports: dict[str, list[dict[str, Any]]] = {}
         self.heard: dict[str, float] = {}
@@ -172,7 +168,7 @@ class Watch(tune.Callback):
         """Note a searcher's suggestion, so that it is found again, and the time."""
         self.heard[trial.trial_id] = time.monotonic()
         self.reports[trial.trial_id] = []
-        if "mark" not in trial.config and dict(trial.config) not in self.suggested:
+        if "fingerprint" not in trial.config and dict(trial.config) not in self.suggested:
             self.suggested.append(dict(trial.config))
             self._guarded(lambda: self.archive.write_json(_index(self.template), self.suggested))
 
@@ -182,7 +178,15 @@ class Watch(tune.Callback):
         """Keep the reports of a trial that may be stopped early."""
         self.heard[trial.trial_id] = time.monotonic()
         if "phase" in result:
-            names = ("mark", "epoch", "step", "progress", "train_loss", "validation_loss", METRIC)
+            names = (
+                "fingerprint",
+                "epoch",
+                "step",
+                "progress",
+                "train_loss",
+                "validation_loss",
+                METRIC,
+            )
             self.reports[trial.trial_id].append({n: result[n] for n in names if n in result})
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
@@ -229,12 +233,12 @@ class Watch(tune.Callback):
         record |= {
             "overrides": list(known.overrides), "row": dict(known.row), "seed": known.seed
         }  # fmt: skip
-        if self.archive.record(known.mark) is None:
-            self._guarded(lambda: self.archive.save_record(known.mark, record))
+        if self.archive.record(known.fingerprint) is None:
+            self._guarded(lambda: self.archive.save_record(known.fingerprint, record))
 
     def _known(self, config: Mapping[str, Any]) -> Trial:
-        if "mark" in config:
-            return self.trials[config["mark"]]
+        if "fingerprint" in config:
+            return self.trials[config["fingerprint"]]
         return suggested_trial(self.template, dict(config), trial_code())
 
     def _guarded(self, write: Any) -> None:
@@ -256,10 +260,13 @@ def _search(trials: Sequence[Trial], sweep: Config, archive: Archive) -> dict[st
     if sweep["search"]["kind"] != "optuna":
         asha = sweep["scheduler"]["kind"] == "asha"
         # A scheduler that compares trials is shown those that have ended, too.
-        left = [trial for trial in trials if asha or archive.record(trial.mark) is None]
-        marks = [{"mark": trial.mark, "row": trial.label, "seed": trial.seed} for trial in left]
+        left = [trial for trial in trials if asha or archive.record(trial.fingerprint) is None]
+        fingerprints = [
+            {"fingerprint": trial.fingerprint, "row": trial.label, "seed": trial.seed}
+            for trial in left
+        ]
         return {
-            "param_space": _choices(marks), "algorithm": None, "num_samples": 1, "searched": False,
+            "param_space": _choices(fingerprints), "algorithm": None, "num_samples": 1, "searched": False,
         }  # fmt: skip
     known = [
         (trial, record)
@@ -267,14 +274,14 @@ def _search(trials: Sequence[Trial], sweep: Config, archive: Archive) -> dict[st
         if record["status"] in ("finished", "stopped")
     ]
     values = archive.read_json(_index(trials[0])) or []
-    by_mark = {suggested_trial(trials[0], v, trial_code()).mark: v for v in values}
+    by_fingerprint = {suggested_trial(trials[0], v, trial_code()).fingerprint: v for v in values}
     return {
         "param_space": {},
         "algorithm": _optuna(
             sweep["search"],
             # A sampler that started anew from the same seed would draw the same points again.
             sweep["search"]["seed"] + len(values),
-            [by_mark[t.mark] for t, _ in known],
+            [by_fingerprint[t.fingerprint] for t, _ in known],
             [r[METRIC] for _, r in known],
         ),
         "num_samples": sweep["search"]["n_samples"] - len(recorded_trials(trials, sweep, archive)),
@@ -282,13 +289,13 @@ def _search(trials: Sequence[Trial], sweep: Config, archive: Archive) -> dict[st
     }
 
 
-def _choices(marks: list[dict[str, Any]]) -> dict[str, Any]:
+def _choices(fingerprints: list[dict[str, Any]]) -> dict[str, Any]:
     """A grid over whole assignments: Tune crosses lists, so each name looks its value up."""
-    by_mark = {item["mark"]: item for item in marks}
+    by_fingerprint = {item["fingerprint"]: item for item in fingerprints}
     return {
-        "mark": tune.grid_search(list(by_mark)),
-        "row": tune.sample_from(lambda config: by_mark[config["mark"]]["row"]),
-        "seed": tune.sample_from(lambda config: by_mark[config["mark"]]["seed"]),
+        "fingerprint": tune.grid_search(list(by_fingerprint)),
+        "row": tune.sample_from(lambda config: by_fingerprint[config["fingerprint"]]["row"]),
+        "seed": tune.sample_from(lambda config: by_fingerprint[config["fingerprint"]]["seed"]),
     }
 
 
@@ -342,4 +349,4 @@ def _optuna(search: Config, seed: int, points: list[dict[str, Any]], values: lis
 
 def _index(template: Trial) -> str:
     """File of the archive that lists what a searcher has suggested."""
-    return f"searches/{template.mark}.json"
+    return f"searches/{template.fingerprint}.json"

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from cpmm.pipeline.config import Config
 from cpmm.pipeline.config.fingerprints import (
-    mark_prepared,
-    mark_spaces,
-    mark_teacher,
-    marks_of_inputs,
+    fingerprint_inputs,
+    fingerprint_prepared,
+    fingerprint_spaces,
+    fingerprint_teacher,
     needs_spaces,
 )
 from cpmm.pipeline.stage import threads_of
@@ -33,12 +33,12 @@ class Located:
     Attributes:
         prepared: Folder of the data.
         spaces: The zarr store of the curriculum, None without one.
-        marks: Their fingerprints.
+        fingerprints: Their fingerprints.
     """
 
     prepared: Path
     spaces: Path | None
-    marks: tuple[str, str | None]
+    fingerprints: tuple[str, str | None]
 
 
 def locate_inputs(config: Config, home: Path) -> Located:
@@ -53,18 +53,18 @@ def locate_inputs(config: Config, home: Path) -> Located:
     """
     from workflows import build_spaces, prepare_data, train_teacher
 
-    prepared = mark_prepared(config)
+    prepared = fingerprint_prepared(config)
     data = _find_or_make("prepared", prepared, home, config, prepare_data.main, {})
     if not needs_spaces(config, config["model"]):
-        return Located(data, None, marks_of_inputs(config))
+        return Located(data, None, fingerprint_inputs(config))
     inputs = {"prepared": data}
-    if teacher := mark_teacher(config):
+    if teacher := fingerprint_teacher(config):
         inputs["teacher"] = _find_or_make(
             "teacher", teacher, home, config, train_teacher.main, inputs
         )
-    mark = mark_spaces(config)
-    spaces = _find_or_make("spaces", mark, home, config, build_spaces.main, inputs)
-    return Located(data, spaces, marks_of_inputs(config))
+    fingerprint = fingerprint_spaces(config)
+    spaces = _find_or_make("spaces", fingerprint, home, config, build_spaces.main, inputs)
+    return Located(data, spaces, fingerprint_inputs(config))
 
 
 def open_inputs(located: Located) -> tuple[DataSplits, Spaces | None]:
@@ -75,25 +75,25 @@ def open_inputs(located: Located) -> tuple[DataSplits, Spaces | None]:
     """
     from cpmm.pipeline.artifacts.store import load_prepared, open_spaces
 
-    prepared, spaces = located.marks
+    prepared, spaces = located.fingerprints
     data = load_prepared(located.prepared, prepared)
     return data, None if located.spaces is None else open_spaces(located.spaces, spaces)
 
 
 def _find_or_make(
     name: str,
-    mark: str,
+    fingerprint: str,
     home: Path,
     config: Config,
     make: Callable[[Path, Config], str],
     inputs: Mapping[str, Path],
 ) -> Path:
-    """Return the folder of an input with the fingerprint ``mark``."""
-    made = home / ".scratch" / "inputs" / f"{name}-{mark}"
-    if _mark_or_none(home / name, whole=False) == mark:
+    """Return the folder of an input with the fingerprint ``fingerprint``."""
+    made = home / ".scratch" / "inputs" / f"{name}-{fingerprint}"
+    if _fingerprint_or_none(home / name, whole=False) == fingerprint:
         return home / name
     # Of what DVC does not keep, damage has no remedy but to make it again: it is read to the end.
-    if _mark_or_none(made / name, whole=True) == mark:
+    if _fingerprint_or_none(made / name, whole=True) == fingerprint:
         return made / name
     made.mkdir(parents=True, exist_ok=True)
     for other, path in inputs.items():
@@ -101,14 +101,14 @@ def _find_or_make(
         if link.is_symlink() or link.exists():
             link.unlink()
         link.symlink_to(os.path.relpath(path, made))
-    print(f"inputs | making {name} {mark}", flush=True)
+    print(f"inputs | making {name} {fingerprint}", flush=True)
     with threads_of(config):
         print(f"inputs | {make(made, config)}", flush=True)
     shutil.rmtree(made / ".scratch", ignore_errors=True)
     return made / name
 
 
-def _mark_or_none(folder: Path, whole: bool) -> str | None:
+def _fingerprint_or_none(folder: Path, whole: bool) -> str | None:
     """Fingerprint of an input, None if it is not there or unfit for use."""
     from cpmm.artifact import load_header, verify_files
 
@@ -199,8 +199,11 @@ def share_all(
 ) -> dict[tuple[str, str | None], Any]:
     """Share every input of a sweep, by the way that ``ray.inputs`` says."""
     if options["inputs"] == "driver":
-        return {marks: share(item) for marks, item in located.items()}
+        return {fingerprints: share(item) for fingerprints, item in located.items()}
     from cpmm.pipeline.sweeps.remote import offer
 
     # What DVC does not version, such as the spaces of an ablation, still travels from here.
-    return {marks: offer(item, options["cache"]) or share(item) for marks, item in located.items()}
+    return {
+        fingerprints: offer(item, options["cache"]) or share(item)
+        for fingerprints, item in located.items()
+    }

@@ -13,7 +13,7 @@ import numpy as np
 
 from cpmm.pipeline.config import Config
 from cpmm.pipeline.config.compose import compose_preset, flatten
-from cpmm.pipeline.config.fingerprints import fingerprint, mark_model, marks_of_inputs
+from cpmm.pipeline.config.fingerprints import fingerprint_inputs, fingerprint_model, hash_of
 from cpmm.pipeline.config.schema import BASELINES
 
 SECTIONS = ("name", "seeds", "overrides", "parts", "search", "scheduler", "claims")
@@ -42,7 +42,7 @@ class Trial:
         overrides: In Hydra's syntax, on the preset's committed configuration; with the preset they
             make the trial's whole configuration.
         config: Composed from them.
-        mark: Fingerprint of everything that decides the result, code included.
+        fingerprint: Fingerprint of everything that decides the result, code included.
     """
 
     preset: str
@@ -50,12 +50,12 @@ class Trial:
     seed: int
     overrides: tuple[str, ...]
     config: Config
-    mark: str
+    fingerprint: str
 
     @property
     def inputs(self) -> tuple[str, str | None]:
         """Fingerprints of the data and the spaces it trains on."""
-        return marks_of_inputs(self.config)
+        return fingerprint_inputs(self.config)
 
     @property
     def label(self) -> str:
@@ -133,11 +133,11 @@ def plan_trials(
         for (part, _, values), row, config in zip(rows, shown, configs, strict=True)
         for seed in range(seeds.get(part, sweep["seeds"]))
     ]
-    twice = {trial.mark: trial for trial in trials}
+    twice = {trial.fingerprint: trial for trial in trials}
     if len(twice) < len(trials):
-        seen = [trial for trial in trials if twice[trial.mark] is not trial]
+        seen = [trial for trial in trials if twice[trial.fingerprint] is not trial]
         raise ValueError(
-            f"sweep {sweep['name']}: {seen[0].name!r} and {twice[seen[0].mark].name!r} are the same trial: "
+            f"sweep {sweep['name']}: {seen[0].name!r} and {twice[seen[0].fingerprint].name!r} are the same trial: "
             "take one of them out"
         )
     return trials
@@ -153,10 +153,10 @@ def make_trial(
 ) -> Trial:
     """Make the trial of a row and a seed from the row's composed configuration."""
     config = {**config, "cpmm": {**config["cpmm"], "seed": seed}}
-    mark = fingerprint("trial", mark_model(config), config["evaluation"]["ood"], code)
+    fingerprint = hash_of("trial", fingerprint_model(config), config["evaluation"]["ood"], code)
     last = {item.split("=")[0]: item for item in overrides}  # what is overruled says nothing
     kept = [item for item in overrides if last[item.split("=")[0]] is item]
-    return Trial(preset, row, seed, (*kept, f"cpmm.seed={seed}"), config, mark)
+    return Trial(preset, row, seed, (*kept, f"cpmm.seed={seed}"), config, fingerprint)
 
 
 def suggested_trial(trial: Trial, values: Mapping[str, Any], code: str) -> Trial:

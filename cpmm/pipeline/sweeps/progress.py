@@ -105,9 +105,9 @@ class Progress(tune.Callback):
         self._say(f"{self.n_done}/{self.n_trials} | {name} | {what} | {seconds:.0f} s")
 
     def _name(self, trial: Any) -> str:
-        mark = trial.config.get("mark")
-        if mark in self.names:
-            return self.names[mark]
+        fingerprint = trial.config.get("fingerprint")
+        if fingerprint in self.names:
+            return self.names[fingerprint]
         return " ".join(
             f"{shorten(list(trial.config))[name]}={show(value)}"
             for name, value in trial.config.items()

@@ -14,7 +14,7 @@ import ray
 from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cpmm.pipeline.config.fingerprints import fingerprint
+from cpmm.pipeline.config.fingerprints import hash_of
 from cpmm.pipeline.config.root import ROOT
 from cpmm.pipeline.sweeps.inputs import Located, SharedInputs, share
 
@@ -26,7 +26,7 @@ PULL_SECONDS = 3600
 
 
 @dataclass(frozen=True)
-class Offer:
+class RemoteInput:
     """How any node gets the inputs.
 
     Attributes:
@@ -59,10 +59,10 @@ class RemoteInputs:
             raise
 
 
-class Holder:
+class NodeCache:
     """Puts the inputs into its node's object store, once for all trials there."""
 
-    def __init__(self, offered: Offer, at_home: bool) -> None:
+    def __init__(self, offered: RemoteInput, at_home: bool) -> None:
         self._shared = share(offered.located if at_home else pull(offered))
 
     def shared(self) -> SharedInputs:
@@ -70,10 +70,10 @@ class Holder:
         return self._shared
 
 
-class Holders:
+class NodeCaches:
     """Starts a holder on each node that asks; they live as long as this actor, that is the sweep."""
 
-    def __init__(self, offered: Offer, home: str) -> None:
+    def __init__(self, offered: RemoteInput, home: str) -> None:
         self.offered, self.home = offered, home
         self.by_node: dict[str, Any] = {}
 
@@ -81,7 +81,7 @@ class Holders:
         """Handle of a node's holder."""
         if node not in self.by_node:
             there = NodeAffinitySchedulingStrategy(node, soft=False)
-            remote = ray.remote(num_cpus=0, max_restarts=-1)(Holder)
+            remote = ray.remote(num_cpus=0, max_restarts=-1)(NodeCache)
             self.by_node[node] = remote.options(scheduling_strategy=there).remote(
                 self.offered, node == self.home
             )
@@ -111,19 +111,19 @@ def offer(located: Located, cache: str) -> RemoteInputs | None:
     run_dvc(ROOT, "push", *paths)
     home = ray.get_runtime_context().get_node_id()
     here = NodeAffinitySchedulingStrategy(home, soft=False)
-    holders = ray.remote(num_cpus=0)(Holders).options(scheduling_strategy=here)
-    offered = Offer(tuple(known[path] for path in paths), remote, cache, located)
+    holders = ray.remote(num_cpus=0)(NodeCaches).options(scheduling_strategy=here)
+    offered = RemoteInput(tuple(known[path] for path in paths), remote, cache, located)
     return RemoteInputs(holders.remote(offered, home))
 
 
-def pull(inputs: Offer) -> Located:
+def pull(inputs: RemoteInput) -> Located:
     """Pull inputs into this node's cache; DVC checks every file against its hash.
 
     A cache of the same hashes is used as it is: what is opened from it is checked once more, by the
     seals of the artifacts.
     """
-    mark = fingerprint(inputs.outs)
-    root = Path(inputs.cache).expanduser() / mark
+    fingerprint = hash_of(inputs.outs)
+    root = Path(inputs.cache).expanduser() / fingerprint
     paths = [root / out["path"] for out in inputs.outs]
     if not (root / "complete").is_file():
         _make_repository(root, inputs)
@@ -137,10 +137,10 @@ def pull(inputs: Offer) -> Located:
         finally:
             (root / ".dvc" / "config.local").unlink(missing_ok=True)  # it may hold credentials
         (root / "complete").touch()
-    return Located(paths[0], paths[1] if len(paths) > 1 else None, inputs.located.marks)
+    return Located(paths[0], paths[1] if len(paths) > 1 else None, inputs.located.fingerprints)
 
 
-def _make_repository(root: Path, inputs: Offer) -> None:
+def _make_repository(root: Path, inputs: RemoteInput) -> None:
     """Make a DVC repository that knows nothing but the inputs, one .dvc file for each."""
     import yaml
     from dvc.config import Config

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from cpmm.pipeline.config import Config
-from cpmm.pipeline.config.fingerprints import mark_options
+from cpmm.pipeline.config.fingerprints import fingerprint_options
 from cpmm.pipeline.scores.tables import DETECTION, write_line, write_score
 from cpmm.pipeline.sweeps.plan import METRICS, Trial, show
 from cpmm.pipeline.sweeps.trial import SCORES, explain
@@ -35,7 +35,7 @@ def trials_table(results: Results) -> pd.DataFrame:
             {
                 **dict(trial.row),
                 "seed": trial.seed,
-                "fingerprint": mark_options(trial.config),
+                "fingerprint": fingerprint_options(trial.config),
                 "status": record["status"],
                 "validation": record.get("validation"),
                 **{score: test.get(score) for score in SCORES if score in test},

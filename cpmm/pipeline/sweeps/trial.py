@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from cpmm.data import DataSplits
     from cpmm.pipeline.artifacts.store import Spaces
     from cpmm.pipeline.models.baselines import Fitted
-    from cpmm.pipeline.scores.ood import Outside
+    from cpmm.pipeline.scores.ood import OodPoints
 
 FOLDERS = ("cpmm", "mixture", "baseline")  # what a trial leaves
 SCORES = ("density", "accuracy", "nmi", "ari", "purity")
@@ -36,7 +36,7 @@ def run_trial(
     config: Config,
     data: DataSplits,
     spaces: Spaces | None,
-    mark: str,
+    fingerprint: str,
     scratch: Path,
     alive: Callable[[], None] = lambda: None,
     **options: Any,
@@ -49,7 +49,7 @@ def run_trial(
         config: The whole composed configuration.
         data: The splits.
         spaces: The curriculum, None without one.
-        mark: Fingerprint of the trial.
+        fingerprint: Fingerprint of the trial.
         scratch: Folder of its own; the trial resumes from a checkpoint there. Afterwards what is in
             :data:`FOLDERS` lies in it, as far as the model has it.
         alive: Called now and then where no epoch ends for long, such as while a flow is scored.
@@ -65,18 +65,18 @@ def run_trial(
 
     torch.set_num_threads(config["trainer"]["threads"] or torch.get_num_threads())
     train = _train_cpmm if config["model"] == "cpmm" else partial(_train_baseline, alive=alive)
-    outside, missing = _outside(config, data)
+    ood, missing = read_ood_if_there(config, data)
     progress: dict[str, Any] = {"module": None}
     started = time.monotonic()
     with peak_memory() as memory:
         try:
-            fitted = train(config, data, spaces, mark, scratch, progress, **options)
+            fitted = train(config, data, spaces, fingerprint, scratch, progress, **options)
             if fitted is None:
                 return {"status": "finished"}
             seconds = time.monotonic() - started
             if progress["module"] is not None:
                 seconds += progress["module"].seconds_before
-            record = _score(fitted, config, data, outside) | missing
+            record = _score(fitted, config, data, ood) | missing
         except FloatingPointError as error:
             module = progress["module"]
             step = None if module is None else module.global_step
@@ -90,7 +90,7 @@ def _train_cpmm(
     config: Config,
     data: DataSplits,
     spaces: Spaces | None,
-    mark: str,
+    fingerprint: str,
     scratch: Path,
     progress: dict[str, Any],
     **options: Any,
@@ -114,11 +114,11 @@ def _train_cpmm(
     if module.global_rank:
         return None
     model = module.model.cpu()
-    header = {"fingerprint": mark, "best": module.best_summary()}
+    header = {"fingerprint": fingerprint, "best": module.best_summary()}
     save_model(scratch / "cpmm", "cpmm", model, header)
     mixture = extract(model, config["mixture"], data)
     mixture.save(
-        scratch / "mixture", mixture_header(config, data, mark), data.preprocessing.tensors
+        scratch / "mixture", mixture_header(config, data, fingerprint), data.preprocessing.tensors
     )
     return as_fitted(mixture, data, ended(module))
 
@@ -127,7 +127,7 @@ def _train_baseline(
     config: Config,
     data: DataSplits,
     spaces: Spaces | None,
-    mark: str,
+    fingerprint: str,
     scratch: Path,
     progress: dict[str, Any],
     alive: Callable[[], None],
@@ -135,29 +135,29 @@ def _train_baseline(
 ) -> Fitted:
     from cpmm.pipeline.models.baselines import save_baseline, train_baseline
 
-    if options.get("together"):
+    if options.get("ddp"):
         raise ValueError(f"ray.workers above 1 trains cpmm alone: model is {config['model']!r}")
     fitted = train_baseline(
         config["model"], config, data, spaces, scratch, progress, alive, **options
     )
-    save_baseline(config["model"], fitted, scratch / "baseline", config, data, mark)
+    save_baseline(config["model"], fitted, scratch / "baseline", config, data, fingerprint)
     return fitted
 
 
-def _outside(config: Config, data: DataSplits) -> tuple[Outside | None, dict[str, str]]:
+def read_ood_if_there(config: Config, data: DataSplits) -> tuple[OodPoints | None, dict[str, str]]:
     """The other data set if it is asked for and at hand, and what the record says if it is not."""
-    from cpmm.pipeline.scores.ood import read_outside
+    from cpmm.pipeline.scores.ood import read_ood
 
     if config["evaluation"]["ood"] is None:
         return None, {}
     try:
-        return read_outside(config["evaluation"]["ood"], data), {}
+        return read_ood(config["evaluation"]["ood"], data), {}
     except (FileNotFoundError, ConnectionError) as error:  # as on a node of a cluster
         return None, {"ood_missing": describe(error)}
 
 
 def _score(
-    fitted: Fitted, config: Config, data: DataSplits, outside: Outside | None
+    fitted: Fitted, config: Config, data: DataSplits, ood: OodPoints | None
 ) -> dict[str, Any]:
     """Scores of a trained model, and how long densities take."""
     import torch
@@ -173,7 +173,7 @@ def _score(
         if not math.isfinite(validation):
             raise FloatingPointError("the density of the trained model is not finite")
     score = Scorer(data, "test", fitted.n_points, config["evaluation"]["teacher_points"])
-    test = score_baseline(fitted, score, config["cpmm"]["n_clusters"], outside)
+    test = score_baseline(fitted, score, config["cpmm"]["n_clusters"], ood)
     others = {name: test.pop(name) for name in ("seconds_10k",) if name in test}
     for space, end in (("mixture", ""), ("data", "_data")):
         told = test.get("ood", {}).get(space, {})

@@ -93,13 +93,13 @@ def call(method: Any, *arguments: Any) -> Any:
 
 def train(config: Mapping[str, Any], assignment: Assignment) -> None:
     """Run one trial in a worker of Tune, from its last checkpoint if it has one."""
-    if "mark" in config:
-        trial = assignment.trials[config["mark"]]
+    if "fingerprint" in config:
+        trial = assignment.trials[config["fingerprint"]]
     else:
         trial = suggested_trial(assignment.trials["template"], config, trial_code())
     archive = assignment.archive
     try:
-        record = call(archive.record, trial.mark)
+        record = call(archive.record, trial.fingerprint)
         if record is None:
             record = _train(trial, assignment)
         elif assignment.every_epoch:  # what the scheduler would have seen
@@ -107,16 +107,18 @@ def train(config: Mapping[str, Any], assignment: Assignment) -> None:
                 tune.report(report)
     except ArchiveError as error:
         said = getattr(error, "cause", None) or error  # Ray wraps it in the actor's traceback
-        tune.report({"archive_error": str(said), "mark": trial.mark})
+        tune.report({"archive_error": str(said), "fingerprint": trial.fingerprint})
         return
-    report = final_report(trial.mark, record)
-    if "mark" not in config:  # a searcher must hear something: of a trial that failed, the worst
+    report = final_report(trial.fingerprint, record)
+    if (
+        "fingerprint" not in config
+    ):  # a searcher must hear something: of a trial that failed, the worst
         report.setdefault(METRIC, float("inf"))
     tune.report(report)
 
 
 @contextmanager
-def trial_scratch(mark: str) -> Iterator[Path]:
+def trial_scratch(fingerprint: str) -> Iterator[Path]:
     """Make a folder for a trial among the node's temporary files, for as long as it is trained.
 
     What killed workers left there is removed: their locks went with them.
@@ -127,7 +129,7 @@ def trial_scratch(mark: str) -> Iterator[Path]:
             shutil.rmtree(other, ignore_errors=True)
     fresh = Path(tempfile.mkdtemp(dir=root, prefix="tmp"))
     with _locked(fresh):  # before it can be taken for a leftover
-        scratch = fresh.rename(root / f"cpmm-{mark}-{fresh.name}")
+        scratch = fresh.rename(root / f"cpmm-{fingerprint}-{fresh.name}")
         try:
             yield scratch
         finally:
@@ -144,10 +146,10 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(held)
 
 
-def final_report(mark: str, record: Mapping[str, Any]) -> dict[str, Any]:
+def final_report(fingerprint: str, record: Mapping[str, Any]) -> dict[str, Any]:
     """What Tune hears of a trial that has ended."""
     value = record.get("validation")
-    report = {"mark": mark, "status": record["status"], "progress": 1.0}
+    report = {"fingerprint": fingerprint, "status": record["status"], "progress": 1.0}
     report |= {"reason": record["reason"]} if record.get("reason") else {}
     last = (record.get("reports") or [{}])[-1]
     report |= {"epoch": last.get("epoch", 0), "step": last.get("step", 0)}
@@ -156,14 +158,14 @@ def final_report(mark: str, record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _train(trial: Trial, assignment: Assignment) -> dict[str, Any]:
     began = time.time()
-    with trial_scratch(trial.mark) as scratch:
+    with trial_scratch(trial.fingerprint) as scratch:
         try:
             if assignment.options["workers"] == 1:
                 record = _train_alone(trial, assignment, scratch, tune.report)
             else:
-                from cpmm.pipeline.sweeps.ddp import train_together
+                from cpmm.pipeline.sweeps.ddp import train_ddp
 
-                record = train_together(trial, assignment, scratch)
+                record = train_ddp(trial, assignment, scratch)
         except (ArchiveError, RayError):
             raise  # the cluster's doing, not the trial's: it is tried again
         except Exception as error:
@@ -180,7 +182,7 @@ def _train(trial: Trial, assignment: Assignment) -> dict[str, Any]:
             for path in sorted((scratch / name).rglob("*"))
             if path.is_file()
         }
-        call(assignment.archive.save_record, trial.mark, record, files)
+        call(assignment.archive.save_record, trial.fingerprint, record, files)
     return record
 
 
@@ -192,7 +194,7 @@ def _train_alone(
     record = run_trial(
         on_given_device(trial.config),
         *reporter.inputs,
-        trial.mark,
+        trial.fingerprint,
         scratch,
         reporter.alive,
         listeners=[reporter],
@@ -205,7 +207,7 @@ def prepare(
     trial: Trial, assignment: Assignment, scratch: Path, report: Callable[[dict], None]
 ) -> Reporter:
     """Fetch the inputs and the last checkpoint of a trial."""
-    checkpoint = call(assignment.archive.read, f"trials/{trial.mark}/{CHECKPOINT}")
+    checkpoint = call(assignment.archive.read, f"trials/{trial.fingerprint}/{CHECKPOINT}")
     if checkpoint is not None:
         (scratch / CHECKPOINT).write_bytes(checkpoint)
     inputs = assignment.inputs[trial.inputs].load()
@@ -264,13 +266,13 @@ class Reporter:
         now = time.monotonic()
         if now - self.told >= self.assignment.options["report_seconds"]:
             self.told = now
-            self.report({"mark": self.trial.mark, "alive": True})
+            self.report({"fingerprint": self.trial.fingerprint, "alive": True})
 
     def _describe(self, module: Any, row: Mapping[str, Any] | None = None) -> dict[str, Any]:
         row = module.history[-1] if row is None else row
         loss = row.get("validation", float("inf"))
         described = {
-            "mark": self.trial.mark,
+            "fingerprint": self.trial.fingerprint,
             "epoch": row["epoch"] + 1,
             "step": row["step"],
             "progress": (row["epoch"] + 1) / module.n_epochs,
@@ -286,7 +288,7 @@ class Reporter:
 
         path = self.scratch / CHECKPOINT
         if is_checkpoint(path):
-            name = f"trials/{self.trial.mark}/{CHECKPOINT}"
+            name = f"trials/{self.trial.fingerprint}/{CHECKPOINT}"
             call(self.assignment.archive.write, name, path.read_bytes())
 
     def _gauge(self, row: Mapping[str, Any]) -> None:

@@ -75,7 +75,7 @@ class Autoencoder(nn.Module):
 
         Args:
             x: Points, (N, M).
-            generator: Not used; :class:`cpmm.training.LossTraining` hands one to every model.
+            generator: Not used; :class:`cpmm.training.loss.LossTraining` hands one to every model.
 
         Returns:
             The squared error in units of ``x``, or nats of cross-entropy.

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from cpmm.baselines.direct import DirectMixture
     from cpmm.data import DataSplits
     from cpmm.mixture import Mixture
-    from cpmm.training import EpochData, MixtureTraining
+    from cpmm.training.epochs import EpochData
+    from cpmm.training.mixture import MixtureTraining
 
 
 def start_direct(
@@ -76,7 +77,7 @@ def direct_training(
     """
     from cpmm.pipeline.models.flows import drawn_rows
     from cpmm.spaces import Curriculum
-    from cpmm.training import MixtureTraining
+    from cpmm.training.mixture import MixtureTraining
 
     module = MixtureTraining(
         model,

@@ -31,7 +31,8 @@ from cpmm.pipeline.models.flows import make_blocks, make_field
 from cpmm.pipeline.models.runtime import choose, seeded
 from cpmm.seeds import seeded_generator
 from cpmm.spaces import Curriculum
-from cpmm.training import EpochData, MixtureTraining, Rows
+from cpmm.training.epochs import EpochData, Rows
+from cpmm.training.mixture import MixtureTraining
 from cpmm.trajectory import StateLayout, Trajectories, pseudotime_grid
 from cpmm.views import AffineViews
 

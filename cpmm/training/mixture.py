@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -63,72 +64,68 @@ class HasMixture(Protocol):
         """Return the mixture at the pseudotimes ``times``."""
 
 
+@dataclass(frozen=True)
+class MixtureOptions:
+    """How a mixture is trained; the defaults switch off all but the likelihood.
+
+    Attributes:
+        noise: Deviation of the Gaussian noise added to training points (0.01 in the paper).
+        learning_rate: Adam's.
+        n_warmup_epochs: Epochs of linear warm-up.
+        seed: Of every draw.
+        n_pseudotimes: G of a training step.
+        pseudotimes: How they are chosen, see :func:`draw_pseudotimes`.
+        n_extracted: G at validation: that of the extracted mixture.
+        pseudo_label_spaces: In the first spaces maximize log eta_c p(x | c) of each point's own
+            group c, used as a pseudo-label; afterwards log p(x).
+        pseudo_label_weight: Weight, afterwards, of the cross-entropy of the pseudo-labels under the
+            clusters' posterior at ``temperature``.
+        entropy_weight: Weight of the entropy of the clusters' mean responsibilities, nats.
+        path_weight: Weight of the kinetic cost of the means, see :func:`path_cost`; keeps a
+            trajectory from wandering over several groups of the data.
+        consistency_weight: Weight of :func:`posterior_disagreement` between points and their views.
+        temperature: Of the posteriors in both, nats.
+        initial_rate_factor: The initial states' learning rate in units of the field's.
+    """
+
+    noise: float
+    learning_rate: float
+    n_warmup_epochs: int
+    seed: int
+    n_pseudotimes: int = 1
+    pseudotimes: str = "grid"
+    n_extracted: int = 1
+    pseudo_label_spaces: int = 0
+    pseudo_label_weight: float = 0.0
+    entropy_weight: float = 0.0
+    path_weight: float = 0.0
+    consistency_weight: float = 0.0
+    temperature: float = 1.0
+    initial_rate_factor: float = 1.0
+
+
 class MixtureTraining(Recorded):
     """Train a mixture by maximum likelihood through a curriculum of spaces (section 3.3).
 
     Args:
         model: The trajectories, or a direct mixture.
         curriculum: Which space each epoch trains on.
-        pseudo_label_spaces: In so many first spaces a trajectory is told which points are its own, those of
-            its group, and maximizes the likelihood of points and groups; afterwards that of points.
-        pseudo_label_weight: Weight, afterwards, of the cross-entropy of the groups under the clusters'
-            posterior at ``temperature``.
-        n_pseudotimes: G of a training step.
-        pseudotimes: How they are chosen, see :func:`draw_pseudotimes`.
-        n_extracted: G at validation: that of the extracted mixture.
-        noise: Deviation of the Gaussian noise added to training points (0.01 in the paper).
-        entropy_weight: Weight of the entropy of the clusters' mean responsibilities, nats.
-        path_weight: Weight of the kinetic cost of the means, see :func:`path_cost`; keeps a
-            trajectory from wandering over several groups of the data.
-        consistency_weight: Weight of :func:`posterior_disagreement` between points and their views.
-        temperature: Of the posteriors in both, nats.
-        learning_rate: Adam's.
-        initial_rate_factor: The initial states' learning rate in units of the field's.
-        n_warmup_epochs: Epochs of linear warm-up.
-        seed: Of every draw.
+        options: Of the loss and the steps.
     """
 
-    def __init__(
-        self,
-        model: HasMixture,
-        curriculum: Curriculum,
-        pseudo_label_spaces: int,
-        pseudo_label_weight: float,
-        n_pseudotimes: int,
-        pseudotimes: str,
-        n_extracted: int,
-        noise: float,
-        entropy_weight: float,
-        path_weight: float,
-        consistency_weight: float,
-        temperature: float,
-        learning_rate: float,
-        initial_rate_factor: float,
-        n_warmup_epochs: int,
-        seed: int,
-    ) -> None:
+    def __init__(self, model: HasMixture, curriculum: Curriculum, options: MixtureOptions) -> None:
         super().__init__(
             model,
-            learning_rate,
+            options.learning_rate,
             curriculum.n_epochs,
             curriculum.n_guided_epochs,
-            n_warmup_epochs,
-            seed,
+            options.n_warmup_epochs,
+            options.seed,
         )
-        self.path_weight = path_weight
-        self.consistency_weight = consistency_weight
-        self.temperature = temperature
-        self.initial_rate_factor = initial_rate_factor
         self.curriculum = curriculum
-        self.pseudo_label_epochs = (
-            min(pseudo_label_spaces, curriculum.n_spaces) * curriculum.epochs_per_space
-        )
-        self.pseudo_label_weight = pseudo_label_weight
-        self.n_pseudotimes = n_pseudotimes
-        self.pseudotimes = pseudotimes
-        self.n_extracted = n_extracted
-        self.noise = noise
-        self.entropy_weight = entropy_weight
+        self.options = options
+        n_spaces = min(options.pseudo_label_spaces, curriculum.n_spaces)
+        self.pseudo_label_epochs = n_spaces * curriculum.epochs_per_space
 
     def describe_epoch(self) -> dict[str, float]:
         """Index of the epoch's space, V while fine-tuning."""
@@ -137,13 +134,12 @@ class MixtureTraining(Recorded):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The initial states may learn faster than the field: they carry whole trajectories."""
-        fast = [p for name, p in self.model.named_parameters() if name == "initial"]
-        slow = [
-            p for name, p in self.model.named_parameters() if name != "initial" and p.requires_grad
-        ]
-        groups = [{"params": slow}]
+        named = list(self.model.named_parameters())
+        fast = [p for name, p in named if name == "initial"]
+        groups = [{"params": [p for name, p in named if name != "initial" and p.requires_grad]}]
         if fast:
-            groups.append({"params": fast, "lr": self.learning_rate * self.initial_rate_factor})
+            rate = self.options.learning_rate * self.options.initial_rate_factor
+            groups.append({"params": fast, "lr": rate})
         return groups
 
     def describe_phase(self) -> str:
@@ -164,49 +160,49 @@ class MixtureTraining(Recorded):
     def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
         """One step up the likelihood.
 
-        A batch holds points ``x``; if they are told, their ``group``; and for the consistency, if it
-        has a weight, a ``view`` of each.
+        A batch holds points ``x``; if they have pseudo-labels, their ``group``; and if consistency has a
+        weight, a ``view`` of each.
         """
-        x = batch["x"]
-        if self.noise:
-            x = x + self.noise * torch.randn(x.shape, generator=self._generator, device=x.device)
-        times = draw_pseudotimes(self.pseudotimes, self.n_pseudotimes, self._generator)
+        options, x = self.options, batch["x"]
+        if options.noise:
+            x = x + options.noise * torch.randn(x.shape, generator=self._generator, device=x.device)
+        times = draw_pseudotimes(options.pseudotimes, options.n_pseudotimes, self._generator)
         with self.located():
             mixture = self.model.mixture(times.to(x))
             by_cluster = mixture.cluster_joint_log_prob(x)
             log_prob = by_cluster.logsumexp(1)
-            told = self.current_epoch < self.pseudo_label_epochs
-            if told:  # of points and groups
+            labelled = self.current_epoch < self.pseudo_label_epochs
+            if labelled:  # of points and groups
                 log_prob = by_cluster.gather(1, batch["group"][:, None]).squeeze(1)
             loss = -log_prob.mean() / x.shape[1]
             if not bool(torch.isfinite(loss)):
                 raise FloatingPointError(self._diagnosis(log_prob, mixture))
         self._record("train", loss, len(x))
-        if self.entropy_weight:
+        if options.entropy_weight:
             share = by_cluster.log_softmax(1).logsumexp(0) - math.log(len(x))
             entropy = -(share.exp() * share).sum()
-            loss = loss - self.entropy_weight * entropy
-        if self.path_weight:
-            drawn = None if self.pseudotimes == "grid" else times.to(x)
-            loss = loss + self.path_weight * path_cost(mixture, drawn)
-        if "group" in batch and not told:
+            loss = loss - options.entropy_weight * entropy
+        if options.path_weight:
+            drawn = None if options.pseudotimes == "grid" else times.to(x)
+            loss = loss + options.path_weight * path_cost(mixture, drawn)
+        if "group" in batch and not labelled:
             cross_entropy = nn.functional.cross_entropy(
-                by_cluster / self.temperature, batch["group"]
+                by_cluster / options.temperature, batch["group"]
             )
             self._record("cross_entropy", cross_entropy, len(x))
-            loss = loss + self.pseudo_label_weight * cross_entropy
+            loss = loss + options.pseudo_label_weight * cross_entropy
         if "view" in batch:
             seen = mixture.cluster_joint_log_prob(batch["view"])
-            disagreement = posterior_disagreement(by_cluster, seen, self.temperature)
+            disagreement = posterior_disagreement(by_cluster, seen, options.temperature)
             self._record("disagreement", disagreement, len(x))
-            loss = loss + self.consistency_weight * disagreement
+            loss = loss + options.consistency_weight * disagreement
         return loss
 
     def on_validation_epoch_start(self) -> None:
         """Solve the ODE once for all validation rows."""
         like = next(iter(self.model.parameters()))
         with self.located():
-            self._mixture = self.model.mixture(pseudotime_grid(self.n_extracted, like))
+            self._mixture = self.model.mixture(pseudotime_grid(self.options.n_extracted, like))
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_index: int) -> None:
         """Nats per dimension of held-out rows, without noise."""

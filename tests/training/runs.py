@@ -15,7 +15,7 @@ from cpmm.odes import Solver
 from cpmm.spaces import Curriculum
 from cpmm.teacher import Flow
 from cpmm.training.epochs import EpochData, Recorded, Rows
-from cpmm.training.mixture import MixtureTraining
+from cpmm.training.mixture import MixtureOptions, MixtureTraining
 from cpmm.training.teacher import TeacherTraining
 from cpmm.trajectory import StateLayout, Trajectories
 
@@ -34,25 +34,21 @@ def make_trajectories(seed: int = 0, n_clusters: int = 2, **options) -> Trajecto
     )
 
 
-def mixture_training(model: nn.Module | None = None, **changes) -> MixtureTraining:
+def mixture_training(
+    model: nn.Module | None = None, curriculum: Curriculum = CURRICULUM, **changes
+) -> MixtureTraining:
     options = {
-        "curriculum": CURRICULUM,
-        "pseudo_label_spaces": 0,
-        "pseudo_label_weight": 0.0,
         "n_pseudotimes": 3,
         "pseudotimes": "uniform",
         "n_extracted": 4,
         "noise": 0.01,
-        "entropy_weight": 0.0,
-        "path_weight": 0.0,
-        "consistency_weight": 0.0,
-        "temperature": 1.0,
         "learning_rate": 0.01,
         "initial_rate_factor": 2.0,
         "n_warmup_epochs": 1,
         "seed": 0,
     }
-    return MixtureTraining(model or make_trajectories(), **(options | changes))
+    options = MixtureOptions(**(options | changes))
+    return MixtureTraining(model or make_trajectories(), curriculum, options)
 
 
 def teacher_training(flow: Flow | None = None, **changes) -> TeacherTraining:

@@ -774,25 +774,9 @@ def plot_costs(
     for axes, (title, values) in zip(panels, costs.items(), strict=True):
         x = np.asarray(values, float)
         shown = np.flatnonzero(np.isfinite(density) & np.isfinite(x) & (x > 0))
-        for k in shown:
-            colour, marker = PALETTE[kind[k] % len(PALETTE)], MARKERS[kind[k] % len(MARKERS)]
-            bar = np.nan_to_num(spread[k])
-            axes.errorbar(
-                x[k], density[k], yerr=bar, color=colour, marker=marker, ms=6, mec="white",
-                mew=0.6, lw=1, zorder=3,
-            )  # fmt: skip
-        if len(shown):
-            axes.set_xscale("log")
-        else:
-            axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", fontsize=9)
-            axes.set_xticks([])
-        axes.margins(x=0.15, y=0.15)
+        _draw_costs(axes, x[shown], density[shown], spread[shown], kind[shown])
         axes.set_xlabel(title, fontsize=9)
         axes.set_ylabel(unit, fontsize=9)
-        axes.tick_params(labelsize=8)
-        axes.grid(color="#eeeeee", linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
         drawn.append((axes, x, shown))
     # Darker than the points, so that the lighter colours can be read.
     ink = [to_hex(_shade(PALETTE[i % len(PALETTE)], 0.8)) for i in kind]
@@ -813,6 +797,28 @@ def plot_costs(
         texts = [(labels[k], ink[k]) for k in shown]
         _label_points(axes, texts, x[shown], density[shown], bars)
     return figure
+
+
+def _draw_costs(
+    axes: Axes, x: np.ndarray, density: np.ndarray, spread: np.ndarray, kind: np.ndarray
+) -> None:
+    """Draw the points of one panel of :func:`plot_costs`, a bar through each; no labels yet."""
+    for k, i in enumerate(kind):
+        colour, marker = PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)]
+        axes.errorbar(
+            x[k], density[k], yerr=np.nan_to_num(spread[k]), color=colour, marker=marker, ms=6,
+            mec="white", mew=0.6, lw=1, zorder=3,
+        )  # fmt: skip
+    if len(x):
+        axes.set_xscale("log")
+    else:
+        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", fontsize=9)
+        axes.set_xticks([])
+    axes.margins(x=0.15, y=0.15)
+    axes.tick_params(labelsize=8)
+    axes.grid(color="#eeeeee", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _label_points(

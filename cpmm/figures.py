@@ -474,8 +474,8 @@ class _Plane:
         axes = vectors[:, [-1, -2]]
         axes = axes * np.sign(axes[np.abs(axes).argmax(0), [0, 1]])  # eigh leaves signs open
         part = variance[[-1, -2]] / max(variance.sum(), 1e-300)
-        names = [f"PC {i + 1} ({100 * p:.0f} %)" for i, p in enumerate(part)]
-        return cls(origin, axes, tuple(names))
+        names = f"PC 1 ({100 * part[0]:.0f} %)", f"PC 2 ({100 * part[1]:.0f} %)"
+        return cls(origin, axes, names)
 
     @property
     def n_features(self) -> int:
@@ -526,10 +526,11 @@ def _marker(group: int) -> str:
     return "x" if group < 0 else MARKERS[int(group) // len(PALETTE) % len(MARKERS)]
 
 
-def _shade(colour: str, t: float) -> np.ndarray:
+def _shade(colour: str, t: float) -> tuple[float, float, float]:
     """Lighten a colour at pseudotime 0, darken it at 1."""
     rgb = np.array(to_rgb(colour))
-    return rgb + (1 - rgb) * 0.7 * (1 - 2 * t) if t < 0.5 else rgb * (1 - 0.5 * (2 * t - 1))
+    rgb = rgb + (1 - rgb) * 0.7 * (1 - 2 * t) if t < 0.5 else rgb * (1 - 0.5 * (2 * t - 1))
+    return float(rgb[0]), float(rgb[1]), float(rgb[2])
 
 
 def _pseudotimes(n: int) -> np.ndarray:
@@ -595,14 +596,14 @@ def _name_axes(axes: Axes, plane: _Plane) -> None:
 
 def _key(figure: Figure, groups: list[tuple[str, str]]) -> None:
     """Explain colours, (text, colour), if they are few, and the shades of pseudotime."""
-    line = {"ls": "", "marker": "o", "ms": 7}
+
+    def entry(text: str, colour: str | tuple[float, float, float]) -> Line2D:
+        return Line2D([], [], color=colour, label=text, ls="", marker="o", ms=7)
+
     blank = Line2D([], [], ls="", label=" ")
     shown = groups if len(groups) <= N_LEGEND else []
-    entries = [Line2D([], [], color=c, label=_plain(text), **line) for text, c in shown]
-    times = [
-        Line2D([], [], color=_shade("#808080", t), label=f"t = {t:g}", **line)
-        for t in (0.0, 0.5, 1.0)
-    ]
+    entries = [entry(_plain(text), colour) for text, colour in shown]
+    times = [entry(f"t = {t:g}", _shade("#808080", t)) for t in (0.0, 0.5, 1.0)]
     column = 0.55 + 0.075 * max((len(text) for text, _ in shown), default=0)  # inches, about
     most = int(np.clip((WIDTH - 0.9) // column, 1, 3))  # columns of clusters
     n_rows = max(len(times), -(-len(entries) // most))
@@ -833,7 +834,7 @@ def _label_points(
         return
     size, reach = 7, 3.5  # points, as are all lengths below; of the type and half of a marker
     scale = 72 / axes.figure.dpi
-    frame = axes.get_window_extent().extents * scale
+    frame = np.array(axes.get_window_extent().extents) * scale
     low, middle, high = (
         axes.transData.transform(np.column_stack([x, y + sign * bar])) * scale
         for sign in (-1, 0, 1)

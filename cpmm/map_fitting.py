@@ -225,6 +225,7 @@ class Space:
     """
 
     def __init__(self, raw: Tensor, logit: Preprocessing, standardize: str) -> None:
+        assert logit.levels is not None
         levels = torch.arange(logit.levels)
         self.standardize = standardize
         self.share = torch.stack([(raw == level).float().mean(0) for level in levels], 1)

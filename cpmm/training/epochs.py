@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 
 from cpmm.seeds import seeded_generator
+
+if TYPE_CHECKING:
+    from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 
 
 class Rows(Dataset):
@@ -74,10 +77,10 @@ class EpochData(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Batches of the current epoch, shuffled."""
-        epoch, device = self.trainer.current_epoch, self._device
+        epoch, device = self._run.current_epoch, self._device
         ahead = self._ahead.pop(epoch, None)
         data, generator = self._make(epoch) if ahead is None else ahead.result()
-        if device.type != "cpu" and epoch + 1 < self.trainer.max_epochs:
+        if device.type != "cpu" and epoch + 1 < self.n_epochs:
             self._ahead = {epoch + 1: self._thread.submit(self._make, epoch + 1)}
         data = data.to(device)
         order = RandomSampler(data, generator=generator)
@@ -86,22 +89,34 @@ class EpochData(pl.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         """Validation rows, in order."""
-        data = Rows(x=self.validation_rows(self.trainer.current_epoch)).to(self._device)
+        data = Rows(x=self.validation_rows(self._run.current_epoch)).to(self._device)
         batches = BatchSampler(range(len(data)), 4 * self.batch_size, False)
         return DataLoader(data, sampler=self._share(batches), batch_size=None)
 
     @property
+    def n_epochs(self) -> int:
+        """Epochs of the whole run."""
+        n_epochs = self._run.max_epochs
+        assert n_epochs is not None
+        return n_epochs
+
+    @property
     def n_steps(self) -> int:
         """Steps of the whole run."""
-        return sum(self._n_batches(self.n_rows(epoch)) for epoch in range(self.trainer.max_epochs))
+        return sum(self._n_batches(self.n_rows(epoch)) for epoch in range(self.n_epochs))
 
     def _n_batches(self, n_rows: int) -> int:
         full, rest = divmod(n_rows, self.batch_size)
-        return full + (rest >= self.trainer.world_size)
+        return full + (rest >= self._run.world_size)
+
+    @property
+    def _run(self) -> pl.Trainer:
+        assert self.trainer is not None  # Lightning has set it before it asks for batches
+        return self.trainer
 
     @property
     def _device(self) -> torch.device:
-        return self.trainer.strategy.root_device
+        return self._run.strategy.root_device
 
     def _make(self, epoch: int) -> tuple[Rows, torch.Generator]:
         """Rows of an epoch, and the generator of their order."""
@@ -110,7 +125,7 @@ class EpochData(pl.LightningDataModule):
 
     def _share(self, batches: BatchSampler) -> Iterable[list[int]]:
         """Leave of each batch the part of this process, if several train the model together."""
-        rank, size = self.trainer.global_rank, self.trainer.world_size
+        rank, size = self._run.global_rank, self._run.world_size
         if size == 1:
             return batches
         # A batch smaller than the number of processes would leave one of them without points.
@@ -128,6 +143,8 @@ class Recorded(pl.LightningModule):
         n_warmup_epochs: Epochs of linear warm-up.
         seed: Of every draw.
     """
+
+    model: Any  # a module; what else it must be, each training says
 
     def __init__(
         self,
@@ -152,7 +169,7 @@ class Recorded(pl.LightningModule):
         self._started = time.monotonic()
         self._sums: dict[str, Tensor] = {}
 
-    def configure_optimizers(self) -> dict:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Adam, warmed up, constant, then decayed along a cosine."""
         optimizer = torch.optim.Adam(self.parameter_groups(), lr=self.learning_rate)
 
@@ -210,7 +227,8 @@ class Recorded(pl.LightningModule):
     @property
     def n_steps(self) -> int:
         """Steps of the whole run, while a trainer runs it."""
-        return self.trainer.datamodule.n_steps
+        trainer: Any = self.trainer  # Lightning sets the next without declaring it
+        return trainer.datamodule.n_steps
 
     def restore_best(self) -> None:
         """Load the best weights into the model; the last ones stay if none was a candidate."""

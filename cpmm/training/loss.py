@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cpmm.seeds import seeded_generator
 from cpmm.training.epochs import Recorded
@@ -23,7 +23,7 @@ class LossTraining(Recorded):
     """Minimize a model's own loss on training points: the baselines that gradients train.
 
     Args:
-        model: States its loss.
+        model: States its loss, see :class:`HasLoss`.
         n_epochs: Of the run; the rate decays over its second half.
         noise: Deviation of the Gaussian noise added to training points.
         learning_rate: Adam's.
@@ -36,7 +36,7 @@ class LossTraining(Recorded):
 
     def __init__(
         self,
-        model: HasLoss,
+        model: nn.Module,
         n_epochs: int,
         noise: float,
         learning_rate: float,
@@ -54,7 +54,8 @@ class LossTraining(Recorded):
 
     def loss(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """Loss of points, (N, M), a scalar."""
-        return self.model.loss(x, generator)
+        model: HasLoss = self.model
+        return model.loss(x, generator)
 
     def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
         """One step down the loss."""

@@ -108,12 +108,14 @@ class MixtureTraining(Recorded):
     """Train a mixture by maximum likelihood through a curriculum of spaces (section 3.3).
 
     Args:
-        model: The trajectories, or a direct mixture.
+        model: The trajectories, or a direct mixture, see :class:`HasMixture`.
         curriculum: Which space each epoch trains on.
         options: Of the loss and the steps.
     """
 
-    def __init__(self, model: HasMixture, curriculum: Curriculum, options: MixtureOptions) -> None:
+    model: HasMixture
+
+    def __init__(self, model: nn.Module, curriculum: Curriculum, options: MixtureOptions) -> None:
         super().__init__(
             model,
             options.learning_rate,
@@ -134,13 +136,11 @@ class MixtureTraining(Recorded):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The initial states may learn faster than the field: they carry whole trajectories."""
-        named = list(self.model.named_parameters())
-        fast = [p for name, p in named if name == "initial"]
-        groups = [{"params": [p for name, p in named if name != "initial" and p.requires_grad]}]
-        if fast:
-            rate = self.options.learning_rate * self.options.initial_rate_factor
-            groups.append({"params": fast, "lr": rate})
-        return groups
+        named = dict(self.named_parameters())
+        fast = named.pop("model.initial", None)
+        slow = {"params": [parameter for parameter in named.values() if parameter.requires_grad]}
+        rate = self.options.learning_rate * self.options.initial_rate_factor
+        return [slow] if fast is None else [slow, {"params": [fast], "lr": rate}]
 
     def describe_phase(self) -> str:
         """Say which space is being trained on."""
@@ -200,7 +200,7 @@ class MixtureTraining(Recorded):
 
     def on_validation_epoch_start(self) -> None:
         """Solve the ODE once for all validation rows."""
-        like = next(iter(self.model.parameters()))
+        like = next(self.parameters())
         with self.located():
             self._mixture = self.model.mixture(pseudotime_grid(self.options.n_extracted, like))
 

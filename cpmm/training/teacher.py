@@ -23,6 +23,7 @@ class TeacherTraining(LossTraining):
         seed: Of every draw.
     """
 
+    model: Flow
     subject = "the teacher's loss"
     remedy = "lower teacher.learning_rate or teacher.gradient_clip"
 

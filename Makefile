@@ -36,9 +36,10 @@ compare: setup ## CPMM and fifteen baselines in one table on digits (15 minutes 
 report: setup ## print where the reports are and their main figures
 	@python -m cpmm.cli.summary
 
-lint: setup ## check style and layers
+lint: setup ## check style, layers and types
 	ruff check .
 	ruff format --check .
+	ty check --python $(BIN)/python
 
 # A file's tests share what they make, so a process takes whole files.
 test: setup lint ## lint, then every test that is neither slow nor needs a GPU

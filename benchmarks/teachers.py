@@ -34,7 +34,7 @@ from cpmm.pipeline.stage import load_config
 if TYPE_CHECKING:
     from cpmm.data import DataSplits
     from cpmm.teacher import Flow
-    from cpmm.training import EpochData
+    from cpmm.training.epochs import EpochData
 
 MATCHED = "flow matching"
 LIKELIHOOD = "maximum likelihood"
@@ -112,7 +112,7 @@ def maximize_likelihood(
     import torch
 
     from cpmm.pipeline.models.flows import make_teacher
-    from cpmm.training import EpochData, Rows
+    from cpmm.training.epochs import EpochData, Rows
 
     options, seed, n = config["teacher"], config["seed"], len(data.raw["train"])
     validation = data.points("validation")[0][: likelihood.validation_points].float()
@@ -146,7 +146,7 @@ def _train(
 ) -> Phase:
     """Train ``flow`` in place."""
     from cpmm.pipeline.models.fit import fit
-    from cpmm.training import TeacherTraining
+    from cpmm.training.teacher import TeacherTraining
 
     options = config["teacher"]
     module = TeacherTraining(

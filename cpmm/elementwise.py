@@ -85,7 +85,8 @@ class ElementwiseMap:
         return torch.cat(parts).reshape(z.shape)
 
     def _tensors(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return tuple(like.new_tensor(row) for row in (self.knot, self.value, self.log_slope))
+        new = like.new_tensor
+        return new(self.knot), new(self.value), new(self.log_slope)
 
     def to_dict(self) -> dict:
         """Return what JSON can hold; :meth:`from_dict` undoes it."""

@@ -44,6 +44,8 @@ def make_activation(name: str) -> nn.Module:
 class TimeFeatures(nn.Module):
     """Time as ``1 + 2 n`` numbers: t itself, and n sines and cosines of growing frequency."""
 
+    frequencies: Tensor
+
     def __init__(self, n_frequencies: int = 0) -> None:
         super().__init__()
         self.register_buffer(
@@ -162,6 +164,8 @@ class ConvField(nn.Module):
             its end: 2 takes a quarter of the places, so half the time or less for the same width,
             with twice the reach.
     """
+
+    grid: Tensor
 
     def __init__(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -231,8 +232,8 @@ def local_analyzer_groups(
     Returns:
         (N,), integers in [0, C).
     """
-    best, best_value = None, -torch.inf
-    for _ in range(restarts):
+
+    def start() -> tuple[float, Tensor]:
         label = kmeans(x, n_groups, generator, n_init=1)
         for _ in range(50):
             fa = local_factor_analyzers(
@@ -243,9 +244,9 @@ def local_analyzer_groups(
             if len(proposal.unique()) < n_groups or bool((proposal == label).all()):
                 break
             label = proposal
-        value = float(joint.logsumexp(1).mean())
-        if value > best_value:
-            best, best_value = label, value
+        return float(joint.logsumexp(1).mean()), label
+
+    _, best = max((start() for _ in range(restarts)), key=itemgetter(0))
     return best
 
 

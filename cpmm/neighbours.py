@@ -99,9 +99,9 @@ def _nearest(points: Tensor, seen: list[Tensor], n: int) -> Tensor:
     """Indices of the ``n`` images nearest to each point by their nearest view, (N, n)."""
     parts = []
     for part in points.split(PART):
-        least = None
-        for view in seen:
-            distance = torch.addmm(view.square().sum(1), part, view.T, alpha=-2)
-            least = distance if least is None else torch.minimum(least, distance, out=least)
+        distances = (torch.addmm(v.square().sum(1), part, v.T, alpha=-2) for v in seen)
+        least = next(distances)
+        for distance in distances:
+            torch.minimum(least, distance, out=least)
         parts.append(least.topk(n, largest=False).indices)
     return torch.cat(parts)

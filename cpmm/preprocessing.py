@@ -121,6 +121,12 @@ class Preprocessing:
         return len(self.shift)
 
     @property
+    def _margin(self) -> float:
+        """``alpha`` of grey levels."""
+        assert self.alpha is not None  # checked above
+        return self.alpha
+
+    @property
     def density_unit(self) -> tuple[str, float, float]:
         """Unit of reported densities, and the factor and offset from nats per dimension."""
         if self.levels is None:
@@ -189,8 +195,8 @@ class Preprocessing:
         self._require_features(x)
         log_det = -x.new_tensor(self.scale).log().sum().expand(len(x))
         if self.levels is not None:
-            s = self.alpha + (1 - 2 * self.alpha) * x
-            log_det = log_det + (math.log1p(-2 * self.alpha) - s.log() - torch.log1p(-s)).sum(1)
+            s = self._margin + (1 - 2 * self._margin) * x
+            log_det = log_det + (math.log1p(-2 * self._margin) - s.log() - torch.log1p(-s)).sum(1)
             x = torch.logit(s)
         if self.map is not None:
             x, log_slope = self.map.forward(x)
@@ -203,7 +209,7 @@ class Preprocessing:
         """Map as :meth:`forward` does, without the log-determinant, in half the time: z, (N, M)."""
         self._require_features(x)
         if self.levels is not None:
-            x = torch.logit(self.alpha + (1 - 2 * self.alpha) * x)
+            x = torch.logit(self._margin + (1 - 2 * self._margin) * x)
         if self.map is not None:
             x = self.map.transform(x)
         return self._align(x)
@@ -236,7 +242,7 @@ class Preprocessing:
             return x
         if self.map is not None:
             x = self.map.inverse(x)
-        return ((torch.sigmoid(x) - self.alpha) / (1 - 2 * self.alpha)).clamp(0, 1)
+        return ((torch.sigmoid(x) - self._margin) / (1 - 2 * self._margin)).clamp(0, 1)
 
     def to_dict(self) -> dict:
         """Return what JSON can hold; with :attr:`tensors` it is all that :meth:`from_dict` needs."""
@@ -334,21 +340,23 @@ class Augmentation:
         if self.noise and raw.is_floating_point():
             noise = torch.randn(raw.shape, generator=generator, dtype=raw.dtype, device=raw.device)
             raw = raw + self.noise * spread.to(raw) * noise
-        if self.flip:
+        if self.flip and self.image_shape:
             image = raw.unflatten(1, self.image_shape)
             mirror = torch.rand(len(raw), generator=generator, device=raw.device) < 0.5
             raw = torch.where(mirror[:, None, None, None], image.flip(-1), image).flatten(1)
-        if self.translate:
-            raw = self._translate(raw, generator)
+        if self.translate and self.image_shape:
+            raw = self._translate(raw, self.image_shape, generator)
         return raw
 
-    def _translate(self, raw: Tensor, generator: torch.Generator) -> Tensor:
-        _, height, width = self.image_shape
+    def _translate(
+        self, raw: Tensor, image_shape: tuple[int, int, int], generator: torch.Generator
+    ) -> Tensor:
+        _, height, width = image_shape
         d = self.translate
         offsets = torch.randint(-d, d + 1, (2, len(raw)), generator=generator, device=raw.device)
         rows = (torch.arange(height, device=raw.device) + offsets[0, :, None]).clamp(0, height - 1)
         columns = (torch.arange(width, device=raw.device) + offsets[1, :, None]).clamp(0, width - 1)
-        image = raw.unflatten(1, self.image_shape)
+        image = raw.unflatten(1, image_shape)
         n = torch.arange(len(raw), device=raw.device)[:, None, None]
         shifted = image.movedim(1, -1)[n, rows[:, :, None], columns[:, None, :]]
         return shifted.movedim(-1, 1).flatten(1)

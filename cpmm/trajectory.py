@@ -222,8 +222,9 @@ def pseudotime_grid(n: int, like: Tensor | None = None) -> Tensor:
     """
     if n < 1:
         raise ValueError(f"the number of pseudotimes (G) must be at least 1: got {n}")
-    options = {} if like is None else {"dtype": like.dtype, "device": like.device}
-    return torch.linspace(0, 1, n, **options) if n > 1 else torch.full((1,), 0.5, **options)
+    dtype, device = (None, None) if like is None else (like.dtype, like.device)
+    start, end = (0, 1) if n > 1 else (0.5, 0.5)
+    return torch.linspace(start, end, n, dtype=dtype, device=device)
 
 
 def draw_pseudotimes(kind: str, n: int, generator: torch.Generator) -> Tensor:

@@ -59,6 +59,7 @@ class AffineViews:
         Raises:
             ValueError: If ``raw`` holds real values, or images of another size.
         """
+        assert self.image_shape is not None  # checked above
         most = raw.new_tensor(
             [self.rotate, self.shear, self.scale, self.translate, self.translate],
             dtype=torch.float32,

@@ -69,7 +69,7 @@ def _fit_map(
     import math
 
     from cpmm.data import SPLITS
-    from cpmm.map_fitting import fit_elementwise_map
+    from cpmm.map_fitting import MapOptions, fit_elementwise_map
     from cpmm.seeds import seeded_generator
 
     if options["map"]["kind"] == "none":
@@ -92,8 +92,9 @@ def _fit_map(
         raw,
         validation,
         levels,
-        **pick(options, "alpha", "standardize"),
-        **{name: value for name, value in options["map"].items() if name != "kind"},
+        options["alpha"],
+        options["standardize"],
+        MapOptions(**{name: value for name, value in options["map"].items() if name != "kind"}),
         generator=seeded_generator(options["noise_seed"], len(SPLITS) + 1),
         listener=show,
     )

@@ -21,7 +21,7 @@ def main(folder: Path, config: Config) -> str:
     from cpmm.pipeline.artifacts.store import load_prepared, save_model
     from cpmm.pipeline.models.fit import fit
     from cpmm.pipeline.models.flows import drawn_rows, make_teacher
-    from cpmm.training import TeacherTraining
+    from cpmm.training.teacher import TeacherTraining
 
     if not needs_teacher(config):
         save_artifact(folder / "teacher", "teacher", {}, {"fingerprint": None, "trained": False})

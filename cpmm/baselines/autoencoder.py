@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +76,7 @@ class Autoencoder(nn.Module):
 
         Args:
             x: Points, (N, M).
-            generator: Not used; :class:`cpmm.training.LossTraining` hands one to every model.
+            generator: Not used; :class:`cpmm.training.loss.LossTraining` hands one to every model.
 
         Returns:
             The squared error in units of ``x``, or nats of cross-entropy.
@@ -156,6 +157,8 @@ class CodeClusters(nn.Module):
         centre: Of each cluster, in codes, (C, d).
     """
 
+    centre: Tensor
+
     def __init__(self, autoencoder: Autoencoder, centre: Tensor) -> None:
         super().__init__()
         self.autoencoder = autoencoder
@@ -187,7 +190,9 @@ def _hidden_layers(sizes: Sequence[int], generator: torch.Generator) -> nn.Seque
     )
 
 
-def _linear(inputs: int, outputs: int, follows: str, generator: torch.Generator) -> nn.Linear:
+def _linear(
+    inputs: int, outputs: int, follows: Literal["linear", "relu"], generator: torch.Generator
+) -> nn.Linear:
     """Make a layer that keeps the variance of what goes through, given what ``follows`` it."""
     layer = nn.utils.skip_init(nn.Linear, inputs, outputs)  # torch's own draws have no generator
     nn.init.kaiming_normal_(layer.weight, nonlinearity=follows, generator=generator)

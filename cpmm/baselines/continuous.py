@@ -117,7 +117,7 @@ class ConvDecoder(nn.Module):
 class ContinuousMixture(nn.Module):
     """Factor analyzers decoded from a latent Gaussian, integrated out numerically.
 
-    Trained by :class:`cpmm.training.LossTraining` on its own loss, which draws the points anew at every
+    Trained by :class:`cpmm.training.loss.LossTraining` on its own loss, which draws the points anew at every
     step and validates on those that the extracted mixture has. Data should have about unit variances,
     as those of ``cpmm.data`` do: the decoder starts with such outputs.
 

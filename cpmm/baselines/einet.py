@@ -61,6 +61,8 @@ class EinsumNetwork(nn.Module):
         ValueError: If a size is out of range or the image has not M pixels.
     """
 
+    index: Tensor
+
     def __init__(
         self,
         n_features: int,

@@ -10,7 +10,8 @@ from torch import Tensor
 from cpmm.baselines.autoencoder import Autoencoder
 from cpmm.baselines.vade import VaDE
 from cpmm.pipeline.models.fit import fit
-from cpmm.training import EpochData, LossTraining, Rows
+from cpmm.training.epochs import EpochData, Rows
+from cpmm.training.loss import LossTraining
 
 TRAINER = {
     "accelerator": "cpu",

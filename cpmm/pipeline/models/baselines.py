@@ -20,7 +20,8 @@ from cpmm.pipeline.models.flows import drawn_rows
 from cpmm.pipeline.models.mixtures import make_layout, mixture_header
 from cpmm.pipeline.models.runtime import choose
 from cpmm.seeds import seeded_generator
-from cpmm.training import EpochData, LossTraining, Recorded, Rows
+from cpmm.training.epochs import EpochData, Recorded, Rows
+from cpmm.training.loss import LossTraining
 
 if TYPE_CHECKING:
     from cpmm.pipeline.artifacts.store import Spaces
@@ -466,7 +467,7 @@ def _flow(run: Run) -> Fitted:
     from cpmm.pipeline.models.flows import make_teacher
     from cpmm.pipeline.models.runtime import compute_device
     from cpmm.pipeline.scores.scorer import flow_log_prob
-    from cpmm.training import TeacherTraining
+    from cpmm.training.teacher import TeacherTraining
 
     options, evaluation = run.section, run.config["evaluation"]
     _require_images(run, "field")

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from cpmm.baselines.direct import DirectMixture
     from cpmm.data import DataSplits
     from cpmm.mixture import Mixture
-    from cpmm.training import EpochData, MixtureTraining
+    from cpmm.training.epochs import EpochData
+    from cpmm.training.mixture import MixtureTraining
 
 
 def start_direct(
@@ -76,24 +77,10 @@ def direct_training(
     """
     from cpmm.pipeline.models.flows import drawn_rows
     from cpmm.spaces import Curriculum
-    from cpmm.training import MixtureTraining
+    from cpmm.training.mixture import MixtureOptions, MixtureTraining
 
-    module = MixtureTraining(
-        model,
-        Curriculum(0, 0, options["epochs"]),
-        pseudo_label_spaces=0,
-        pseudo_label_weight=0.0,
-        n_pseudotimes=1,
-        pseudotimes="grid",
-        n_extracted=1,
-        entropy_weight=0.0,
-        path_weight=0.0,
-        consistency_weight=0.0,
-        temperature=1.0,
-        initial_rate_factor=1.0,
-        **pick(options, "noise", "learning_rate", "n_warmup_epochs"),
-        seed=seed,
-    )
+    steps = MixtureOptions(**pick(options, "noise", "learning_rate", "n_warmup_epochs"), seed=seed)
+    module = MixtureTraining(model, Curriculum(0, 0, options["epochs"]), steps)
     return module, drawn_rows(data, **pick(options, "n_draws", "batch_size"), seed=seed)
 
 

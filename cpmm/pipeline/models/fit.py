@@ -18,7 +18,7 @@ from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from cpmm.pipeline.artifacts.files import is_checkpoint
 from cpmm.pipeline.config import pick
 from cpmm.pipeline.models.runtime import compute_device
-from cpmm.training import EpochData, Recorded
+from cpmm.training.epochs import EpochData, Recorded
 
 PRECISIONS = ("32-true", "tf32", "bf16-mixed", "64-true")
 

@@ -13,7 +13,7 @@ from cpmm.odes import Solver
 from cpmm.pipeline.config import pick
 from cpmm.pipeline.models.runtime import choose, seeded
 from cpmm.teacher import Flow
-from cpmm.training import EpochData, Rows
+from cpmm.training.epochs import EpochData, Rows
 
 
 def make_blocks(config: Mapping[str, Any], data: DataSplits) -> Blocks | None:

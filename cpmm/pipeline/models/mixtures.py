@@ -31,7 +31,8 @@ from cpmm.pipeline.models.flows import make_blocks, make_field
 from cpmm.pipeline.models.runtime import choose, seeded
 from cpmm.seeds import seeded_generator
 from cpmm.spaces import Curriculum
-from cpmm.training import EpochData, MixtureTraining, Rows
+from cpmm.training.epochs import EpochData, Rows
+from cpmm.training.mixture import MixtureOptions, MixtureTraining
 from cpmm.trajectory import StateLayout, Trajectories, pseudotime_grid
 from cpmm.views import AffineViews
 
@@ -232,16 +233,15 @@ def make_mixture_training(
     start = spaces.train(0) if spaces else data.points("train")[0].float()
     of_points, group = _groups(config, data, spaces.train_index if spaces else None, len(start))
     model = (make_model or make_trajectories)(config, data, start, group)
-    module = MixtureTraining(
-        model,
-        curriculum,
+    options = MixtureOptions(
         n_extracted=mixture["n_pseudotimes"],
         **pick(
-            config, "pseudo_label_spaces", "pseudo_label_weight", "n_pseudotimes", "pseudotimes", "noise", "entropy_weight", "learning_rate",
-            "path_weight", "consistency_weight", "temperature", "initial_rate_factor",
-            "n_warmup_epochs", "seed",
+            config, "pseudo_label_spaces", "pseudo_label_weight", "n_pseudotimes", "pseudotimes",
+            "noise", "entropy_weight", "learning_rate", "path_weight", "consistency_weight",
+            "temperature", "initial_rate_factor", "n_warmup_epochs", "seed",
         ),
     )  # fmt: skip
+    module = MixtureTraining(model, curriculum, options)
 
     @lru_cache(maxsize=1)
     def guided(index: int) -> Tensor:

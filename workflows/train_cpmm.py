@@ -17,7 +17,8 @@ def main(folder: Path, config: Config) -> str:
     """Write ``cpmm`` for a preset."""
     import pandas as pd
 
-    from cpmm.pipeline.artifacts.store import load_prepared, open_spaces, save_model
+    from cpmm.pipeline.artifacts.spaces import open_spaces
+    from cpmm.pipeline.artifacts.store import load_prepared, save_model
     from cpmm.pipeline.models.fit import fit
     from cpmm.pipeline.models.mixtures import make_mixture_training
 

@@ -33,8 +33,8 @@ def main(folder: Path, config: Config) -> str:
     module = TeacherTraining(
         make_teacher(options, data, seed),
         **pick(
-            options, "flow_matching_epochs", "likelihood_epochs", "kinetic_weight", "jacobian_weight",
-            "learning_rate", "n_warmup_epochs",
+            options, "flow_matching_epochs", "likelihood_epochs", "kinetic_weight",
+            "jacobian_weight", "learning_rate", "n_warmup_epochs",
         ),
         seed=seed,
     )  # fmt: skip

@@ -28,8 +28,8 @@ def fetch_artifact(repository: str, revision: str | None, path: str, target: Pat
         causes = [str(error), str(error.__cause__ or "")]
         said = ": ".join(" ".join(text.split()) for text in causes if text)
         raise ValueError(
-            f"{path} cannot be fetched from {repository} at revision {revision or 'HEAD'}: {said}; check the "
-            "address, and that the repository's DVC remote is within reach (`dvc pull` there)"
+            f"{path} cannot be fetched from {repository} at revision {revision or 'HEAD'}: {said}; "
+            "check the address, and that the repository's DVC remote is within reach (`dvc pull` there)"
         ) from error
     finally:
         clean_repos()  # forget clones that will not be there

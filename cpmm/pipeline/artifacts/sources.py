@@ -14,18 +14,20 @@ import os
 import urllib.request
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 import pandas as pd
 
 from cpmm import datasets
+from cpmm.files import replace_file
+from cpmm.pipeline.artifacts.npy import whole_npy
 
 IDX_ROLES = {"train_images": 3, "train_labels": 1, "test_images": 3, "test_labels": 1}  # dimensions
 LARGEST = 1e30  # of a value: it and the noise added to it are trained on in float32
@@ -197,26 +199,14 @@ def read_idx(
         )
     if mirror and (urlsplit(mirror).scheme not in ("http", "https") or not cache):
         raise ValueError(
-            "data.options.mirror must be an http or https address, with data.options.cache set to a folder to "
-            f"download into: got mirror {mirror!r}, cache {cache!r}"
+            "data.options.mirror must be an http or https address, with data.options.cache set to a "
+            f"folder to download into: got mirror {mirror!r}, cache {cache!r}"
         )
     part = {
         role: _find_idx(files[role], folder, mirror, cache, n_dims, md5.get(role))
         for role, n_dims in IDX_ROLES.items()
     }
-    for split in ("train", "test"):
-        n_images, n_labels = len(part[f"{split}_images"]), len(part[f"{split}_labels"])
-        if n_images != n_labels:
-            raise ValueError(
-                f"{files[f'{split}_images']} has {n_images} images, {files[f'{split}_labels']} has "
-                f"{n_labels} labels: take all four files from one data set"
-            )
-    shapes = [part[f"{split}_images"].shape[1:] for split in ("train", "test")]
-    if shapes[0] != shapes[1]:
-        raise ValueError(
-            f"training images are {shapes[0]}, test images {shapes[1]} (height, width), in "
-            f"{files['train_images']} and {files['test_images']}: take all four files from one data set"
-        )
+    _require_one_set(files, part)
     label = np.concatenate([part["train_labels"], part["test_labels"]]).astype(np.int64)
     if label.max() >= len(class_names):
         raise ValueError(
@@ -256,34 +246,8 @@ def read_csv(path: str, label_column: str | None, delimiter: str) -> Source:
     delimiter = "\t" if delimiter == r"\t" else delimiter
     if len(delimiter) != 1:
         raise ValueError(f"data.options.delimiter must be one character: got {delimiter!r}")
-    options: dict[str, Any] = {
-        "sep": delimiter,
-        "skipinitialspace": True,
-        "keep_default_na": False,  # a class may be called "None" or "NA"
-        "engine": "c",
-    }
-    try:
-        names = pd.read_csv(path, header=None, nrows=1, dtype=str, **options).iloc[0].tolist()
-        _require_header(path, names, label_column, delimiter)
-        features = [name for name in names if name != label_column]
-        with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):
-            table = pd.read_csv(
-                path,
-                index_col=False,  # else pandas takes spare fields for an index
-                dtype=None if label_column is None else {label_column: str},
-                na_values={name: ["", "NA", "NaN", "nan"] for name in features},
-                low_memory=False,
-                **options,
-            )
-    except pd.errors.EmptyDataError as error:
-        raise ValueError(f"{path} is empty: expected a header and a row of numbers") from error
-    except (pd.errors.ParserError, pd.errors.ParserWarning, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} is not UTF-8 text with as many fields in every row as in its header: {error}; "
-            f"check the file and data.options.delimiter (now {delimiter!r})"
-        ) from error
-    if table.empty:
-        raise ValueError(f"{path} has a header and no rows: expected at least one row of numbers")
+    table = _read_table(path, label_column, delimiter)
+    features = [name for name in table.columns if name != label_column]
     x = np.empty((len(table), len(features)))
     for m, name in enumerate(features):
         column = table[name]
@@ -337,15 +301,9 @@ def read_npy(path: str, label_path: str | None, levels: int) -> Source:
             f"{path} must hold images of shape (N, C, H, W): got {x.shape}, which looks like "
             "(N, H, W, C); save x.transpose(0, 3, 1, 2)"
         )
-    label, class_names = None, ()
-    if label_path is not None:
-        value = _load_npy(label_path, "data.options.label_path")
-        if value.shape != (len(x),) or value.dtype.kind not in "iuU":
-            raise ValueError(
-                f"{label_path} must hold an integer or a text for each of the {len(x)} rows of "
-                f"{path}: got {value.dtype} of shape {value.shape}"
-            )
-        label, class_names = _index_classes(label_path, value.astype(str))
+    label, class_names = (
+        (None, ()) if label_path is None else _read_classes(label_path, len(x), path)
+    )
     if is_table:
         x = x.astype(np.float64)
         names = tuple(f"x{m}" for m in range(x.shape[1]))
@@ -354,8 +312,8 @@ def read_npy(path: str, label_path: str | None, levels: int) -> Source:
     top = int(x.max())
     if levels is None or not top < levels <= 256:
         raise ValueError(
-            f"{path} holds grey levels up to {top}: data.options.levels must be one of {top + 1} to 256, "
-            f"and is {levels}"
+            f"{path} holds grey levels up to {top}: data.options.levels must be one of {top + 1} to "
+            f"256, and is {levels}"
         )
     image_shape = x.shape[1:] if x.ndim == 4 else (1, *x.shape[1:])
     return Source(
@@ -398,8 +356,8 @@ def _find_idx(
     )
     if not mirror:
         raise FileNotFoundError(
-            f"{name} is missing, looked for: {looked}; set data.options.folder to the folder that holds "
-            "it, or data.options.mirror to an address to download it from"
+            f"{name} is missing, looked for: {looked}; set data.options.folder to the folder that "
+            "holds it, or data.options.mirror to an address to download it from"
         )
     url = f"{mirror.rstrip('/')}/{name}"
     try:
@@ -408,15 +366,32 @@ def _find_idx(
     except (OSError, HTTPException) as error:
         raise ConnectionError(
             f"{name} is missing, looked for: {looked}; and downloading {url} failed: {error}; set "
-            "data.options.folder to the folder that holds it, or data.options.mirror to another address"
+            "data.options.folder to the folder that holds it, or data.options.mirror to another "
+            "address"
         ) from error
     array = _decode_idx(data, url, n_dims, md5)
     path = Path(cache) / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{name}.{os.getpid()}.partial")
-    partial.write_bytes(data)
-    os.replace(partial, path)
+    replace_file(path, lambda temporary: temporary.write_bytes(data), f".{os.getpid()}.partial")
     return array
+
+
+def _require_one_set(files: Mapping[str, str], part: Mapping[str, np.ndarray]) -> None:
+    """Refuse arrays by role that do not belong together."""
+    for split in ("train", "test"):
+        n_images, n_labels = len(part[f"{split}_images"]), len(part[f"{split}_labels"])
+        if n_images != n_labels:
+            raise ValueError(
+                f"{files[f'{split}_images']} has {n_images} images, {files[f'{split}_labels']} has "
+                f"{n_labels} labels: take all four files from one data set"
+            )
+    shapes = [part[f"{split}_images"].shape[1:] for split in ("train", "test")]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"training images are {shapes[0]}, test images {shapes[1]} (height, width), in "
+            f"{files['train_images']} and {files['test_images']}: take all four files from one data "
+            "set"
+        )
 
 
 def _decode_idx(data: bytes, origin: str, n_dims: int, md5: str | None) -> np.ndarray:
@@ -446,7 +421,8 @@ def _decode_idx(data: bytes, origin: str, n_dims: int, md5: str | None) -> np.nd
     found = hashlib.md5(data, usedforsecurity=False).hexdigest()
     if md5 and found != md5:
         raise ValueError(
-            f"{origin} must have the payload md5 {md5}: got {found}; {remedy}, or correct data.options.md5"
+            f"{origin} must have the payload md5 {md5}: got {found}; {remedy}, or correct "
+            "data.options.md5"
         )
     return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
 
@@ -457,43 +433,47 @@ def _load_npy(path: str, option: str) -> np.ndarray:
         return np.lib.format.read_array(file, allow_pickle=False)
 
 
-@contextmanager
-def whole_npy(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a .npy file, and check its header against its length, before memory is asked for it.
-
-    Raises:
-        ValueError: If it is damaged, or does not hold plain numbers or text; also of what is done with it.
-    """
-    with open(path, "rb") as file:
-        try:
-            with warnings.catch_warnings(action="ignore"):  # of a header that Python 2 wrote
-                _require_whole_npy(file)
-                yield file
-        except (OSError, MemoryError):
-            raise
-        except Exception as error:  # NumPy evaluates the header: damaged ones fail in any way
-            raise ValueError(
-                f"{path} is not a whole .npy file of plain numbers: {error}; write it again with "
-                "np.save, from an array whose dtype is not object"
-            ) from error
-
-
-def _require_whole_npy(file: BinaryIO) -> None:
-    version = np.lib.format.read_magic(file)
-    # The third version differs from the second in names of fields alone.
-    if version == (1, 0):
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-    else:
-        shape, _, dtype = np.lib.format.read_array_header_2_0(file)
-    if dtype.hasobject or dtype.subdtype or not all(type(n) is int and n >= 0 for n in shape):
-        raise ValueError(f"Object or other unusual values, {dtype} of shape {shape}")
-    announced = math.prod(shape) * dtype.itemsize
-    found = os.fstat(file.fileno()).st_size - file.tell()
-    if found != announced:
+def _read_classes(path: str, n: int, beside: str) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Read the classes of the ``n`` rows of the file ``beside`` from an array."""
+    value = _load_npy(path, "data.options.label_path")
+    if value.shape != (n,) or value.dtype.kind not in "iuU":
         raise ValueError(
-            f"its header announces {dtype} of shape {shape}, {announced} bytes, and {found} follow"
+            f"{path} must hold an integer or a text for each of the {n} rows of {beside}: got "
+            f"{value.dtype} of shape {value.shape}"
         )
-    file.seek(0)
+    return _index_classes(path, value.astype(str))
+
+
+def _read_table(path: str, label_column: str | None, delimiter: str) -> pd.DataFrame:
+    """Read a CSV file with a header: labels as text, anything else as pandas finds it."""
+    options: dict[str, Any] = {
+        "sep": delimiter,
+        "skipinitialspace": True,
+        "keep_default_na": False,  # a class may be called "None" or "NA"
+        "engine": "c",
+    }
+    try:
+        names = pd.read_csv(path, header=None, nrows=1, dtype=str, **options).iloc[0].tolist()
+        _require_header(path, names, label_column, delimiter)
+        with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):
+            table = pd.read_csv(
+                path,
+                index_col=False,  # else pandas takes spare fields for an index
+                dtype=None if label_column is None else {label_column: str},
+                na_values={n: ["", "NA", "NaN", "nan"] for n in names if n != label_column},
+                low_memory=False,
+                **options,
+            )
+    except pd.errors.EmptyDataError as error:
+        raise ValueError(f"{path} is empty: expected a header and a row of numbers") from error
+    except (pd.errors.ParserError, pd.errors.ParserWarning, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path} is not UTF-8 text with as many fields in every row as in its header: {error}; "
+            f"check the file and data.options.delimiter (now {delimiter!r})"
+        ) from error
+    if table.empty:
+        raise ValueError(f"{path} has a header and no rows: expected at least one row of numbers")
+    return table
 
 
 def _require_file(path: str, option: str) -> None:
@@ -523,8 +503,8 @@ def _require_header(
         )
     if label_column is not None and label_column not in names:
         raise ValueError(
-            f"{path} has no column {label_column!r}: set data.options.label_column to null or to one of "
-            f"{', '.join(map(repr, names))} (data.options.delimiter is {delimiter!r})"
+            f"{path} has no column {label_column!r}: set data.options.label_column to null or to one "
+            f"of {', '.join(map(repr, names))} (data.options.delimiter is {delimiter!r})"
         )
     if not set(names) - {label_column}:
         raise ValueError(f"{path} has no column but the labels: expected at least one of numbers")
@@ -537,7 +517,8 @@ def _require_finite(path: str, x: np.ndarray, names: Sequence[str]) -> None:
         raise ValueError(
             f"column {names[m]!r} of {path} must be finite, and at most {LARGEST:g} in size: got "
             f"{bad[:, m].sum()} missing, NaN or infinite values, or larger ones, the first in row "
-            f"{bad[:, m].argmax() + 1} (rows count from 1, without a header); fill, drop or rescale them"
+            f"{bad[:, m].argmax() + 1} (rows count from 1, without a header); fill, drop or rescale "
+            "them"
         )
 
 

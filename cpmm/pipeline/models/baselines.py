@@ -23,7 +23,7 @@ from cpmm.seeds import seeded_generator
 from cpmm.training import EpochData, LossTraining, Recorded, Rows
 
 if TYPE_CHECKING:
-    from cpmm.pipeline.artifacts.store import Spaces
+    from cpmm.pipeline.artifacts.spaces import Spaces
     from cpmm.pipeline.scores.ood import OodPoints
     from cpmm.pipeline.scores.scorer import Scorer
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import pickle
-import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -18,88 +17,74 @@ from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from cpmm.pipeline.artifacts.files import is_checkpoint
 from cpmm.pipeline.config import pick
 from cpmm.pipeline.models.runtime import compute_device
+from cpmm.pipeline.progress import ProgressLine
 from cpmm.training import EpochData, Recorded
 
 PRECISIONS = ("32-true", "tf32", "bf16-mixed", "64-true")
 
 
-class ProgressLine(Callback):
-    """One line that a person can follow, rewritten on a terminal, now and then printed elsewhere.
+class TrainingProgress(Callback):
+    """Feeds the progress line of a training: at the ends of epochs, and within those that take long.
 
     Args:
         name: Of the stage.
         unit: Unit of the losses.
-        every: Seconds between lines where there is no terminal.
     """
 
-    def __init__(self, name: str, unit: str = "nats/dim", every: float = 15.0) -> None:
-        self.name = name
+    def __init__(self, name: str, unit: str = "nats/dim") -> None:
+        self.line = ProgressLine(name)
         self.unit = unit
-        self.terminal = sys.stdout.isatty()
-        self.every = 0.2 if self.terminal else every
-        self.started = self.printed = self.epoch_started = time.monotonic()
         self.first_step = 0
+        self.epoch_started = self.line.started
         self.phase = ""  # of the epoch that the latest losses are of
         self.within = False  # whether a step of the current epoch was told
 
     def on_train_start(self, trainer: pl.Trainer, module: Recorded) -> None:
         """Start the clock."""
-        self.started = self.printed = time.monotonic()
+        self.line = ProgressLine(self.line.name)
         self.first_step = module.global_step
         if module.global_step:
-            print(
-                f"{self.name} | resuming after epoch {module.current_epoch}/{module.n_epochs}, "
+            self.line.show(
+                f"resuming after epoch {module.current_epoch}/{module.n_epochs}, "
                 f"step {module.global_step}",
-                flush=True,
+                last=True,
             )
 
     def on_train_epoch_start(self, trainer: pl.Trainer, module: Recorded) -> None:
         """Note the time: steps are told of epochs that take longer than the time between lines."""
         self.epoch_started = time.monotonic()
 
-    def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        module: Recorded,
-        outputs: object,
-        batch: object,
-        batch_index: int,
-    ) -> None:
-        """Print the step within an epoch that takes long."""
-        if time.monotonic() - max(self.printed, self.epoch_started) >= self.every:
-            self._print(module)
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Recorded, *_: object) -> None:
+        """Tell the step within an epoch that takes long."""
+        if self.line.is_due(self.epoch_started):
+            self._show(module)
             self.within = True
 
     def __call__(self, module: Recorded) -> None:
-        """Print the epoch that has just ended."""
+        """Tell of the epoch that has just ended."""
         last = module.current_epoch + 1 == module.n_epochs
         self.phase = module.describe_phase()
-        if last or self.within or time.monotonic() - self.printed >= self.every:
+        if last or self.within or self.line.is_due():
             self.within = False
-            self._print(module, end="\n" if last else "")
+            self._show(module, last)
 
-    def _print(self, module: Recorded, end: str = "") -> None:
-        self.printed = now = time.monotonic()
-        rate = (module.global_step - self.first_step) / max(1e-9, now - self.started)
-        n_left = module.n_steps - module.global_step
+    def _show(self, module: Recorded, last: bool = False) -> None:
         phase = module.describe_phase()
         row = module.history[-1] if module.history else {}
-        # Losses of another space, or of another objective, do not compare: it is said what they are of.
+        # Losses of another space, or of another objective, do not compare: say what they are of.
         of = "" if phase == self.phase else f" in {self.phase or 'the epoch before'}"
         losses = [
             f"{short} {row[column]:.4f}"
             for short, column in (("train", "train"), ("val", "validation"))
             if column in row
         ]
-        parts = [
-            f"{self.name} | step {module.global_step}/{module.n_steps}",
+        self.line.show(
+            f"step {module.global_step}/{module.n_steps}",
             phase,
             *([f"{' '.join(losses)} {self.unit}{of}"] if losses else []),
-            f"{rate:.{0 if rate >= 10 else 1}f} it/s | eta {n_left / max(1e-9, rate) / 60:.1f}m",
-        ]
-        line = " | ".join(parts)
-        end = end or ("\r" if self.terminal else "\n")
-        print(f"\x1b[2K{line}" if self.terminal else line, end=end, flush=True)
+            *self.line.pace(module.global_step - self.first_step, module.n_steps - self.first_step),
+            last=last,
+        )
 
 
 def fit(
@@ -140,7 +125,7 @@ def fit(
     device = compute_device(config)
     accelerator = "cuda" if config["accelerator"] == "gpu" else device
     checkpoint = scratch / "last.ckpt"
-    progress = [] if quiet else [ProgressLine(name, unit)]
+    progress = [] if quiet else [TrainingProgress(name, unit)]
     module.listeners = [*progress, *listeners]
     # What Lightning says of hardware, of its other products and of its own use of torch.
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)

@@ -6,9 +6,10 @@
 The data and the options of the teacher are those of a folder that the pipeline has made, which is
 only read. A step of likelihood backpropagates through a solve of the ODE (teacher.solver) and
 takes tens of times as long as one of flow matching: its epochs are of some training points, drawn
-anew for each. The weights are those of the epoch with the best validation loss; the third way starts Adam and
-its schedule afresh from those of the first. Test points are scored as by workflows/evaluate.py.
-Progress goes to stderr, a table in Markdown to stdout; an arm that diverges is reported as failed.
+anew for each. The weights are those of the epoch with the best validation loss; the third way
+starts Adam and its schedule afresh from those of the first. Test points are scored as by
+workflows/evaluate.py. Progress goes to stderr, a table in Markdown to stdout; an arm that diverges
+is reported as failed.
 """
 
 from __future__ import annotations

@@ -171,7 +171,7 @@ class _Keeper:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Wait until all is kept; if that fails beside another error, a note on the other says so."""
+        """Wait until all is kept; if that fails after another error, note it on that one."""
         self._thread.shutdown()
         failed = self._last and self._last.exception()
         if error is None and failed:

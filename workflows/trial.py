@@ -72,8 +72,8 @@ def _make_room(out: Path) -> None:
     held = [name for name in FOLDERS if (out / name).exists()]
     if held and not (out / "record.json").exists():
         raise ValueError(
-            f"{out} has a {held[0]} and no record.json of a trial, whose place it would take: choose "
-            "another folder with --out"
+            f"{out} has a {held[0]} and no record.json of a trial, whose place it would take: "
+            "choose another folder with --out"
         )
     if not os.access(out, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(out))

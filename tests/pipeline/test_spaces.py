@@ -22,6 +22,7 @@ from cpmm.pipeline.config.fingerprints import (
     fingerprint_spaces,
     fingerprint_teacher,
 )
+from cpmm.pipeline.models import flows
 from cpmm.pipeline.models import mixtures as models
 from cpmm.preprocessing import Augmentation, Preprocessing
 from workflows import build_spaces, prepare_data, train_teacher
@@ -86,7 +87,7 @@ def test_spaces_lie_on_the_paths_of_the_teacher_or_of_noise(folder):
     common = ["spaces.n_spaces=5", "spaces.dtype=float32", "spaces.n_train=40"]
     config = configure(*solver)
     train_teacher.main(folder, config)
-    teacher = models.make_teacher(config["teacher"], load_prepared(folder / "prepared"), 0)
+    teacher = flows.make_teacher(config["teacher"], load_prepared(folder / "prepared"), 0)
     load_model(folder / "teacher", "teacher", teacher, fingerprint_teacher(config))
     positions = torch.tensor([1, 0.75, 0.5, 0.25, 0])
     _, spaces = build(folder, *common, *solver)
@@ -452,7 +453,7 @@ def test_sixty_thousand_images_fit_a_laptop(kind, large, tmp_path):
     shutil.copytree(large, folder)
     if kind == "teacher":
         config = write_config(folder, *QUICK)
-        teacher = models.make_teacher(config["teacher"], load_prepared(folder / "prepared"), 0)
+        teacher = flows.make_teacher(config["teacher"], load_prepared(folder / "prepared"), 0)
         header = {"fingerprint": fingerprint_teacher(config)}
         save_model(folder / "teacher", "teacher", teacher, header)
     printed, peak = measure(folder)

@@ -280,6 +280,39 @@ def test_what_libraries_say_of_a_machine_becomes_one_line(
     assert printed.count("\n") == 1
 
 
+def ended(error, **options):
+    """How a command ends that raises an error."""
+    with pytest.raises(SystemExit) as end, errors.command("name", **options):
+        raise error
+    return end.value.code
+
+
+def test_a_command_ends_in_one_line(capsys):
+    assert ended(OSError(errno.ENOSPC, FULL), place=Path("data/x")) == 1
+    assert capsys.readouterr().err == (
+        f"name: error: {FULL}: data/x: make space there, and run it again\n"
+    )
+    assert ended(KeyboardInterrupt()) == 130
+    assert capsys.readouterr().err == "name: interrupted; run it again to go on\n"
+    assert ended(KeyboardInterrupt(), resumes=False) == 130
+    assert capsys.readouterr().err == "name: interrupted\n"
+    assert ended(ModuleNotFoundError("No module named 'ray.tune'", name="ray.tune")) == 1
+    assert capsys.readouterr().err == (
+        "name: error: ray is not installed: pip install 'cpmm[sweep]'\n"
+    )
+
+
+def test_a_module_of_ours_that_is_missing_is_a_bug():
+    with pytest.raises(ModuleNotFoundError), errors.command("name"):
+        raise ModuleNotFoundError("No module named 'cpmm.gone'", name="cpmm.gone")
+
+
+def test_the_traceback_of_any_error_can_be_asked_for(monkeypatch):
+    monkeypatch.setenv("CPMM_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="at fault"), errors.command("name"):
+        raise ValueError("at fault")
+
+
 def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
     (tmp_path / "config.yaml").write_text("{}")
     monkeypatch.setattr(sys, "argv", ["train_cpmm.py", str(tmp_path / "config.yaml")])

@@ -18,7 +18,7 @@ def whole_npy(path: str | Path) -> Iterator[BinaryIO]:
     """Open a .npy file, and check its header against its length, before memory is asked for it.
 
     Raises:
-        ValueError: If it is damaged, or does not hold plain numbers or text, or if what is done with
+        ValueError: If it is damaged, does not hold plain numbers or text, or if what is done with
             it fails.
     """
     with open(path, "rb") as file:

@@ -6,32 +6,22 @@ here: conf/data/ holds every one.
 
 from __future__ import annotations
 
-import gzip
-import hashlib
 import inspect
-import math
-import os
-import urllib.request
 import warnings
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import pandas as pd
 
 from cpmm import datasets
-from cpmm.files import replace_file
+from cpmm.pipeline.artifacts.idx import read_idx_files
 from cpmm.pipeline.artifacts.npy import whole_npy
 
-IDX_ROLES = {"train_images": 3, "train_labels": 1, "test_images": 3, "test_labels": 1}  # dimensions
 LARGEST = 1e30  # of a value: it and the noise added to it are trained on in float32
-TIMEOUT = 30  # seconds without an answer before a download is given up
 
 
 @dataclass(frozen=True)
@@ -178,7 +168,7 @@ def read_idx(
         folder: Where the files lie.
         mirror: http or https address of the folder to download from.
         cache: Where downloads are kept.
-        files: File name of each role of :data:`IDX_ROLES`.
+        files: File name of each role of :data:`cpmm.pipeline.artifacts.idx.IDX_ROLES`.
         md5: Digest of each role's uncompressed payload; null where it is not to be checked.
         class_names: Names of labels 0, 1, ...
 
@@ -191,27 +181,12 @@ def read_idx(
         FileNotFoundError: If a file is nowhere and there is no mirror.
         ConnectionError: If a download fails.
     """
-    md5 = md5 or {}
-    if set(files) != set(IDX_ROLES) or not set(md5) <= set(IDX_ROLES):
-        raise ValueError(
-            f"data.options.files must name {', '.join(IDX_ROLES)}, and data.options.md5 no others: "
-            f"got files {', '.join(files) or 'none'} and md5 {', '.join(md5) or 'none'}"
-        )
-    if mirror and (urlsplit(mirror).scheme not in ("http", "https") or not cache):
-        raise ValueError(
-            "data.options.mirror must be an http or https address, with data.options.cache set to a "
-            f"folder to download into: got mirror {mirror!r}, cache {cache!r}"
-        )
-    part = {
-        role: _find_idx(files[role], folder, mirror, cache, n_dims, md5.get(role))
-        for role, n_dims in IDX_ROLES.items()
-    }
-    _require_one_set(files, part)
+    part = read_idx_files(folder, mirror, cache, files, md5 or {})
     label = np.concatenate([part["train_labels"], part["test_labels"]]).astype(np.int64)
     if label.max() >= len(class_names):
         raise ValueError(
-            f"labels go up to {label.max()}, data.options.class_names has {len(class_names)} names: "
-            f"give {label.max() + 1}"
+            f"labels go up to {label.max()}, data.options.class_names has {len(class_names)} "
+            f"names: give {label.max() + 1}"
         )
     image = np.concatenate([part["train_images"], part["test_images"]])  # (N, H, W)
     image_shape = (1, *image.shape[1:])
@@ -312,8 +287,8 @@ def read_npy(path: str, label_path: str | None, levels: int) -> Source:
     top = int(x.max())
     if levels is None or not top < levels <= 256:
         raise ValueError(
-            f"{path} holds grey levels up to {top}: data.options.levels must be one of {top + 1} to "
-            f"256, and is {levels}"
+            f"{path} holds grey levels up to {top}: data.options.levels must be one of {top + 1} "
+            f"to 256, and is {levels}"
         )
     image_shape = x.shape[1:] if x.ndim == 4 else (1, *x.shape[1:])
     return Source(
@@ -335,96 +310,6 @@ SOURCES: dict[str, Callable[..., Source]] = {
     "csv": read_csv,
     "npy": read_npy,
 }
-
-
-def _find_idx(
-    name: str,
-    folder: str | None,
-    mirror: str | None,
-    cache: str | None,
-    n_dims: int,
-    md5: str | None,
-) -> np.ndarray:
-    other = name.removesuffix(".gz") if name.endswith(".gz") else f"{name}.gz"
-    places = [Path(place) / n for place in (folder, cache) if place for n in (name, other)]
-    for path in places:
-        if path.is_file():
-            return _decode_idx(path.read_bytes(), str(path), n_dims, md5)
-    looked = (
-        ", ".join(map(str, places))
-        or "nowhere, as data.options.folder and data.options.cache are null"
-    )
-    if not mirror:
-        raise FileNotFoundError(
-            f"{name} is missing, looked for: {looked}; set data.options.folder to the folder that "
-            "holds it, or data.options.mirror to an address to download it from"
-        )
-    url = f"{mirror.rstrip('/')}/{name}"
-    try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
-            data = response.read()
-    except (OSError, HTTPException) as error:
-        raise ConnectionError(
-            f"{name} is missing, looked for: {looked}; and downloading {url} failed: {error}; set "
-            "data.options.folder to the folder that holds it, or data.options.mirror to another "
-            "address"
-        ) from error
-    array = _decode_idx(data, url, n_dims, md5)
-    path = Path(cache) / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, lambda temporary: temporary.write_bytes(data), f".{os.getpid()}.partial")
-    return array
-
-
-def _require_one_set(files: Mapping[str, str], part: Mapping[str, np.ndarray]) -> None:
-    """Refuse arrays by role that do not belong together."""
-    for split in ("train", "test"):
-        n_images, n_labels = len(part[f"{split}_images"]), len(part[f"{split}_labels"])
-        if n_images != n_labels:
-            raise ValueError(
-                f"{files[f'{split}_images']} has {n_images} images, {files[f'{split}_labels']} has "
-                f"{n_labels} labels: take all four files from one data set"
-            )
-    shapes = [part[f"{split}_images"].shape[1:] for split in ("train", "test")]
-    if shapes[0] != shapes[1]:
-        raise ValueError(
-            f"training images are {shapes[0]}, test images {shapes[1]} (height, width), in "
-            f"{files['train_images']} and {files['test_images']}: take all four files from one data "
-            "set"
-        )
-
-
-def _decode_idx(data: bytes, origin: str, n_dims: int, md5: str | None) -> np.ndarray:
-    remedy = (
-        "set data.options.mirror to another address"
-        if "://" in origin
-        else "replace the file, or delete it and set data.options.mirror to download it"
-    )
-    if data[:2] == b"\x1f\x8b":  # by content: the extension may lie
-        try:
-            data = gzip.decompress(data)
-        except (EOFError, OSError, zlib.error) as error:
-            raise ValueError(f"{origin} is damaged, gzip says: {error}; {remedy}") from error
-    magic = bytes([0, 0, 8, n_dims])  # 8 stands for uint8
-    start = 4 + 4 * n_dims
-    if data[:4] != magic or len(data) < start:
-        raise ValueError(
-            f"{origin} must start with the IDX magic number {magic.hex()} and {n_dims} sizes: got "
-            f"{data[:4].hex() or 'nothing'} in a payload of {len(data)} bytes; {remedy}"
-        )
-    shape = tuple(np.frombuffer(data, ">u4", n_dims, offset=4).tolist())
-    if len(data) - start != math.prod(shape) or 0 in shape:
-        raise ValueError(
-            f"{origin} announces shape {shape}, {math.prod(shape)} bytes: got "
-            f"{len(data) - start} bytes of values; {remedy}"
-        )
-    found = hashlib.md5(data, usedforsecurity=False).hexdigest()
-    if md5 and found != md5:
-        raise ValueError(
-            f"{origin} must have the payload md5 {md5}: got {found}; {remedy}, or correct "
-            "data.options.md5"
-        )
-    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
 
 
 def _load_npy(path: str, option: str) -> np.ndarray:
@@ -503,8 +388,8 @@ def _require_header(
         )
     if label_column is not None and label_column not in names:
         raise ValueError(
-            f"{path} has no column {label_column!r}: set data.options.label_column to null or to one "
-            f"of {', '.join(map(repr, names))} (data.options.delimiter is {delimiter!r})"
+            f"{path} has no column {label_column!r}: set data.options.label_column to null or to "
+            f"one of {', '.join(map(repr, names))} (data.options.delimiter is {delimiter!r})"
         )
     if not set(names) - {label_column}:
         raise ValueError(f"{path} has no column but the labels: expected at least one of numbers")
@@ -517,8 +402,8 @@ def _require_finite(path: str, x: np.ndarray, names: Sequence[str]) -> None:
         raise ValueError(
             f"column {names[m]!r} of {path} must be finite, and at most {LARGEST:g} in size: got "
             f"{bad[:, m].sum()} missing, NaN or infinite values, or larger ones, the first in row "
-            f"{bad[:, m].argmax() + 1} (rows count from 1, without a header); fill, drop or rescale "
-            "them"
+            f"{bad[:, m].argmax() + 1} (rows count from 1, without a header); fill, drop or "
+            "rescale them"
         )
 
 

@@ -208,7 +208,7 @@ class Extraction:
 
     Attributes:
         done: Spaces that are written.
-        state: The points where the flow goes on from, float32, (rows, M); None where none is needed.
+        state: The points where the flow goes on from, float32, (rows, M); None if not needed.
         statistics: Of each space that is done.
         shards: sha256 of each shard that is written.
     """

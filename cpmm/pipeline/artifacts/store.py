@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 from torch import nn
 
 from cpmm.artifact import (
@@ -19,6 +20,9 @@ from cpmm.artifact import (
 from cpmm.data import SPLITS, DataSplits
 from cpmm.pipeline.config.fingerprints import fingerprint_evaluation
 from cpmm.preprocessing import Augmentation, Preprocessing
+
+if TYPE_CHECKING:
+    from cpmm.training import Recorded
 
 
 def save_prepared(folder: Path, data: DataSplits, fingerprint: str) -> None:
@@ -60,6 +64,14 @@ def save_model(folder: Path, kind: str, model: nn.Module, header: dict[str, Any]
     save_artifact(folder, kind, model.state_dict(), header)
 
 
+def save_trained(folder: Path, kind: str, module: Recorded, fingerprint: str) -> None:
+    """Write what a training has come to: the weights of its best epoch, and its history."""
+    folder.mkdir(exist_ok=True)
+    pd.DataFrame(module.history).to_csv(folder / "history.csv", index=False)
+    header = {"fingerprint": fingerprint, "best": module.best_summary()}
+    save_model(folder, kind, module.model, header)
+
+
 def load_model(folder: Path, kind: str, model: nn.Module, fingerprint: str | None = None) -> None:
     """Load weights into a model built from the same configuration.
 
@@ -99,7 +111,7 @@ def verify_evaluation(folder: Path, config: dict) -> None:
     path = folder / "metrics.json"
     if not path.is_file() or file_digest(path) != header["metrics"]:
         raise ValueError(
-            f"{path} is not what was evaluated with {folder / 'evaluation'}: it is missing, damaged, "
-            "edited, or of another run; restore it with `git checkout`, or make both again with "
-            "`dvc repro`"
+            f"{path} is not what was evaluated with {folder / 'evaluation'}: it is missing, "
+            "damaged, edited, or of another run; restore it with `git checkout`, or make both again "
+            "with `dvc repro`"
         )

@@ -21,10 +21,20 @@ from cpmm.pipeline.progress import ProgressLine
 from cpmm.training import EpochData, Recorded
 
 PRECISIONS = ("32-true", "tf32", "bf16-mixed", "64-true")
+# Of Lightning's trainer, for every run.
+OPTIONS = {
+    "use_distributed_sampler": False,  # EpochData leaves each process its part
+    "check_val_every_n_epoch": 1,
+    "reload_dataloaders_every_n_epochs": 1,
+    "num_sanity_val_steps": 0,
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
 
 
 class TrainingProgress(Callback):
-    """Feeds the progress line of a training: at the ends of epochs, and within those that take long.
+    """Feeds the progress line of a training: after each epoch, and within those that take long.
 
     Args:
         name: Of the stage.
@@ -117,45 +127,28 @@ def fit(
         FloatingPointError: If the run diverges.
         ValueError: If an option is unknown.
     """
-    precision = config["precision"]
-    if precision not in PRECISIONS:
-        raise ValueError(
-            f"trainer.precision is {precision!r}: choose one of {', '.join(PRECISIONS)}"
-        )
-    device = compute_device(config)
-    accelerator = "cuda" if config["accelerator"] == "gpu" else device
-    checkpoint = scratch / "last.ckpt"
     progress = [] if quiet else [TrainingProgress(name, unit)]
     module.listeners = [*progress, *listeners]
+    checkpoint = scratch / "last.ckpt"
+    options = {
+        "max_epochs": module.n_epochs,
+        "gradient_clip_val": gradient_clip,
+        **_machine_options(config),
+        **(ddp or {}),
+    }
     # What Lightning says of hardware, of its other products and of its own use of torch.
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         for category in (UserWarning, FutureWarning, DeprecationWarning):
             warnings.filterwarnings("ignore", category=category, module="pytorch_lightning")
-        trainer = pl.Trainer(
-            max_epochs=module.n_epochs,
-            precision="32-true" if precision == "tf32" else precision,
-            accelerator=accelerator,
-            **pick(config, "devices", "deterministic") | dict(ddp or {}),
-            use_distributed_sampler=False,  # EpochData leaves each process its part
-            gradient_clip_val=gradient_clip,
-            check_val_every_n_epoch=1,
-            reload_dataloaders_every_n_epochs=1,
-            num_sanity_val_steps=0,
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=[
-                *progress,
-                ModelCheckpoint(
-                    dirpath=scratch,
-                    filename="last",
-                    every_n_epochs=config["checkpoint_every_n_epochs"],
-                    enable_version_counter=False,
-                    save_on_train_epoch_end=True,
-                ),
-            ],
+        keep = ModelCheckpoint(
+            dirpath=scratch,
+            filename=checkpoint.stem,
+            every_n_epochs=config["checkpoint_every_n_epochs"],
+            enable_version_counter=False,
+            save_on_train_epoch_end=True,
         )
+        trainer = pl.Trainer(**options, **OPTIONS, callbacks=[*progress, keep])
         resume = str(checkpoint) if _is_usable(checkpoint, name) else None
         try:
             trainer.fit(module, data, ckpt_path=resume, weights_only=True)
@@ -164,6 +157,21 @@ def fit(
                 raise KeyboardInterrupt from None
             raise
     module.restore_best()
+
+
+def _machine_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What Lightning's trainer is told of the machine, from the section ``trainer``."""
+    precision = config["precision"]
+    if precision not in PRECISIONS:
+        raise ValueError(
+            f"trainer.precision is {precision!r}: choose one of {', '.join(PRECISIONS)}"
+        )
+    device = compute_device(config)
+    return {
+        "precision": "32-true" if precision == "tf32" else precision,
+        "accelerator": "cuda" if config["accelerator"] == "gpu" else device,
+        **pick(config, "devices", "deterministic"),
+    }
 
 
 def _is_usable(checkpoint: Path, name: str) -> bool:

@@ -24,8 +24,8 @@ class Scorer:
     Args:
         data: The splits.
         split: Which of them is scored.
-        n_points: Score only the first n_points of the split; their noise is the same as when all are
-            scored. None scores all.
+        n_points: Score only the first n_points of the split; their noise is the same as when all
+            are scored. None scores all.
         n_first: Say the density of the first n_first of them too, to compare with a flow's.
     """
 

@@ -16,8 +16,8 @@ from cpmm.pipeline.stage import publish, run_stage, scratch_folder
 def main(folder: Path, config: Config) -> str:
     """Write ``cpmm`` for a preset."""
     from cpmm.pipeline.artifacts.spaces import open_spaces
-    from cpmm.pipeline.artifacts.store import load_prepared, save_trained
-    from cpmm.pipeline.models.fit import fit
+    from cpmm.pipeline.artifacts.store import load_prepared
+    from cpmm.pipeline.models.fit import fit, save_trained
     from cpmm.pipeline.models.mixtures import make_mixture_training
 
     data = load_prepared(folder / "prepared", fingerprint_prepared(config))

@@ -16,8 +16,8 @@ from cpmm.pipeline.stage import publish, run_stage, scratch_folder
 def main(folder: Path, config: Config) -> str:
     """Write ``teacher`` for a preset."""
     from cpmm.artifact import save_artifact
-    from cpmm.pipeline.artifacts.store import load_prepared, save_trained
-    from cpmm.pipeline.models.fit import fit
+    from cpmm.pipeline.artifacts.store import load_prepared
+    from cpmm.pipeline.models.fit import fit, save_trained
     from cpmm.pipeline.models.flows import drawn_rows, make_teacher
     from cpmm.training import TeacherTraining
 

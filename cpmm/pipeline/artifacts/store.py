@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import pandas as pd
 from torch import nn
 
 from cpmm.artifact import (
@@ -20,9 +19,6 @@ from cpmm.artifact import (
 from cpmm.data import SPLITS, DataSplits
 from cpmm.pipeline.config.fingerprints import fingerprint_evaluation
 from cpmm.preprocessing import Augmentation, Preprocessing
-
-if TYPE_CHECKING:
-    from cpmm.training import Recorded
 
 
 def save_prepared(folder: Path, data: DataSplits, fingerprint: str) -> None:
@@ -62,14 +58,6 @@ def load_prepared(folder: Path, fingerprint: str | None = None) -> DataSplits:
 def save_model(folder: Path, kind: str, model: nn.Module, header: dict[str, Any]) -> None:
     """Write a model's weights."""
     save_artifact(folder, kind, model.state_dict(), header)
-
-
-def save_trained(folder: Path, kind: str, module: Recorded, fingerprint: str) -> None:
-    """Write what a training has come to: the weights of its best epoch, and its history."""
-    folder.mkdir(exist_ok=True)
-    pd.DataFrame(module.history).to_csv(folder / "history.csv", index=False)
-    header = {"fingerprint": fingerprint, "best": module.best_summary()}
-    save_model(folder, kind, module.model, header)
 
 
 def load_model(folder: Path, kind: str, model: nn.Module, fingerprint: str | None = None) -> None:

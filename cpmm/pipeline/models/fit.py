@@ -10,11 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 
 from cpmm.pipeline.artifacts.files import is_checkpoint
+from cpmm.pipeline.artifacts.store import save_model
 from cpmm.pipeline.config import pick
 from cpmm.pipeline.models.runtime import compute_device
 from cpmm.pipeline.progress import ProgressLine
@@ -157,6 +159,14 @@ def fit(
                 raise KeyboardInterrupt from None
             raise
     module.restore_best()
+
+
+def save_trained(folder: Path, kind: str, module: Recorded, fingerprint: str) -> None:
+    """Write what a training has come to: the weights of its best epoch, and its history."""
+    folder.mkdir(exist_ok=True)
+    pd.DataFrame(module.history).to_csv(folder / "history.csv", index=False)
+    header = {"fingerprint": fingerprint, "best": module.best_summary()}
+    save_model(folder, kind, module.model, header)
 
 
 def _machine_options(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,6 @@ import csv
 import io
 import json
 import re
-import sys
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from cpmm.pipeline.artifacts.files import write_text
 from cpmm.pipeline.artifacts.store import verify_evaluation
 from cpmm.pipeline.config import Config
 from cpmm.pipeline.config.fingerprints import fingerprint_trial
-from cpmm.pipeline.errors import EXPECTED_ERRORS, describe
+from cpmm.pipeline.errors import command
 from cpmm.pipeline.scores.published import TITLES, Figure, data_of, published
 from cpmm.pipeline.scores.tables import DENSITY_SPACES
 from cpmm.pipeline.stage import load_config
@@ -500,19 +499,16 @@ def main() -> None:
         "--keep", action="store_true", help="what the tables in --out have of other presets and sweeps stays"
     )  # fmt: skip
     arguments = parser.parse_args()
-    try:
+    with command("paper", arguments.out):
         folders = [arguments.data / preset for preset in arguments.presets]
-        lines = write_paper(
-            folders or evaluated_presets(arguments.data), arguments.out, arguments.keep
-        )
-    except EXPECTED_ERRORS as error:
-        print(f"paper: error: {describe(error, arguments.out)}", file=sys.stderr)
-        raise SystemExit(1) from None
-    except (KeyError, TypeError) as error:
-        print(f"paper: error: metrics or configuration lack {error}", file=sys.stderr)
-        raise SystemExit(1) from None
-    for line in lines:
-        print(f"paper: {line}")
+        try:
+            lines = write_paper(
+                folders or evaluated_presets(arguments.data), arguments.out, arguments.keep
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"metrics or configuration lack {error}") from error
+        for line in lines:
+            print(f"paper: {line}")
 
 
 if __name__ == "__main__":

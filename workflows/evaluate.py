@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from cpmm.baselines.direct import DirectMixture
     from cpmm.data import DataSplits
     from cpmm.mixture import Mixture
-    from cpmm.pipeline.artifacts.store import Spaces
+    from cpmm.pipeline.artifacts.spaces import Spaces
     from cpmm.pipeline.scores.ood import OodPoints
     from cpmm.pipeline.scores.scorer import Scorer
 
@@ -28,7 +28,9 @@ def main(folder: Path, config: Config) -> str:
     from cpmm.baselines.gaussian import fit_full_gaussian
     from cpmm.initialization import GROUPINGS
     from cpmm.mixture import Mixture
-    from cpmm.pipeline.artifacts.store import load_prepared, open_spaces, write_json
+    from cpmm.pipeline.artifacts.files import write_json
+    from cpmm.pipeline.artifacts.spaces import open_spaces
+    from cpmm.pipeline.artifacts.store import load_prepared
     from cpmm.pipeline.config.fingerprints import (
         fingerprint_evaluation,
         fingerprint_mixture,

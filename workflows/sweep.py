@@ -5,8 +5,8 @@
     python workflows/sweep.py preset=mnist data.options.folder=/my/mnist ray.gpus=0.25
     python workflows/sweep.py ray.address=auto             on a running cluster (docs/cluster.md)
 
-A sweep is a file of conf/sweep/; every option of conf/ can be overridden in Hydra's syntax. The same
-command goes on where it was killed.
+A sweep is a file of conf/sweep/; every option of conf/ can be overridden in Hydra's syntax.
+The same command goes on where it was killed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from cpmm.pipeline.config import Config
 from cpmm.pipeline.config.fingerprints import hash_of
 from cpmm.pipeline.config.root import ROOT
-from cpmm.pipeline.errors import EXPECTED_ERRORS, describe
+from cpmm.pipeline.errors import command
 from cpmm.pipeline.stage import end_with_dvc, publish
 
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ def main() -> None:
     presets = sorted(p.stem for p in (ROOT / "conf" / "preset").glob("*.yaml"))
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog=f"sweeps: {', '.join(known_sweeps())}. presets: {', '.join(presets)}. What Ray is asked for: "
-        "conf/ray/default.yaml.",
+        epilog=f"sweeps: {', '.join(known_sweeps())}. presets: {', '.join(presets)}. "
+        "What Ray is asked for: conf/ray/default.yaml.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("overrides", nargs="*", help="in Hydra's syntax, such as sweep.seeds=5")
@@ -47,15 +47,9 @@ def main() -> None:
     )
     parser.add_argument("--plan", action="store_true", help="print the trials, and end")
     arguments = parser.parse_intermixed_args()
-    end_with_dvc()
-    try:
+    with command("sweep", ROOT / "data"):
+        end_with_dvc()
         run_sweep(arguments.overrides, arguments.cfg, arguments.plan)
-    except EXPECTED_ERRORS as error:
-        print(f"sweep: error: {describe(error, ROOT / 'data')}", file=sys.stderr, flush=True)
-        raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        print("sweep: interrupted; the same command goes on", file=sys.stderr, flush=True)
-        raise SystemExit(130) from None
 
 
 def known_sweeps() -> list[str]:
@@ -214,7 +208,8 @@ def _publish(trials: list[Trial], sweep: Config, preset: str, archive: Archive, 
     from matplotlib import rc_context
     from rich.console import Console
 
-    from cpmm.pipeline.artifacts.store import load_prepared, write_json
+    from cpmm.pipeline.artifacts.files import write_json
+    from cpmm.pipeline.artifacts.store import load_prepared
     from cpmm.pipeline.sweeps import table
     from cpmm.pipeline.sweeps.driver import recorded_trials
     from cpmm.pipeline.sweeps.inputs import locate_inputs

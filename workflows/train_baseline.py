@@ -20,7 +20,9 @@ def main(folder: Path, config: Config, row: str) -> str:
         known = ", ".join(config["baselines"])
         raise ValueError(f"there is no baseline {row!r}: choose one of conf/baselines/: {known}")
 
-    from cpmm.pipeline.artifacts.store import load_prepared, open_spaces, write_json
+    from cpmm.pipeline.artifacts.files import write_json
+    from cpmm.pipeline.artifacts.spaces import open_spaces
+    from cpmm.pipeline.artifacts.store import load_prepared
     from cpmm.pipeline.models.baselines import save_baseline, score_baseline, train_baseline
     from cpmm.pipeline.scores.ood import read_ood
     from cpmm.pipeline.scores.scorer import Scorer

@@ -17,7 +17,8 @@ import yaml
 from conftest import STAGES, stage_command
 
 from cpmm.mixture import Mixture
-from cpmm.pipeline.artifacts.store import load_prepared, open_spaces
+from cpmm.pipeline.artifacts.spaces import open_spaces
+from cpmm.pipeline.artifacts.store import load_prepared
 from cpmm.pipeline.models.mixtures import load_trajectories
 from cpmm.pipeline.stage import load_config
 from cpmm.pipeline.sweeps.plan import set_option

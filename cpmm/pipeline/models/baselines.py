@@ -24,7 +24,7 @@ from cpmm.training.epochs import EpochData, Recorded, Rows
 from cpmm.training.loss import LossTraining
 
 if TYPE_CHECKING:
-    from cpmm.pipeline.artifacts.store import Spaces
+    from cpmm.pipeline.artifacts.spaces import Spaces
     from cpmm.pipeline.scores.ood import OodPoints
     from cpmm.pipeline.scores.scorer import Scorer
 

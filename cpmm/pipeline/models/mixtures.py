@@ -23,7 +23,8 @@ from cpmm.initialization import (
 from cpmm.mixture import Mixture
 from cpmm.neighbours import neighbour_groups
 from cpmm.odes import Solver
-from cpmm.pipeline.artifacts.store import Spaces, load_model
+from cpmm.pipeline.artifacts.spaces import Spaces
+from cpmm.pipeline.artifacts.store import load_model
 from cpmm.pipeline.config import pick
 from cpmm.pipeline.config.fingerprints import fingerprint_cpmm
 from cpmm.pipeline.config.schema import check_cpmm

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cpmm.data import DataSplits
-    from cpmm.pipeline.artifacts.store import Spaces
+    from cpmm.pipeline.artifacts.spaces import Spaces
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ def open_inputs(located: Located) -> tuple[DataSplits, Spaces | None]:
     Raises:
         ValueError: If they are damaged, or not those that were located.
     """
-    from cpmm.pipeline.artifacts.store import load_prepared, open_spaces
+    from cpmm.pipeline.artifacts.spaces import open_spaces
+    from cpmm.pipeline.artifacts.store import load_prepared
 
     prepared, spaces = located.fingerprints
     data = load_prepared(located.prepared, prepared)
@@ -122,7 +123,7 @@ def _fingerprint_or_none(folder: Path, whole: bool) -> str | None:
 
 @dataclass(frozen=True)
 class SharedSpaces:
-    """The spaces in Ray's object store, each fetched when its turn comes: like ``store.Spaces``.
+    """The spaces in Ray's object store, each fetched when its turn comes: like ``spaces.Spaces``.
 
     Attributes:
         arrays: A reference to each space, (rows, M).

@@ -19,7 +19,7 @@ from cpmm.pipeline.errors import describe
 
 if TYPE_CHECKING:
     from cpmm.data import DataSplits
-    from cpmm.pipeline.artifacts.store import Spaces
+    from cpmm.pipeline.artifacts.spaces import Spaces
     from cpmm.pipeline.models.baselines import Fitted
     from cpmm.pipeline.scores.ood import OodPoints
 

@@ -16,9 +16,9 @@ from cpmm.pipeline.config.compose import compose_preset, split_preset
 from cpmm.pipeline.sweeps import plan
 from cpmm.pipeline.sweeps.archive import Archive
 from cpmm.pipeline.sweeps.plan import make_trial, plan_trials, set_option, shorten, suggested_trial
+from cpmm.pipeline.sweeps.run import _beginning, _is_own, run_sweep
 from cpmm.pipeline.sweeps.table import check_claims
 from cpmm.pipeline.sweeps.trial import trial_code
-from workflows.sweep import _beginning, _is_own, run_sweep
 
 DEFAULT = yaml.safe_load((ROOT / "conf" / "sweep" / "default.yaml").read_text())
 SWEEPS = sorted(

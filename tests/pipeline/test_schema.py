@@ -9,13 +9,12 @@ from cpmm.fields import ACTIVATIONS
 from cpmm.initialization import INITIALIZATIONS
 from cpmm.odes import ADAPTIVE, FIXED_STEP, GRADIENTS
 from cpmm.pipeline.artifacts.sources import SOURCES
-from cpmm.pipeline.config.compose import compose_preset, known_presets
+from cpmm.pipeline.config.compose import compose_preset, known_presets, known_sweeps
 from cpmm.pipeline.config.schema import OPTIONS, leaves
 from cpmm.pipeline.models.fit import PRECISIONS
 from cpmm.pipeline.models.mixtures import SPACES
 from cpmm.preprocessing import STANDARDIZATIONS
 from cpmm.trajectory import DIAGONALS
-from workflows.sweep import known_sweeps
 
 NEEDED = {"csv": ["data.options.path=x.csv"], "npy": ["data.options.path=x.npy"]}
 

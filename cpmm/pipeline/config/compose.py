@@ -115,6 +115,12 @@ def known_presets() -> list[str]:
     return sorted(path.stem for path in (ROOT / "conf" / "preset").glob("*.yaml"))
 
 
+def known_sweeps() -> list[str]:
+    """Names of the files in ``conf/sweep/``, but for the one that all start from."""
+    paths = (ROOT / "conf" / "sweep").glob("*.yaml")
+    return sorted(path.stem for path in paths if path.stem != "default")
+
+
 def overrides_of(preset: str, overrides: Mapping[str, Any]) -> list[str]:
     """Take from the overrides in params.yaml those that concern a preset, in Hydra's syntax.
 

@@ -17,9 +17,12 @@ from scipy.stats import ttest_ind
 
 from cpmm.artifact import file_digest, load_header, seal_folder, verify_files
 from cpmm.figures import plot_costs
+from cpmm.pipeline.artifacts.store import seal_sweep
 from cpmm.pipeline.config.compose import compose_preset
 from cpmm.pipeline.config.fingerprints import fingerprint_evaluation, fingerprint_options
+from cpmm.pipeline.scores.comparison import LEVEL
 from cpmm.pipeline.scores.published import printed, published
+from cpmm.pipeline.scores.trials import NUMBERS, read_trials
 from workflows import compare
 
 RULES = {
@@ -104,14 +107,22 @@ def add_preset(root, trials=TRIALS, name="digits", ood=None, columns=None):
     header = {"fingerprint": fingerprint_evaluation(config), "metrics": digest}
     seal_folder(folder / "evaluation", "evaluation", header, {})
     if trials is not None:
-        path = compare.trials_of(folder)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="") as file:
-            names = dict.fromkeys([*(columns or trials[0]), "fingerprint"])
-            writer = csv.DictWriter(file, names, extrasaction="ignore", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(marked(row, config) for row in trials)
+        add_sweep(folder, [marked(row, config) for row in trials], columns)
     return folder, config
+
+
+def add_sweep(folder, trials, columns=None):
+    """Write and seal trials as a sweep does."""
+    sweep = compare.sweep_of(folder)
+    sweep.mkdir(parents=True, exist_ok=True)
+    with (sweep / "trials.csv").open("w", newline="") as file:
+        names = dict.fromkeys([*(columns or trials[0]), "fingerprint"])
+        writer = csv.DictWriter(file, names, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(trials)
+    beside = sweep.with_suffix(".json")
+    beside.write_text(json.dumps({"sweep": "table1"}))
+    seal_sweep(sweep, "0f", [beside])
 
 
 @pytest.fixture
@@ -127,8 +138,8 @@ def made(tmp_path_factory):
 
 def make_frame(trials):
     """Finished trials as they are read."""
-    frame = pd.DataFrame(trials, columns=list(dict.fromkeys([*trials[0], *compare.NUMBERS])))
-    return frame.astype(dict.fromkeys(compare.NUMBERS, float))
+    frame = pd.DataFrame(trials, columns=list(dict.fromkeys([*trials[0], *NUMBERS])))
+    return frame.astype(dict.fromkeys(NUMBERS, float))
 
 
 def run(folder, config):
@@ -165,12 +176,12 @@ def test_rows_are_means_and_deviations_over_seeds_in_blocks(made):
     assert shown["teacher"]["10,000 densities"] == "–"
     assert list(shown) == [
         "**CPMM**", "CPMM", "CPMM's components trained on", "**Mixtures**", "matched mixture",
-        "**Circuits**", "EiNet (large)", "**Flows**", "teacher", "CNF (MLP)", "CNF (conv)",
+        "**Circuits**", "EiNet (large)", "**Flows**", "CNF (MLP)", "CNF (conv)", "teacher",
         "**Clustering only**", "k-means", "groups told (training points)", "**Sanity rows**",
         "one Gaussian", "**Others**", "my_model",
     ]  # fmt: skip
     # Of a table that is in no paper, and of a sweep that measured neither, there are no columns.
-    assert not {"paper", "memory, GB", "AUROC, data's space, %"} & set(shown["CPMM"])
+    assert not {"paper", "memory, GB", "AUROC, units of the data, %"} & set(shown["CPMM"])
     assert "CPMM 2.100 ± 0.100 bits per dimension, beaten by 1 of 4 rows" in line
     assert "4 failed" in line
 
@@ -187,7 +198,7 @@ def test_what_beats_cpmm_is_said(made):
     ) in text
     assert "In clustering accuracy, matched mixture by 10.0 points beats CPMM, judged" in text
     assert "Worse: k-means by 8.0 points, my_model by 30.0 points. Not" in text
-    assert "- Not there: spectral (Fréchet), spectral (overlap), curriculum mixture" in text
+    assert "- Not there: spectral (overlap), spectral (Fréchet), curriculum mixture" in text
     assert f"Density, bits per dimension: {RULES['density']}" in text
 
 
@@ -217,12 +228,17 @@ def test_a_single_seed_is_not_judged(make):
 def test_few_seeds_must_differ_by_more(own, other, kind):
     rows = [("cpmm", own), ("gaussian", other)]
     trials = [trial(model, s, x) for model, xs in rows for s, x in enumerate(xs)]
-    found = compare.judge(compare.compare(make_frame(trials), {"models": {}}), "density")
-    gain = np.mean(own) - np.mean(other)
-    assert {k: v for k, v in found.items() if v} == {kind: [("one Gaussian", pytest.approx(gain))]}
-    if min(np.ptp(own), np.ptp(other)) > 0:
+    table = compare.compare(make_frame(trials), {"models": {}}, compose())
+    found = compare.judge(table, "density")
+    (((name, judged),),) = [pairs for pairs in found.values() if pairs]
+    assert (name, judged.verdict, found[kind]) == ("one Gaussian", kind, [(name, judged)])
+    assert judged.gain == pytest.approx(np.mean(own) - np.mean(other))
+    if kind == "single":
+        assert judged.pvalue is None
+    elif min(np.ptp(own), np.ptp(other)) > 0:
         p = ttest_ind(own, other, equal_var=False).pvalue
-        assert (p < compare.LEVEL) == (kind in ("better", "worse"))
+        assert judged.pvalue == pytest.approx(p)
+        assert (p < LEVEL) == (kind in ("better", "worse"))
 
 
 def test_costs_are_medians_and_one_slow_trial_changes_none(make):
@@ -237,7 +253,7 @@ def test_costs_are_medians_and_one_slow_trial_changes_none(make):
     assert shown["EiNet (large)"]["training"] == "15 min (3.0×)"
     assert "Costs are medians over the seeds" in text
     own = make_frame([row for row in slow if row["model"] == "cpmm"])
-    figure = compare.draw(compare.compare(own, {"models": {}}), "nats")
+    figure = compare.draw(compare.compare(own, {"models": {}}, compose()), "nats")
     assert [axes.collections[0].get_segments()[0][0][0] for axes in figure.axes] == [1000, 0.5]
 
 
@@ -250,14 +266,14 @@ def test_figures_of_some_seeds_only_say_of_how_many(make):
     ]
     _, rows, shown, text = run(*make(trials))
     own = shown["CPMM"]
-    assert own["AUROC, mixture's space, %"] == "55.00 ± 7.07 (2 of 3 seeds)"
+    assert own["AUROC, the models' space, %"] == "55.00 ± 7.07 (2 of 3 seeds)"
     assert own["10,000 densities"] == "0.50 s (1.0×) (2 of 3 seeds)"
     assert own["memory, GB"] == "1 (2 of 3 seeds)"
     assert own["training"] == "5.0 min (1.0×)"
     assert (rows["cpmm"]["auroc_n"], rows["cpmm"]["seconds_n"]) == ("2", "3")
-    assert shown["CNF (MLP)"]["AUROC, mixture's space, %"] == "50.00"  # of the one that finished
+    assert shown["CNF (MLP)"]["AUROC, the models' space, %"] == "50.00"  # of the one that finished
     assert rows["teacher"]["auroc_n"] == ""
-    assert "their number stands behind it" in text
+    assert "it says how many do" in text
 
 
 def test_what_is_measured_otherwise_is_said(make):
@@ -303,18 +319,19 @@ def test_the_papers_figures_stand_beside_its_data_sets(make):
     assert "DLS, of the paper alone: there is no code" in text
     assert "its Table 1, Fashion-MNIST" in text
     own = shown["CPMM"]
-    assert own["AUROC, mixture's space, %"] == "90.00 ± 0.00"
-    assert own["AUROC, data's space, %"] == "20.00 ± 10.00"  # of 10, 20 and 30
+    assert own["AUROC, the models' space, %"] == "90.00 ± 0.00"
+    assert own["AUROC, units of the data, %"] == "20.00 ± 10.00"  # of 10, 20 and 30
     refined = shown["CPMM's components trained on"]
-    assert refined["AUROC, mixture's space, %"] == "75.00"
-    assert refined["AUROC, data's space, %"] == "25.00"
+    assert refined["AUROC, the models' space, %"] == "75.00"
+    assert refined["AUROC, units of the data, %"] == "25.00"
     assert rows["refined"]["aupr_data_mean"] == "0.3"
-    assert "from those of mnist by their log-density" in text
+    assert "how well log-density tells the test points from those of mnist" in text
 
 
 def test_every_row_of_the_papers_table_has_one_here():
     printed_rows = {f.row for f in published() if f.table == 1 and f.paper is not None}
-    ours = {row.paper for members in compare.BLOCKS.values() for row in members if row.paper}
+    models = (*compare.MODELS, *compose()["baselines"])
+    ours = {compare.describe(model, compose()).get("paper") for model in models} - {None}
     assert ours | set(compare.NOT_RERUN) == printed_rows
     assert printed("mnist", "EiNet (Large)", "density") == 1.95
     assert printed("mnist", "EiNet (Large)", "accuracy") is None
@@ -336,7 +353,7 @@ def test_columns_that_a_sweep_lacks_are_no_error(make):
     _, rows, shown, text = run(*make(trials, columns=columns))
     assert rows["gaussian"]["n_parameters"] == rows["gaussian"]["seconds_median"] == ""
     assert shown["one Gaussian"]["density"] == "−1.500"
-    assert "In density (bits per dimension) CPMM has no figure" in text
+    assert "In density (bits per dimension) CPMM has no score" in text
     assert "CPMM, 1 of 1: seed 0: lost: no reason recorded" in text
 
 
@@ -362,7 +379,7 @@ def test_a_sweep_that_is_missing_is_named_with_its_command(make):
     )
     assert done.returncode == 1
     assert done.stderr == (
-        f"compare: error: {folder}/sweep/table1/trials.csv is missing: "
+        f"compare: error: {folder}/sweep/table1 is missing: "
         "`python workflows/sweep.py preset=digits sweep=table1` makes it\n"
     )
     assert not (folder / "comparison").exists()
@@ -383,23 +400,21 @@ def test_trials_of_another_configuration_are_refused(make, overrides, said):
     other = compose_preset("digits", overrides)
     other = other | {"baselines": compose()["baselines"] | other["baselines"]}
     with pytest.raises(ValueError, match=rf"{said}.*run the sweep table1 of this preset again"):
-        compare.read_trials(compare.trials_of(folder), other)
-    assert len(compare.read_trials(compare.trials_of(folder), config)) == len(TRIALS)
+        read_trials(compare.sweep_of(folder), other)
+    assert len(read_trials(compare.sweep_of(folder), config)) == len(TRIALS)
 
 
 def test_trials_without_fingerprint_or_of_an_unknown_model_are_refused(make):
-    folder, config = make([trial("cpmm", 0, 2.0) | {"fingerprint": ""}])
-    again = "run the sweep table1 of this preset again.*preset=digits sweep=table1"
-    with pytest.raises(ValueError, match=rf"\(cpmm, seed 0\) has no fingerprint .*{again}"):
-        compare.main(folder, config)
-    path = compare.trials_of(folder)
-    for model in ("cpmm", "unknown"):
-        path.write_text(f"model,seed,status\n{model},0,finished\n")
-        with pytest.raises(ValueError, match=rf"\({model}, seed 0\) has no fingerprint .*{again}"):
-            compare.read_trials(path, config)
-    path.write_text("model,seed,status,fingerprint\nunknown,0,finished,0f\n")
-    with pytest.raises(ValueError, match=r"\(unknown, seed 0\) is of another configuration"):
-        compare.read_trials(path, config)
+    folder, config = make()
+    again = "another configuration than .*run the sweep table1 of this preset again.*preset=digits sweep=table1"
+    for row in (
+        trial("cpmm", 0, 2.0) | {"fingerprint": ""},
+        trial("unknown", 0, 2.0) | {"fingerprint": "0f"},
+        trial("unknown", 0, 2.0) | {"fingerprint": ""},
+    ):
+        add_sweep(folder, [row])
+        with pytest.raises(ValueError, match=rf"\({row['model']}, seed 0\) is of {again}"):
+            compare.main(folder, config)
 
 
 def test_a_configuration_that_was_written_and_read_has_the_sweeps_fingerprints(make):
@@ -409,44 +424,41 @@ def test_a_configuration_that_was_written_and_read_has_the_sweeps_fingerprints(m
         assert marked(row, read) == marked(row, config)
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "said"),
-    [
-        ("2.2,0.82", "two,0.82", r"trial 6 \(cpmm, seed 2\): could not convert .*two"),
-        ("2.2,0.82", "nan,0.82", "density is nan"),
-        ("2.2,0.82", "2.2,82", "accuracy is 82, not a share"),
-        ("2.2,0.82", ",0.82", "only some finished trials of cpmm have density"),
-        ("finished,2.2", "done,2.2", "has status 'done', not one of finished"),
-        ("cpmm,2,finished", "cpmm,1,finished", "is there twice"),
-        ("cpmm,2,finished", "cpmm,x,finished", "invalid literal"),
-        ("cpmm,2,finished", "cpmm,finished", "as many values as there are columns"),
-        ("model,seed", "part,seed", "lacks the columns model"),
-        ("300.0,1000", "-300.0,1000", r"seconds is -300\.0, below 0"),
-        ("\n", "", "its last line is cut short"),
-    ],
-)
-def test_what_is_damaged_is_said(make, old, new, said):
+@pytest.mark.parametrize("name", ["table1/trials.csv", "table1/sweep.json", "table1.json"])
+def test_a_sweep_that_is_damaged_is_refused_by_name(make, name):
     folder, config = make()
-    path = compare.trials_of(folder)
-    text = path.read_text()
-    assert old in text
-    where = text.rindex(old)
-    path.write_text(text[:where] + new + text[where + len(old) :])
-    with pytest.raises(ValueError, match=rf"trials\.csv is damaged: .*{said}.*sweep=table1"):
-        compare.read_trials(path, config)
-
-
-def test_other_damage_is_said_too(make):
-    folder, config = make()
-    path = compare.trials_of(folder)
-    for content in (b"", b"model,seed,status\n", b"\xff\xfe\x00", b'model,seed,status\n"a,1,'):
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"trials\.csv is damaged"):
-            compare.read_trials(path, config)
-    make()
+    sweep = compare.sweep_of(folder)
+    path = sweep.parent / name
+    content = path.read_bytes()
+    n = len(content)
+    again = "preset=digits sweep=table1"
+    for damaged in (
+        content[: n // 2] + bytes([content[n // 2] ^ 1]) + content[n // 2 + 1 :],
+        content[:-1],
+        b"",
+        b"\xff\xfe\x00",
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=rf"{path.name} is (damaged|not what).*{again}"):
+            read_trials(sweep, config)
+    path.unlink()
+    with pytest.raises(
+        (FileNotFoundError, ValueError), match=rf"{path.name} is .*missing.*{again}"
+    ):
+        compare.main(folder, config)
+    path.write_bytes(content)
+    assert len(read_trials(sweep, config)) == len(TRIALS)
     (folder / "metrics.json").write_text("{}")
     with pytest.raises(ValueError, match="is not what was evaluated"):
         compare.main(folder, config)
+
+
+def test_numbers_are_read_to_the_last_digit(make):
+    value = 2.1234567890123457
+    folder, config = make([trial("cpmm", 0, value, 0.1 + 0.2)])
+    (row,) = read_trials(compare.sweep_of(folder), config).to_dict("records")
+    assert (row["density"], row["accuracy"], row["reason"]) == (value, 0.1 + 0.2, "")
+    assert math.isnan(row["auroc"])
 
 
 # Names as long as the table's, four of them at nearly the same place.

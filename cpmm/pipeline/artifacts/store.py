@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -103,3 +104,44 @@ def verify_evaluation(folder: Path, config: dict) -> None:
             "damaged, edited, or of another run; restore it with `git checkout`, or make both again "
             "with `dvc repro`"
         )
+
+
+def sweep_command(folder: Path) -> str:
+    """The command that makes a sweep's folder ``data/<preset>/sweep/<sweep>``, as messages show it."""
+    return f"`python workflows/sweep.py preset={folder.parents[1].name} sweep={folder.name}`"
+
+
+def seal_sweep(folder: Path, fingerprint: str, beside: Iterable[Path]) -> None:
+    """Seal the folder of a sweep, with the sha256 of the tables that git keeps beside it.
+
+    Args:
+        folder: Of the sweep.
+        fingerprint: Of what was searched, and of all trials.
+        beside: The tables.
+    """
+    digests = {path.name: file_digest(path) for path in beside}
+    seal_folder(folder, "sweep", {"fingerprint": fingerprint, "beside": digests}, {})
+
+
+def verify_sweep(folder: Path) -> None:
+    """Check the folder of a sweep and the tables beside it against the seal that the sweep has put on them.
+
+    Raises:
+        FileNotFoundError: If the sweep was not run, or a file is missing.
+        ValueError: If one is damaged.
+    """
+    again = sweep_command(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is missing: {again} makes it")
+    try:
+        header = load_header(folder, "sweep")
+        verify_files(folder, header, header["files"])
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"{error}; its command is {again}") from error
+    for name, digest in header["beside"].items():
+        path = folder.with_name(name)
+        if not path.is_file() or file_digest(path) != digest:
+            raise ValueError(
+                f"{path} is not what was written with {folder}: it is missing, damaged or edited; "
+                f"restore it with `git checkout`, or make both again with {again}"
+            )

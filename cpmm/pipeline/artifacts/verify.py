@@ -53,6 +53,10 @@ def verify_preset(preset: str) -> Iterator[tuple[str, str | None]]:
                 _verify_seal(path, path.name, FINGERPRINTS[path.name](config))
             elif path.parent.name == "baselines":
                 _verify_seal(path, "baseline", fingerprints.fingerprint_baseline(config, path.name))
+            elif path.parent.name == "sweep" and path.is_dir():
+                from cpmm.pipeline.artifacts.store import verify_sweep
+
+                verify_sweep(path)
         except EXPECTED_ERRORS as error:
             yield name, describe(error)
         except (KeyError, TypeError) as error:  # of a configuration that is itself damaged

@@ -57,6 +57,8 @@ def _digest_file(path: Path, mtime_ns: int, size: int) -> str:
 
 # Options of ``cpmm`` that joined after artifacts were published: null leaves those valid.
 LATER = ("weight_knots",)
+# What a row of conf/baselines/ says for tables alone.
+DESCRIPTION = ("title", "block", "paper")
 
 
 def fingerprint_prepared(config: Config) -> str:
@@ -99,15 +101,17 @@ def fingerprint_baseline(config: Config, row: str) -> str:
     Rows of kind "curriculum" are trained by all of CPMM's options, with spaces or without.
     """
     cpmm, evaluation = config["cpmm"], config["evaluation"]
+    section = config["baselines"][row]
+    options = {name: value for name, value in section.items() if name not in DESCRIPTION}
     sizes = [cpmm[name] for name in ("n_clusters", "n_factors", "log_diagonal_floor", "seed")]
     scored = [
         evaluation[name]
         for name in ("batch_size", "gaussian_draws", "teacher_points", "teacher_solver", "ood")
     ]
     return hash_of(
-        "baseline", config["baselines"][row], sizes, config["mixture"]["n_pseudotimes"], scored,
+        "baseline", options, sizes, config["mixture"]["n_pseudotimes"], scored,
         config["trainer"]["precision"], fingerprint_prepared(config),
-        fingerprint_cpmm(config) if config["baselines"][row]["kind"] == "curriculum" else None,
+        fingerprint_cpmm(config) if section["kind"] == "curriculum" else None,
     )  # fmt: skip
 
 

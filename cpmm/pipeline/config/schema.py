@@ -245,7 +245,8 @@ def _baseline(row: str, kind: str) -> dict[str, Rule]:
         },
         "kmeans": {"n_starts": COUNT},
     }
-    named = {f"{prefix}.{name}": rule for name, rule in rules[kind].items()}
+    described = {"title": text(), "block": text(), "paper": or_null(text())}  # in tables
+    named = {f"{prefix}.{name}": rule for name, rule in (described | rules[kind]).items()}
     shared = {"matched": _direct, "merged": _direct, "flow": _flow}.get(kind)
     own = {} if shared is None else shared(prefix)
     said = {"matched": "direct", "merged": "direct"}.get(kind, kind)

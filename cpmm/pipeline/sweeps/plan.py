@@ -15,17 +15,17 @@ from cpmm.pipeline.config import Config
 from cpmm.pipeline.config.compose import compose_preset, flatten
 from cpmm.pipeline.config.fingerprints import fingerprint_inputs, fingerprint_model, hash_of
 from cpmm.pipeline.config.schema import BASELINES
+from cpmm.pipeline.scores.tables import SCORES, TEST
 
 SECTIONS = ("name", "seeds", "overrides", "parts", "search", "scheduler", "claims")
 SEARCHES = ("grid", "random", "optuna")
 SCHEDULERS = ("fifo", "asha")
 CLAIM = {"claim", "metric", "better", "worse", "paper"}
-METRICS = ("validation", "density", "accuracy", "nmi", "ari", "purity", "failed")
+METRICS = ("validation", *TEST, "failed")  # what claims are about
 # What tables call by these names is not an axis.
 TAKEN = {
-    "part", "row", "n", "n_failed", "n_stopped", "seed", "seeds", "status", *METRICS, "steps",
-    "seconds", "seconds_10k", "memory_gb", "n_parameters", "auroc", "aupr", "auroc_data",
-    "aupr_data", "reason", "command", "fingerprint", "failures",
+    "part", "row", "n", "n_failed", "n_stopped", "seed", "seeds", "status", "steps", "failed",
+    "reason", "command", "fingerprint", "failures", *SCORES,
 }  # fmt: skip
 NO_DENSITY = ("autoencoder", "kmeans", "vade")  # kinds of conf/baselines/
 DISTRIBUTIONS = ("uniform", "loguniform", "integer", "choice")
@@ -157,6 +157,12 @@ def make_trial(
     last = {item.split("=")[0]: item for item in overrides}  # what is overruled says nothing
     kept = [item for item in overrides if last[item.split("=")[0]] is item]
     return Trial(preset, row, seed, (*kept, f"cpmm.seed={seed}"), config, fingerprint)
+
+
+def fingerprint_sweep(sweep: Config, trials: Sequence[Trial]) -> str:
+    """Fingerprint of a sweep: of its search and of all its trials, code included."""
+    fingerprints = [trial.fingerprint for trial in trials]
+    return hash_of(sweep["search"], sweep["scheduler"], fingerprints)
 
 
 def suggested_trial(trial: Trial, values: Mapping[str, Any], code: str) -> Trial:

@@ -12,18 +12,17 @@ import pandas as pd
 
 from cpmm.pipeline.config import Config
 from cpmm.pipeline.config.fingerprints import fingerprint_options
-from cpmm.pipeline.scores.tables import DETECTION, write_line, write_score
+from cpmm.pipeline.scores.comparison import LEVEL, Seeds, compare_rows
+from cpmm.pipeline.scores.tables import COSTS, OOD, SCORES, TEST, write_line, write_score
+from cpmm.pipeline.scores.trials import FAILED, over_seeds
 from cpmm.pipeline.sweeps.plan import METRICS, Trial, show
-from cpmm.pipeline.sweeps.trial import SCORES, explain
+from cpmm.pipeline.sweeps.trial import explain, summarize
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Results = Sequence[tuple[Trial, Mapping[str, Any]]]
-COSTS = ("n_parameters", "seconds_10k", "memory_gb")
-HIGHER = ("accuracy", "nmi", "ari", "purity")
 SHOWN = ("validation", "density", "accuracy", "nmi", "auroc", "aupr")  # as far as they are there
-FAILED = ("diverged", "failed", "lost")
 
 
 def trials_table(results: Results) -> pd.DataFrame:
@@ -38,11 +37,10 @@ def trials_table(results: Results) -> pd.DataFrame:
                 "fingerprint": fingerprint_options(trial.config),
                 "status": record["status"],
                 "validation": record.get("validation"),
-                **{score: test.get(score) for score in SCORES if score in test},
+                **{score: test[score] for score in TEST if score in test},
                 "steps": record.get("steps", record.get("step")),
-                "seconds": record.get("seconds"),
                 **{cost: record.get(cost, test.get(cost)) for cost in COSTS},
-                **{told: record[told] for told in DETECTION if told in record},
+                **{score: record[score] for score in OOD if score in record},
                 "reason": record.get("reason"),
                 "command": trial.command,
             }
@@ -59,31 +57,22 @@ def rows_table(results: Results) -> pd.DataFrame:
     trials = trials_table(results)
     axes = [name for name, _ in results[0][0].row]
     keys = pd.Series([trial.overrides[:-1] for trial, _ in results])
+    scores = [name for name in ("validation", *TEST, *OOD, "seconds") if name in trials]
     rows = []
-    for key, group in trials.groupby(keys, sort=False):
-        label = results[group.index[0]][0].label
-        done = group[group["status"] == "finished"]
-        row = {**group.iloc[0][axes].to_dict(), "row": label, "n": len(group)}
-        row["n_failed"] = int(group["status"].isin(FAILED).sum())
-        row["n_stopped"] = int((group["status"] == "stopped").sum())
-        for score in ("validation", *SCORES, *DETECTION):
-            if score in trials:
-                values = done[score].dropna().astype(float)
-                row[f"{score}_mean"] = values.mean() if len(values) else None
-                row[f"{score}_sd"] = values.std() if len(values) > 1 else None
-        row["seconds_mean"] = done["seconds"].astype(float).mean() if len(done) else None
-        reasons = group["reason"].dropna().unique()
-        row["failures"] = (
-            "; ".join(
-                explain(record)
-                for trial, record in results
-                if trial.overrides[:-1] == key and record["status"] in FAILED
-            )
-            if len(reasons)
-            else ""
+    for _, group in trials.groupby(keys, sort=False):
+        trial, _ = results[group.index[0]]
+        records = [results[index][1] for index in group.index]
+        failures = [explain(record) for record in records if record["status"] in FAILED]
+        rows.append(
+            {
+                **group.iloc[0][axes].to_dict(),
+                "row": trial.label,
+                "n": len(group),
+                **over_seeds(group, scores),
+                "failures": "; ".join(failures),
+            }
         )
-        rows.append(row)
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).drop(columns="seconds_sd")
 
 
 def best_trial(results: Results) -> tuple[Trial, Mapping[str, Any]] | None:
@@ -99,7 +88,7 @@ def best_trial(results: Results) -> tuple[Trial, Mapping[str, Any]] | None:
 def check_claims(rows: pd.DataFrame, claims: Sequence[Config]) -> list[dict[str, Any]]:
     """Compare pairs of rows with what a paper says of them.
 
-    A difference is called clear if it exceeds the standard error of the two means' difference twice.
+    A difference that Welch's t-test of the seeds' means does not tell from none is within noise.
 
     Raises:
         ValueError: If a claim names a score that there is not.
@@ -132,22 +121,20 @@ def markdown(
     lines = [
         f"# Sweep {sweep} of {preset}",
         "",
-        f"Test density in {unit} (lower is better), clustering accuracy in %; mean ± standard deviation over "
-        "the seeds of a row. Trials are compared by validation density; test figures are only reported.",
+        f"Densities in {unit}, lower is better; mean ± standard deviation over the seeds of a row. "
+        "Trials are chosen by their validation density alone.",
     ]
     if "auroc_mean" in rows:
-        lines.append(
-            "AUROC and AUPR in %: another data set told apart by density in the mixture's space."
-        )
+        lines.append("AUROC and AUPR: how well log-density tells another data set apart.")
     lines.append("")
     axes = _axes(rows)
     scores = _shown(rows)
-    header = [*axes, "seeds", *scores, "failures"]
-    lines += [write_line(header), write_line(["---"] * len(header))]
+    lines += [write_line(_header(axes, scores)), write_line(["---"] * len(_header(axes, scores)))]
     lines += [write_line(cells) for cells in cells_of(rows, axes, scores)]
     if claims:
         lines += ["", "## The paper's claims", ""]
-        lines += ["From the row that should be worse to the one that should be better.", ""]
+        lines += ["From the row that should be worse to the one that should be better. Differences "
+                  f"with p ≥ {LEVEL} in Welch's t-test of the seeds are within noise.", ""]  # fmt: skip
         lines += [write_line(["claim", "paper", "here", "holds"]), write_line(["---"] * 4)]
         for claim in claims:
             paper = f"{claim['paper']['worse']} → {claim['paper']['better']}"
@@ -175,7 +162,7 @@ def terminal_table(title: str, rows: pd.DataFrame) -> Any:
     axes = _axes(rows)
     scores = _shown(rows)
     table = Table(title=title, title_justify="left")
-    for name in (*axes, "seeds", *scores, "failures"):
+    for name in _header(axes, scores):
         table.add_column(name, justify="left" if name in (*axes, "failures") else "right")
     best = (
         rows["validation_mean"].astype(float).idxmin()
@@ -195,14 +182,11 @@ def draw(results: Results, rows: pd.DataFrame, unit: str) -> Figure:
     labels = rows["row"].tolist()
     keys = list(dict.fromkeys(trial.overrides[:-1] for trial, _ in results))
     place = [keys.index(trial.overrides[:-1]) for trial, _ in results]
-    scores = [
-        ("density", f"test density, {unit}", 1.0),
-        ("accuracy", "clustering accuracy, %", 100.0),
-    ]
+    titles = {"density": f"test density, {unit}", "accuracy": "clustering accuracy, %"}
     nothing = pd.Series([None] * len(trials))
     panels = {
-        title: factor * trials.get(score, nothing).astype(float).to_numpy()
-        for score, title, factor in scores
+        title: SCORES[score].factor * trials.get(score, nothing).astype(float).to_numpy()
+        for score, title in titles.items()
         if score in trials or score == "density"
     }
     return plot_sweep(labels, np.array(place), panels, rows["n_failed"].tolist())
@@ -212,8 +196,6 @@ def best_line(
     best: tuple[Trial, Mapping[str, Any]] | None, unit: str, folder: Path, kept: Sequence[str]
 ) -> str:
     """Say which trial is best, what of it is kept and where, and how to repeat it."""
-    from cpmm.pipeline.sweeps.trial import summarize
-
     if best is None:
         return "No trial finished: see the failures above."
     trial, record = best
@@ -263,23 +245,24 @@ def _find(rows: pd.DataFrame, wanted: Mapping[str, Any]) -> pd.Series | None:
     return match.iloc[0] if len(match) == 1 else None
 
 
+def _header(axes: Sequence[str], scores: Sequence[str]) -> list[str]:
+    return [*axes, "seeds", *(SCORES[score].heading for score in scores), "failures"]
+
+
 def _compare(metric: str, better: pd.Series, worse: pd.Series) -> dict[str, Any]:
     """Whether ``better`` is better, and by more than the seeds' noise."""
-    ours = {name: _mean_sd(row, metric) or "failed" for name, row in
-            (("better", better), ("worse", worse))}  # fmt: skip
-    a, b = better[f"{metric}_mean"], worse[f"{metric}_mean"]
-    if pd.isna(a) or pd.isna(b):
+    rows = {"better": better, "worse": worse}
+    ours = {name: _mean_sd(row, metric) or "failed" for name, row in rows.items()}
+    if "failed" in ours.values():
         return {"ours": ours, "holds": "cannot be said: a row failed"}
-    gain = (a - b) if metric in HIGHER else (b - a)
-    errors = [
-        row[f"{metric}_sd"] ** 2 / max(1, row["n"] - row["n_failed"] - row["n_stopped"])
-        for row in (better, worse)
-        if pd.notna(row[f"{metric}_sd"])
-    ]
-    holds = "yes" if gain > 0 else "no"
-    if len(errors) < 2 or abs(gain) < 2 * sum(errors) ** 0.5:
-        holds += ", within noise" if len(errors) == 2 else ", one seed"
-    return {"ours": ours, "holds": holds}
+    found = compare_rows(metric, *(_seeds(row, metric) for row in rows.values()))
+    noise = {"level": ", within noise", "single": ", one seed"}.get(found.verdict, "")
+    return {"ours": ours, "holds": ("yes" if found.gain > 0 else "no") + noise}
+
+
+def _seeds(row: pd.Series, metric: str) -> Seeds:
+    n_done = row["n"] - row["n_failed"] - row["n_stopped"]
+    return Seeds(row[f"{metric}_mean"], row[f"{metric}_sd"], n_done)
 
 
 def _mean_sd(row: pd.Series, score: str) -> str:

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from cpmm.pipeline.scores.ood import OodPoints
 
 FOLDERS = ("cpmm", "mixture", "baseline")  # what a trial leaves
-SCORES = ("density", "accuracy", "nmi", "ari", "purity")
 
 
 def trial_code() -> str:
@@ -177,7 +176,7 @@ def _score(
     others = {name: test.pop(name) for name in ("seconds_10k",) if name in test}
     for space, end in (("mixture", ""), ("data", "_data")):
         told = test.get("ood", {}).get(space, {})
-        others |= {f"{name}{end}": told[name] for name in ("auroc", "aupr") if told}
+        others |= {f"{name}{end}": value for name, value in told.items()}
     test.pop("ood", None)
     return {"validation": validation, "test": test, **others}
 

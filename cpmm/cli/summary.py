@@ -1,9 +1,10 @@
-"""Print where the report of each preset is, and its three main figures."""
+"""Print where the report of each preset is, its three main figures, and what git calls modified."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -42,6 +43,24 @@ def summarize(folder: Path) -> str:
     return "\n".join(lines)
 
 
+def explain_changes(root: Path) -> str:
+    """Say in two lines why git calls results modified and what to do; nothing if it calls none so."""
+    command = ["git", "status", "--porcelain", "--untracked-files=no", "--", "dvc.lock", "data"]
+    try:
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    except OSError:  # no git
+        return ""
+    names = [line[3:] for line in done.stdout.splitlines()]
+    if not names:
+        return ""
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return (
+        f"Modified, says git: {shown}. Last digits differ on another processor, results with your own "
+        "params.yaml or code.\n`git checkout dvc.lock data` brings the committed ones back; "
+        "commit yours if you changed something on purpose."
+    )
+
+
 def main() -> None:
     """Summarize the presets of params.yaml."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -51,6 +70,8 @@ def main() -> None:
         presets = presets or yaml.safe_load((ROOT / "params.yaml").read_text())["presets"]
         for preset in presets:
             print(summarize(Path("data") / preset))
+        if changes := explain_changes(ROOT):
+            print(changes)
     except (OSError, ValueError, KeyError) as error:
         print(f"summary: error: {error}", file=sys.stderr)
         raise SystemExit(1) from None

@@ -26,7 +26,7 @@ def composed():
     for sweep in known_sweeps():
         yield compose_preset("digits", [f"sweep={sweep}"], "sweep")
     for group in ("teacher", "spaces", "cpmm", "mixture", "evaluation", "trainer", "ray"):
-        for path in (ROOT / "conf" / group).glob("*.yaml"):
+        for path in (ROOT / "conf" / group).glob("[!b]*.yaml"):  # base.yaml is no choice
             yield compose_preset("rings", [f"{group}={path.stem}"], "sweep")
     for path in (ROOT / "conf" / "ood").glob("*.yaml"):
         options = [item.replace("data", "evaluation.ood") for item in NEEDED.get(path.stem, [])]

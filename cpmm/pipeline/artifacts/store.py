@@ -15,6 +15,7 @@ from cpmm.artifact import (
     load_artifact,
     load_header,
     save_artifact,
+    seal_folder,
     verify_files,
 )
 from cpmm.data import SPLITS, DataSplits

@@ -388,24 +388,29 @@ def test_help_is_quick_and_both_names_work():
 
 
 WITHOUT = """
-import sys
+import json, sys
+from unittest.mock import patch
+
+missing, commands = map(json.loads, sys.argv[1:])
 
 class Missing:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in sys.argv[1].split(","):
+        if name.partition(".")[0] in missing:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Missing())
-missing = sys.argv.pop(1)
 from cpmm.cli.main import main
-main()
+for arguments in commands:
+    with patch.object(sys, "argv", ["cpmm", *arguments]):
+        main()
 """
 
 
-def without(modules, *arguments):
-    """Run a command where some modules are not installed; return its status and its last line."""
+def without(modules, *commands):
+    """Run commands where some modules are not installed; return the status and the last line."""
+    lines = [[*map(str, command)] for command in commands]
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT, ",".join(modules), *map(str, arguments)],
+        [sys.executable, "-c", WITHOUT, json.dumps(modules), json.dumps(lines)],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert "Traceback" not in done.stderr
@@ -415,26 +420,30 @@ def without(modules, *arguments):
 def test_the_commands_need_no_extra_but_that_of_the_command_line(made, tmp_path):
     mixture, points = made / "digits" / "mixture", tmp_path / "points.csv"
     others = [name for extra, names in EXTRAS.items() if extra != "cli" for name in names]
-    for arguments in (
+    commands = [
         ("sample", mixture, "-n", 3, "--out", points), ("info", mixture), ("score", mixture, points),
         ("predict", mixture, points), ("plot", mixture, "--out", tmp_path / "a.png"),
-    ):  # fmt: skip
-        assert without(others, *arguments)[0] == 0, arguments[0]
-    assert without([*others, *EXTRAS["cli"]], "info", mixture)[0] == 0
+    ]  # fmt: skip
+    assert without(others, *commands) == (0, f"plot: means -> {tmp_path / 'a.png'}")
+    assert without([*others, *EXTRAS["cli"]], ("info", mixture))[0] == 0
 
 
 @pytest.mark.parametrize(
-    ("missing", "arguments", "line"),
+    ("missing", "command", "line"),
     [
-        ("pandas", ("sample",), "pandas is not installed: pip install 'cpmm[cli]'"),
-        ("matplotlib", ("plot", "--out", "a.png"), "matplotlib is not installed: pip install 'cpmm[cli]'"),
-        ("dvc", ("info",), "dvc+... needs DVC: pip install 'cpmm[workflow]'"),
+        ("pandas", "sample {mixture}", "pandas is not installed: pip install 'cpmm[cli]'"),
+        ("rich", "sample {mixture}", "rich is not installed: pip install 'cpmm[cli]'"),
+        (
+            "matplotlib",
+            "plot {mixture} --out a.png",
+            "matplotlib is not installed: pip install 'cpmm[cli]'",
+        ),
+        ("dvc", "info dvc+.#a/mixture", "dvc+... needs DVC: pip install 'cpmm[workflow]'"),
     ],
-)  # fmt: skip
-def test_a_missing_extra_is_named_in_one_line(missing, arguments, line, made):
-    command, *options = arguments
-    mixture = "dvc+.#a/mixture" if missing == "dvc" else made / "rings" / "mixture"
-    assert without([missing], command, mixture, *options) == (1, f"cpmm: error: {line}")
+)
+def test_a_missing_extra_is_named_in_one_line(missing, command, line, made):
+    words = command.format(mixture=made / "rings" / "mixture").split()
+    assert without([missing], words) == (1, f"cpmm: error: {line}")
 
 
 def test_a_reader_that_stops_early_is_no_error(made):

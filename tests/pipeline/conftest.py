@@ -68,16 +68,35 @@ def stage_command(stage, folder):
     return [sys.executable, str(ROOT / "workflows" / f"{stage}.py"), str(folder / "config.yaml")]
 
 
+def clone_project(folder):
+    """Clone what git holds of the project, whatever was made or edited in the work tree since."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("this copy of the project has no git: nothing says what it should hold")
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(folder)], check=True)
+    return folder
+
+
+def read_committed(name):
+    """Read a file as git holds it; as it is, where there is no git."""
+    if not (ROOT / ".git").exists():
+        return (ROOT / name).read_text()
+    command = ["git", "show", f"HEAD:{name}"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def copy_code(folder):
+    """Copy the code and conf/ as they are, committed or not, and nothing that a run has made."""
+    (folder / ".dvc").mkdir(parents=True, exist_ok=True)
+    for name in (".dvc/config", ".dvcignore", ".gitattributes", ".gitignore", "dvc.yaml"):
+        shutil.copy(ROOT / name, folder / name)
+    for name in ("conf", "cpmm", "workflows"):
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, folder / name, ignore=ignore, dirs_exist_ok=True)
+
+
 def copy_project(folder, overrides):
     """Copy the project, without what it has made, with overrides of its own in params.yaml."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    for file in listed.stdout.splitlines():
-        if file != "dvc.lock" and not file.startswith("data/") and (ROOT / file).is_file():
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / file, folder / file)
+    copy_code(folder)
     subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
     nested = {}
     for item in overrides:

@@ -2,7 +2,7 @@
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, read_committed
 
 from cpmm.pipeline.config.schema import BASELINES
 from cpmm.pipeline.scores.published import TITLES, published
@@ -21,7 +21,7 @@ def test_every_baseline_is_in_conf_schema_sweep_and_table():
     assert swept == sorted({"cpmm", *rows})
     members = [row for block in compare.BLOCKS.values() for row in block]
     assert sorted(row.model for row in members if not row.evaluated) == swept
-    assert set(read("params.yaml")["baselines"]) <= rows
+    assert set(yaml.safe_load(read_committed("params.yaml"))["baselines"]) <= rows
 
 
 @pytest.mark.parametrize("data", TITLES)

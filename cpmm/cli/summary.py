@@ -1,11 +1,13 @@
-"""Print where the report of each preset is, and its three main figures."""
+"""Print where the report of each preset is, its three main figures, and what git calls modified."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 from pathlib import Path
 
+from cpmm.pipeline.config.root import ROOT
 from cpmm.pipeline.errors import command
 from cpmm.pipeline.stage import listed_presets
 
@@ -48,6 +50,24 @@ def _summary(metrics: dict, folder: Path) -> str:
     return "\n".join(lines)
 
 
+def explain_changes(root: Path) -> str:
+    """Say in two lines why git calls results modified and what to do; nothing if it calls none so."""
+    command = ["git", "status", "--porcelain", "--untracked-files=no", "--", "dvc.lock", "data"]
+    try:
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    except OSError:  # no git
+        return ""
+    names = [line[3:] for line in done.stdout.splitlines()]
+    if not names:
+        return ""
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return (
+        f"Modified, says git: {shown}. Last digits differ on another processor, results with your own "
+        "params.yaml or code.\n`git checkout dvc.lock data` brings the committed ones back; "
+        "commit yours if you changed something on purpose."
+    )
+
+
 def main() -> None:
     """Summarize the presets of params.yaml."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -56,6 +76,8 @@ def main() -> None:
     with command("summary"):
         for preset in presets or listed_presets():
             print(summarize(Path("data") / preset))
+        if changes := explain_changes(ROOT):
+            print(changes)
 
 
 if __name__ == "__main__":

@@ -23,9 +23,9 @@ def root(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     (folder / "metrics.json").write_text(json.dumps(METRICS))
     (tmp_path / "dvc.lock").write_text("stages: {}\n")
-    (tmp_path / "params.yaml").write_text("presets: [digits]\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(summary, "ROOT", tmp_path)
+    monkeypatch.setattr(summary, "listed_presets", lambda: ["digits"])
     monkeypatch.setattr(sys, "argv", ["summary"])
     return tmp_path
 

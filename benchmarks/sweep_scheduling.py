@@ -1,4 +1,4 @@
-"""What scheduling costs: no-op trials through the sweep's own driver, on simulated nodes.
+"""What scheduling costs: no-op trials through the sweep's driver, on a cluster of simulated nodes.
 
     python benchmarks/sweep_scheduling.py --trials 1000 --nodes 8
 
@@ -17,7 +17,6 @@ from pathlib import Path
 import psutil
 
 from cpmm.pipeline.config.compose import compose_preset
-from cpmm.pipeline.errors import command
 from cpmm.pipeline.sweeps import cluster
 from cpmm.pipeline.sweeps.plan import make_trial
 
@@ -26,7 +25,8 @@ def no_op(config: dict, assignment: object) -> None:
     """Do all that a trial does but train."""
     from ray import tune
 
-    from cpmm.pipeline.sweeps.worker import call, final_report
+    from cpmm.pipeline.sweeps.reporter import call
+    from cpmm.pipeline.sweeps.worker import final_report
 
     fingerprint = config["fingerprint"]
     call(assignment.archive.record, fingerprint)
@@ -41,15 +41,6 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=8)
     parser.add_argument("--cpus", type=int, default=1, help="of each simulated node")
     arguments = parser.parse_args()
-    with command("sweep_scheduling", resumes=False):
-        result = measure(arguments)
-        print(json.dumps(result))
-        if missing := arguments.trials - result["recorded"]:
-            raise ChildProcessError(f"{missing} trials left no record")
-
-
-def measure(arguments: argparse.Namespace) -> dict:
-    """Run the trials; count and time them."""
     overrides = ["ray.dashboard=false", "ray.resources_seconds=60"]
     config = compose_preset("digits", overrides, "sweep")
     cluster.prepare_environment(config["ray"])
@@ -58,9 +49,10 @@ def measure(arguments: argparse.Namespace) -> dict:
     from cpmm.pipeline.sweeps.archive import Archive
     from cpmm.pipeline.sweeps.driver import run_trials
     from cpmm.pipeline.sweeps.progress import Progress
+    from cpmm.pipeline.sweeps.sweep import Sweep
 
     template = compose_preset("digits", [])
-    # As many trials as asked for, told apart by their seeds.
+    # As many trials as asked for; they differ by their seeds.
     trials = [make_trial("digits", (), seed, [], template, "") for seed in range(arguments.trials)]
     names = {trial.fingerprint: trial.name for trial in trials}
     simulated = Cluster(
@@ -78,13 +70,14 @@ def measure(arguments: argparse.Namespace) -> dict:
             progress = Progress("no-op", names, len(trials), 0, "bits")
             progress._say = lambda line: None
             started = time.monotonic()
-            sweep = config["sweep"] | {"name": "no-op"}
-            run_trials(trials, sweep, options, {}, archive, Path(folder) / "logs", progress, no_op)
+            section = config["sweep"] | {"name": "no-op"}
+            sweep = Sweep("digits", trials, section, options, archive, Path(folder))
+            run_trials(sweep, {}, progress, no_op)
             seconds = time.monotonic() - started
             n_done = sum(archive.record(trial.fingerprint) is not None for trial in trials)
     finally:
         simulated.shutdown()
-    return {
+    result = {
         "trials": arguments.trials,
         "nodes": arguments.nodes,
         "cores": os.cpu_count(),
@@ -94,6 +87,9 @@ def measure(arguments: argparse.Namespace) -> dict:
         "driver_mib_after": driver.memory_info().rss >> 20,
         "recorded": n_done,
     }
+    print(json.dumps(result))
+    if n_done != arguments.trials:
+        raise SystemExit(f"{arguments.trials - n_done} trials left no record")
 
 
 if __name__ == "__main__":

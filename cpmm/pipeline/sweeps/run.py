@@ -1,27 +1,32 @@
-"""Plan a sweep, run what has no record yet, publish what it found."""
+"""Plan a sweep, run the trials that have no record yet, publish what it found."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import replace
 
 import yaml
 
-from cpmm.pipeline.config import Config
 from cpmm.pipeline.config.compose import compose_preset, known_sweeps, read_overrides, split_preset
 from cpmm.pipeline.config.fingerprints import hash_of
 from cpmm.pipeline.config.root import ROOT
 from cpmm.pipeline.sweeps import cluster, plan
 from cpmm.pipeline.sweeps.archive import CHECKPOINT, Archive
-from cpmm.pipeline.sweeps.inputs import Located, locate_inputs, open_inputs, share_all, size_of
-from cpmm.pipeline.sweeps.plan import Trial
-from cpmm.pipeline.sweeps.publish import publish_sweep
+from cpmm.pipeline.sweeps.inputs import Located, locate_inputs, size_of
+from cpmm.pipeline.sweeps.sweep import Sweep
 from cpmm.pipeline.sweeps.trial import trial_code
 
 OWN = ("sweep", "ray")  # groups that are the sweep's, not its trials'
 
 
 def run_sweep(overrides: list[str], only_config: bool = False, only_plan: bool = False) -> None:
-    """Plan, run and tabulate a sweep."""
+    """Plan, run and tabulate a sweep.
+
+    Args:
+        overrides: Of the preset, of the sweep and of what Ray is asked for, in Hydra's syntax.
+        only_config: Print the composed configuration instead.
+        only_plan: Print the trials instead, each with its command.
+    """
     preset, rest = split_preset(overrides)
     for item in rest:
         if item.startswith("sweep=") and item.removeprefix("sweep=") not in known_sweeps():
@@ -33,113 +38,106 @@ def run_sweep(overrides: list[str], only_config: bool = False, only_plan: bool =
         return
 
     params, rest = ([item for item in items if not _is_own(item)] for items in (params, rest))
-    sweep, options = config["sweep"], config["ray"]
-    cluster.check_options(options)
-    trials = plan.plan_trials(preset, sweep, params, rest, trial_code())
-    plan.check_models(trials, sweep, options["workers"])
+    options, ray = config["sweep"], config["ray"]
+    cluster.check_options(ray)
+    trials = plan.plan_trials(preset, options, params, rest, trial_code())
+    plan.check_models(trials, options, ray["workers"])
     if only_plan:
         for trial in trials:
             print(f"{trial.name}\n    {trial.command}")
         return
 
+    from cpmm.pipeline.artifacts.store import load_prepared
+    from cpmm.pipeline.sweeps.publish import publish_sweep
+
     home = ROOT / "data" / preset
-    archive = Archive(options["storage"] or str(home / ".scratch" / "sweep"))
-    located = {trial.inputs: trial for trial in trials}
-    located = {
-        fingerprints: locate_inputs(trial.config, home) for fingerprints, trial in located.items()
-    }
-    logs = home / ".scratch" / "ray" / sweep["name"]
-    _run(trials, sweep, options, located, archive, logs)
-    publish_sweep(trials, sweep, preset, archive, home)
+    archive = Archive(ray["storage"] or str(home / ".scratch" / "sweep"))
+    configs = {trial.inputs: trial.config for trial in trials}
+    located = {key: locate_inputs(config, home) for key, config in configs.items()}
+    sweep = Sweep(preset, trials, options, ray, archive, home)
+    prepared = load_prepared(located[trials[0].inputs].prepared)
+    unit, _, _ = prepared.preprocessing.density_unit
+    _run(sweep, located, unit)
+    publish_sweep(sweep, unit)
 
 
-def _run(
-    trials: list[Trial],
-    sweep: Config,
-    options: Config,
-    located: dict[tuple[str, str | None], Located],
-    archive: Archive,
-    logs: Path,
-) -> None:
-    """Run what the archive has no record of."""
-    cluster.prepare_environment(options)
-    from cpmm.pipeline.sweeps.driver import recorded_trials
-
-    for trial, record in recorded_trials(trials, sweep, archive):
+def _run(sweep: Sweep, located: Mapping[tuple[str, str | None], Located], unit: str) -> None:
+    """Run the trials that the archive has no record of."""
+    cluster.prepare_environment(sweep.ray)  # before Ray is imported
+    for trial, record in sweep.results():
         if record["status"] == "lost":
-            archive.delete_record(trial.fingerprint)
-    searched = sweep["search"]["kind"] == "optuna"
-    n_trials = sweep["search"]["n_samples"] if searched else len(trials)
-    n_done = len(recorded_trials(trials, sweep, archive))
-    print(
-        f"sweep {sweep['name']} | {_beginning(trials, sweep, archive, n_trials, n_done)}",
-        flush=True,
-    )
-    if n_done >= n_trials:
+            sweep.archive.delete_record(trial.fingerprint)
+    n_done = len(sweep.results())
+    print(f"sweep {sweep.name} | {_beginning(sweep, n_done)}", flush=True)
+    if n_done >= sweep.n_trials:
         return
-
-    from cpmm.pipeline.sweeps.driver import run_trials, suggested_trials
+    from cpmm.pipeline.sweeps.driver import run_trials, share_all
     from cpmm.pipeline.sweeps.progress import Progress
 
-    data, _ = open_inputs(next(iter(located.values())))
-    unit, _, _ = data.preprocessing.density_unit
-    progress = Progress(
-        sweep["name"], {trial.fingerprint: trial.name for trial in trials}, n_trials, n_done, unit
-    )
-    size = sum(map(size_of, located.values()))
-    with cluster.connected(options, size, options["cpus"] * options["workers"]) as line:
-        print(f"sweep {sweep['name']} | {line}", flush=True)
-        inputs = share_all(located, options)
-        if searched:  # what it suggested before and was not ended, from its checkpoints
-            suggested = suggested_trials(trials[0], archive)
-            begun = [trial for trial in suggested if archive.record(trial.fingerprint) is None]
-            as_grid = sweep | {"search": sweep["search"] | {"kind": "grid"}}
-            if begun:
-                progress.names |= {trial.fingerprint: trial.name for trial in begun}
-                run_trials(begun, as_grid, options, inputs, archive, logs, progress)
-        if len(recorded_trials(trials, sweep, archive)) < n_trials:
-            run_trials(trials, sweep, options, inputs, archive, logs, progress)
-    missing = n_trials - len(recorded_trials(trials, sweep, archive))
-    if searched and missing > 0:
-        suggested = suggested_trials(trials[0], archive)
-        if all(archive.record(trial.fingerprint) is not None for trial in suggested):
-            print(
-                f"sweep {sweep['name']} | {len(suggested)} trials in place of {n_trials}: the search suggested "
-                "nothing else; its space has few points, a grid would do",
-                flush=True,
-            )
-            return
-    if missing > 0:
+    names = {trial.fingerprint: trial.name for trial in sweep.trials}
+    progress = Progress(sweep.name, names, sweep.n_trials, n_done, unit)
+    size, n_cpus = sum(map(size_of, located.values())), sweep.ray["cpus"] * sweep.ray["workers"]
+    with cluster.connected(sweep.ray, size, n_cpus) as line:
+        print(f"sweep {sweep.name} | {line}", flush=True)
+        inputs = share_all(located, sweep.ray)
+        if sweep.suggests and (begun := sweep.unfinished()):  # go on from their checkpoints
+            progress.names |= {trial.fingerprint: trial.name for trial in begun}
+            run_trials(_as_grid(sweep, begun), inputs, progress)
+        if len(sweep.results()) < sweep.n_trials:
+            run_trials(sweep, inputs, progress)
+    _check_complete(sweep)
+
+
+def _as_grid(sweep: Sweep, trials: list[plan.Trial]) -> Sweep:
+    """Make a sweep of trials that Optuna suggested before."""
+    search = sweep.options["search"] | {"kind": "grid"}
+    return replace(sweep, trials=trials, options=sweep.options | {"search": search})
+
+
+def _check_complete(sweep: Sweep) -> None:
+    """Check that every trial has a record; Optuna may have nothing more to suggest.
+
+    Raises:
+        ChildProcessError: If some have none.
+    """
+    n_done = len(sweep.results())
+    missing = sweep.n_trials - n_done
+    if missing > 0 and sweep.suggests and not sweep.unfinished():
+        print(
+            f"sweep {sweep.name} | {n_done} trials in place of {sweep.n_trials}: the search "
+            "suggested nothing else; its space has few points, a grid would do",
+            flush=True,
+        )
+    elif missing > 0:
         raise ChildProcessError(f"{missing} trials have no record: the same command goes on")
 
 
-def _beginning(
-    trials: list[Trial], sweep: Config, archive: Archive, n_trials: int, n_done: int
-) -> str:
-    """Say whether the sweep goes on or starts afresh, and note what it consists of."""
-    name = f"sweeps/{sweep['name']}-{trials[0].config['name']}.json"
-    fingerprint = hash_of(
-        sweep["search"], sweep["scheduler"], [trial.fingerprint for trial in trials]
-    )
-    noted = archive.read_json(name) or {}
-    before = noted.get("fingerprint")
-    archive.write_json(
-        name, {"fingerprint": fingerprint, "trials": [trial.fingerprint for trial in trials]}
-    )
+def _beginning(sweep: Sweep, n_done: int) -> str:
+    """Say whether the sweep goes on or starts afresh, and note in the archive what it consists of.
+
+    Args:
+        sweep: What is to run.
+        n_done: Number of its trials that have ended.
+    """
+    archive, trials = sweep.archive, sweep.trials
+    name = f"sweeps/{sweep.name}-{trials[0].config['name']}.json"
+    fingerprints = [trial.fingerprint for trial in trials]
+    fingerprint = hash_of(sweep.options["search"], sweep.options["scheduler"], fingerprints)
+    before = archive.read_json(name) or {}
+    archive.write_json(name, {"fingerprint": fingerprint, "trials": fingerprints})
     begun = sum(
         archive.record(trial.fingerprint) is None
         and archive.has(f"trials/{trial.fingerprint}/{CHECKPOINT}")
         for trial in trials
     )
-    state = f"{n_trials} trials, {n_done} done before, {begun} begun"
-    if before == fingerprint:
-        return (
-            f"same configuration: resuming, {state}" if n_done < n_trials else f"all done: {state}"
-        )
-    if before is None:
+    state = f"{sweep.n_trials} trials, {n_done} done before, {begun} begun"
+    if not before.get("fingerprint"):
         return f"starting, {state}"
-    fingerprints, known = {trial.fingerprint for trial in trials}, set(noted.get("trials", ()))
-    if fingerprints != known and fingerprints & known:
+    if before["fingerprint"] == fingerprint:
+        done = n_done >= sweep.n_trials
+        return f"all done: {state}" if done else f"same configuration: resuming, {state}"
+    known = set(before.get("trials", ()))
+    if set(fingerprints) != known and set(fingerprints) & known:
         return f"other trials asked for than before, {state}"
     what = "configuration or code changed"
     if n_done or begun:

@@ -55,7 +55,7 @@ SMALL = [
       for option in ("hidden=[16,12]", "code_size=4", "n_starts=2", "autoencoder_epochs=2")),
     "baselines.vade.n_epochs=3",
     *(f"baselines.continuous.{option}" for option in (
-        "n_epochs=2", "n_draws=1", "n_points=16", "n_latent=2", "decoder.width=4")),
+        "n_epochs=2", "n_draws=1", "n_integration_points=16", "n_latent=2", "decoder.width=4")),
     *(f"baselines.{row}.{option}" for row in ("gmm_full", "gmm_diagonal")
       for option in ("n_iterations=5", "added_variances=[0.01,0.1]")),
 ]  # fmt: skip
@@ -617,7 +617,7 @@ def config():
 
 
 OPTIONS = {
-    "direct": ("epochs", 3), "curriculum": ("shrinkage", 3), "continuous": ("n_points", 9),
+    "direct": ("epochs", 3), "curriculum": ("shrinkage", 3), "continuous": ("n_integration_points", 9),
     "einet": ("n_replicas", 2), "flow": ("likelihood_epochs", 9), "autoencoder": ("code_size", 3),
     "vade": ("n_epochs", 9), "gaussian": ("kind", "other"), "sklearn": ("n_iterations", 9),
     "kmeans": ("n_starts", 9),

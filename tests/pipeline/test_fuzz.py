@@ -35,8 +35,14 @@ from hypothesis import strategies as st
 
 from cpmm.pipeline.artifacts.sources import read_source
 from cpmm.pipeline.artifacts.store import load_prepared
-from cpmm.pipeline.config.compose import compose_preset, flatten, known_presets, read_overrides
-from cpmm.pipeline.config.schema import OPTIONS, leaves
+from cpmm.pipeline.config.compose import (
+    compose_preset,
+    flatten,
+    known_presets,
+    option_rules,
+    read_overrides,
+)
+from cpmm.pipeline.config.schema import leaves
 
 SEED = int(os.environ.get("CPMM_FUZZ_SEED", random.randrange(2**32)))
 COUNTS: Counter[tuple[str, str]] = Counter()
@@ -113,6 +119,7 @@ def known_options():
     }
 
 
+OPTIONS = option_rules()
 WORDS = sorted({word for rule in OPTIONS.values() for word in re.findall(r"[\w-]+", rule.expected)})
 values = st.one_of(
     st.integers(-3, 12).map(str),

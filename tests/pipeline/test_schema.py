@@ -9,13 +9,19 @@ from cpmm.fields import ACTIVATIONS
 from cpmm.initialization import INITIALIZATIONS
 from cpmm.odes import ADAPTIVE, FIXED_STEP, GRADIENTS
 from cpmm.pipeline.artifacts.sources import SOURCES
-from cpmm.pipeline.config.compose import compose_preset, known_presets, known_sweeps
-from cpmm.pipeline.config.schema import OPTIONS, leaves
+from cpmm.pipeline.config.compose import (
+    compose_preset,
+    known_presets,
+    known_sweeps,
+    option_rules,
+)
+from cpmm.pipeline.config.schema import ROWS, leaves
 from cpmm.pipeline.models.fit import PRECISIONS
 from cpmm.pipeline.models.mixtures import SPACES
 from cpmm.preprocessing import STANDARDIZATIONS
 from cpmm.trajectory import DIAGONALS
 
+OPTIONS = option_rules()
 NEEDED = {"csv": ["data.options.path=x.csv"], "npy": ["data.options.path=x.npy"]}
 
 
@@ -36,6 +42,7 @@ def composed():
 def test_the_table_holds_every_option_of_conf_and_no_other():
     found = {name for config in composed() for name, _ in leaves(config)}
     assert found == set(OPTIONS)
+    assert set(ROWS) <= {name.split(".", 2)[2] for name in found if name.startswith("baselines.")}
 
 
 @pytest.mark.parametrize(

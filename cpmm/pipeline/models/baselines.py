@@ -433,7 +433,12 @@ def _continuous(run: Run) -> Fitted:
         )()
     start = initial_state(layout, run.train, run.generator(43))
     model = ContinuousMixture(
-        network, layout, start, options["n_latent"], options["n_points"], run.n_components
+        network,
+        layout,
+        start,
+        options["n_latent"],
+        options["n_integration_points"],
+        run.n_components,
     )
     how = run.fit_loss(model, run.draws())
     with torch.no_grad():

@@ -14,7 +14,6 @@ import numpy as np
 from cpmm.pipeline.config import Config
 from cpmm.pipeline.config.compose import compose_preset, flatten
 from cpmm.pipeline.config.fingerprints import fingerprint_inputs, fingerprint_model, hash_of
-from cpmm.pipeline.config.schema import BASELINES
 from cpmm.pipeline.scores.tables import SCORES, TEST
 
 SECTIONS = ("name", "seeds", "overrides", "parts", "search", "scheduler", "claims")
@@ -235,7 +234,8 @@ def check_models(trials: Sequence[Trial], sweep: Config, n_workers: int) -> None
             f"ray.workers is {n_workers}, but workers train together cpmm alone, and sweep {sweep['name']} has "
             f"model {', '.join(others)}: set ray.workers=1, or leave it out"
         )
-    blind = sorted(model for model in models if BASELINES.get(model) in NO_DENSITY)
+    rows = trials[0].config["baselines"]
+    blind = sorted(m for m in models if m in rows and rows[m]["kind"] in NO_DENSITY)
     if blind and (asha or search["kind"] == "optuna"):
         by = "scheduler.kind is 'asha'" if asha else "search.kind is 'optuna'"
         raise ValueError(

@@ -52,7 +52,7 @@ def seal_folder(
     tensors: Mapping[str, list],
     files: Mapping[str, str] | None = None,
 ) -> None:
-    """Write ``<kind>.json``: the header, with a sha256 of itself and every other file of the folder.
+    """Write ``<kind>.json``: the header, with a sha256 of itself and all other files of the folder.
 
     Args:
         folder: Everything else that belongs to the artifact lies in it.
@@ -80,7 +80,7 @@ def seal_folder(
 def digest_folder(
     folder: Path, kind: str, known: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """sha256 of all files of an artifact but its header, by name; those in ``known`` stay unread."""
+    """sha256 of all files of an artifact but its header, by name; those ``known`` are not read."""
     known = known or {}
     digests = {}
     for file in sorted(folder.rglob("*")):

@@ -1,4 +1,4 @@
-"""Artifacts: folders of data files beside a JSON header that describes and seals every one of them."""
+"""Artifacts: folders of data files beside a JSON header that describes and seals each of them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def seal_folder(
     tensors: Mapping[str, list],
     files: Mapping[str, str] | None = None,
 ) -> None:
-    """Write ``<kind>.json``: the header, with a sha256 of every other file of the folder and of itself.
+    """Write ``<kind>.json``: the header, with a sha256 of itself and all other files of the folder.
 
     Args:
         folder: Everything else that belongs to the artifact lies in it.
@@ -81,7 +81,7 @@ def seal_folder(
 def digest_folder(
     folder: Path, kind: str, known: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """sha256 of every file of an artifact but its header, by name; those in ``known`` are not read."""
+    """sha256 of all files of an artifact but its header, by name; those ``known`` are not read."""
     known = known or {}
     digests = {}
     for file in sorted(folder.rglob("*")):
@@ -132,7 +132,7 @@ def load_artifact(
 def load_header(
     folder: str | os.PathLike, kind: str, fingerprint: str | None = None
 ) -> dict[str, Any]:
-    """Read the header of an artifact and check all that it says of itself; arguments and errors as above."""
+    """Read an artifact's header and check what it says of itself; arguments and errors as above."""
     path = Path(folder) / f"{kind}.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: {REMEDY}")
@@ -156,8 +156,8 @@ def load_header(
         )
     if _series(header["version"]) != _series(__version__):
         raise ValueError(
-            f"{path} was written by cpmm {header['version']}, this is cpmm {__version__}, which reads "
-            f"{_series(__version__)}.*: use that version, or make it again with `dvc repro`"
+            f"{path} was written by cpmm {header['version']}, this is cpmm {__version__}, which "
+            f"reads {_series(__version__)}.*: use that version, or make it again with `dvc repro`"
         )
     if fingerprint is not None and header.get("fingerprint") != fingerprint:
         raise ValueError(

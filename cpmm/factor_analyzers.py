@@ -274,8 +274,8 @@ def sample_components(fa: FactorAnalyzers, index: Tensor, generator: torch.Gener
     x = fa.mean[index] + (fa.loading[index] @ factors).squeeze(-1) + deviation
     if not bool(torch.isfinite(x).all()):
         raise FloatingPointError(
-            f"{int((~torch.isfinite(x)).sum())} of {x.numel()} sampled values are not finite: largest "
-            f"log-variance {fa.log_diagonal.max().item():.3g}; the run has diverged: lower "
+            f"{int((~torch.isfinite(x)).sum())} of {x.numel()} sampled values are not finite: "
+            f"largest log-variance {fa.log_diagonal.max().item():.3g}; the run has diverged: lower "
             "cpmm.learning_rate, cpmm.initial_rate_factor or cpmm.gradient_clip"
         )
     return x

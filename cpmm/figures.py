@@ -825,7 +825,7 @@ def _draw_costs(
 def _label_points(
     axes: Axes, labels: Sequence[tuple[str, str]], x: np.ndarray, y: np.ndarray, bar: np.ndarray
 ) -> None:
-    """Write labels, text and colour, beside their points, where they cover each other and points the least.
+    """Write labels, (text, colour), beside their points, where they cover the least.
 
     Each label in turn takes the best of many places around its point, given those of the others,
     in a few rounds: no chance is in it. One that had to move away gets a line to its point.

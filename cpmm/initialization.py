@@ -175,8 +175,8 @@ def kmeans(
 def _require_distinct(n_clusters: int, n_found: int, n: int) -> None:
     if n_found < n_clusters:
         raise ValueError(
-            f"k-means needs {n_clusters} distinct points, found {n_found} among {n}: lower the number of "
-            "clusters, cpmm.n_clusters (of a direct mixture: times mixture.n_pseudotimes)"
+            f"k-means needs {n_clusters} distinct points, found {n_found} among {n}: lower the "
+            "number of clusters, cpmm.n_clusters (of a direct mixture: times mixture.n_pseudotimes)"
         )
 
 
@@ -204,8 +204,9 @@ def linkage_groups(x: Tensor, n_groups: int, outlier_share: float, n_neighbors: 
     dense = distance <= np.quantile(distance, 1 - outlier_share)
     if dense.sum() < max(2, n_groups):
         raise ValueError(
-            f"linkage needs {max(2, n_groups)} points that are no outliers, outlier_share {outlier_share} "
-            f"leaves {dense.sum()} of {len(x)}: lower cpmm.initialization.outlier_share"
+            f"linkage needs {max(2, n_groups)} points that are no outliers, outlier_share "
+            f"{outlier_share} leaves {dense.sum()} of {len(x)}: lower "
+            "cpmm.initialization.outlier_share"
         )
     label = AgglomerativeClustering(n_groups, linkage="single").fit_predict(points[dense])
     with warnings.catch_warnings():  # many groups may be a regression, thinks scikit-learn

@@ -59,9 +59,9 @@ def fit_elementwise_map(
     """Fit the map that makes grey levels likeliest under a mixture of factor analyzers behind it.
 
     The density is that of the data, the map's derivative included. The mixture lives in the space
-    that ``standardize`` makes of the map's values, whose shift and scale follow the map exactly, step
-    by step: so the floor of log d means there what it means later, and an affine change of the map
-    changes nothing.
+    that ``standardize`` makes of the map's values, whose shift and scale follow the map exactly,
+    step by step: so the floor of log d means there what it means later, and an affine change of the
+    map changes nothing.
 
     Args:
         raw: Grey levels of the training split, (N, M).
@@ -313,8 +313,8 @@ def initial_knots(x: Tensor, raw: Tensor, logit: Preprocessing, n_bins: int) -> 
     low, high = ends[0][:, 0].float()
     if not bool(torch.isfinite(high - low)):
         raise ValueError(
-            f"data.alpha is {logit.alpha:g}, the logit of a white pixel is {float(high):g}: raise it, to 1e-9 "
-            "for instance; the map needs a range"
+            f"data.alpha is {logit.alpha:g}, the logit of a white pixel is {float(high):g}: raise "
+            "it, to 1e-9 for instance; the map needs a range"
         )
     bright = x[raw > 0]
     bright = bright if len(bright) else x.flatten()

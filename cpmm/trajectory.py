@@ -140,8 +140,8 @@ class Trajectories(nn.Module):
         initial: Initial states at pseudotime 0, (C, S).
         solver: How the ODE is solved.
         learned_cluster_weight: Whether the weights eta of Eq. 7 are learned or uniform.
-        blocks: Order of the state in which the field is defined; None: that of the layout. The whole
-            solve is in that order, so that not every call of the field reorders it.
+        blocks: Order of the state in which the field is defined; None: that of the layout. The
+            whole solve is in that order, so that not every call of the field reorders it.
     """
 
     def __init__(

@@ -87,7 +87,7 @@ def test_every_number_of_steps_ends_with_a_check(pictures, n_steps):
 
 @pytest.mark.parametrize("standardize", STANDARDIZATIONS)
 def test_the_space_of_the_fit_is_that_of_the_preprocessing(pictures, generator, standardize):
-    """What standardization makes of any map, without a pass over the data, is what it makes of samples."""
+    """Standardization without a pass over the data is that of samples, whatever the map."""
     raw = pictures["train"].repeat(20, 1)
     logit = Preprocessing(256, ALPHA, (0.0,) * 12, (1.0,) * 12)
     learned = LearnedMap(torch.linspace(-13.8155, 13.8155, 9))

@@ -24,9 +24,9 @@ class Autoencoder(nn.Module):
         hidden: Units of the encoder's hidden layers, ReLU; the decoder has them in reverse. Without
             any both are linear.
         code_size: d.
-        likelihood: Of a point given its code. "gaussian": a linear output and the mean squared error,
-            for points in any range; "bernoulli": a sigmoid and the cross-entropy, for grey levels in
-            [0, 1].
+        likelihood: Of a point given its code. "gaussian": a linear output and the mean squared
+            error, for points in any range; "bernoulli": a sigmoid and the cross-entropy, for grey
+            levels in [0, 1].
         generator: Source of the initial weights (He et al., 2015), on the CPU.
 
     Raises:
@@ -97,8 +97,8 @@ class Autoencoder(nn.Module):
         bad = int((~torch.isfinite(codes).all(1)).sum())
         if bad:
             raise FloatingPointError(
-                f"the codes of {bad} of {len(x)} points are not finite: the autoencoder has diverged; "
-                "lower the learning rate or the gradient clip"
+                f"the codes of {bad} of {len(x)} points are not finite: the autoencoder has "
+                "diverged; lower the learning rate or the gradient clip"
             )
         return codes
 
@@ -131,20 +131,21 @@ class Autoencoder(nn.Module):
         """
         if x.ndim != 2 or x.shape[1] != self.n_features:
             raise ValueError(
-                f"x has shape {tuple(x.shape)}: expected (N, {self.n_features}), the autoencoder's features"
+                f"x has shape {tuple(x.shape)}: expected (N, {self.n_features}), the autoencoder's "
+                "features"
             )
         if x.dtype != self.output.weight.dtype:
             raise ValueError(
-                f"x is {x.dtype}, the autoencoder {self.output.weight.dtype}: convert it (whole grey levels "
-                "are divided by the largest, 255)"
+                f"x is {x.dtype}, the autoencoder {self.output.weight.dtype}: convert it (whole "
+                "grey levels are divided by the largest, 255)"
             )
         if self.likelihood == "bernoulli":
             outside = ~((x >= 0) & (x <= 1))  # so that NaN is outside
             if bool(outside.any()):
                 raise ValueError(
-                    f"{int(outside.sum())} of {x.numel()} values of x are outside [0, 1], which the Bernoulli "
-                    "likelihood needs: divide grey levels by the largest and add no noise, or make the "
-                    'autoencoder with likelihood "gaussian"'
+                    f"{int(outside.sum())} of {x.numel()} values of x are outside [0, 1], which "
+                    "the Bernoulli likelihood needs: divide grey levels by the largest and add no "
+                    'noise, or make the autoencoder with likelihood "gaussian"'
                 )
         return x
 

@@ -46,8 +46,8 @@ class Rows(Dataset):
 class EpochData(pl.LightningDataModule):
     """Batches of rows that are made anew for every epoch; the trainer must reload each epoch.
 
-    A GPU gets all rows of an epoch at once, and those of the next are made while it computes: it would
-    wait for the CPU more than half of the time.
+    A GPU gets all rows of an epoch at once, and those of the next are made while it computes: it
+    would wait for the CPU more than half of the time.
 
     Args:
         rows: Gives the training rows of an epoch from the epoch and a generator: points ``x``, (N,
@@ -55,7 +55,8 @@ class EpochData(pl.LightningDataModule):
         validation_rows: Gives the validation rows of an epoch, (N, M).
         batch_size: Rows of a batch.
         seed: Of the order of rows and what ``rows`` draws.
-        n_rows: How many training rows an epoch has, without making them: the steps to come are told by it.
+        n_rows: How many training rows an epoch has, without making them: the steps to come are told
+            by it.
     """
 
     def __init__(

@@ -160,8 +160,8 @@ class MixtureTraining(Recorded):
     def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
         """One step up the likelihood.
 
-        A batch holds points ``x``; if they have pseudo-labels, their ``group``; and if consistency has a
-        weight, a ``view`` of each.
+        A batch holds points ``x``; if they have pseudo-labels, their ``group``; and if consistency
+        has a weight, a ``view`` of each.
         """
         options, x = self.options, batch["x"]
         if options.noise:

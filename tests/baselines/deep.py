@@ -1,4 +1,4 @@
-"""What the tests of the deep baselines share: blobs, and the loop that trains a model's own loss."""
+"""What tests of the deep baselines share: blobs, and the loop that trains a model's own loss."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TRAINER = {
 
 
 def blobs(likelihood: str, generator: torch.Generator, n: int = 300) -> tuple[Tensor, Tensor]:
-    """Three well separated groups of points, (n, 6), in the range of the likelihood; their labels."""
+    """Three well separated groups of points, (n, 6), in the likelihood's range; their labels."""
     label = torch.arange(n) % 3
     centre = torch.tensor([[1.0, 1, 0, 0, 0, 0], [0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 1, 1]])
     noise = torch.randn(n, 6, generator=generator)

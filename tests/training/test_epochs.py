@@ -279,7 +279,8 @@ def test_a_run_of_one_epoch_prints_its_only_line(quiet, tmp_path, capsys):
         row = module.history[0]
         (line,) = lines
         assert line.startswith(
-            f"trial | step 4/4 | fine-tuning | train {row['train']:.4f} val {row['validation']:.4f} bits"
+            f"trial | step 4/4 | fine-tuning | train {row['train']:.4f} val "
+            f"{row['validation']:.4f} bits"
         )
         assert line.endswith("| eta 0.0m")
 

@@ -19,8 +19,8 @@ def main(folder: Path, config: Config) -> str:
 
     from cpmm.artifact import save_artifact
     from cpmm.pipeline.artifacts.store import load_prepared, save_model
-    from cpmm.pipeline.models.fit import fit
-    from cpmm.pipeline.models.flows import drawn_rows, make_teacher
+    from cpmm.pipeline.models.fit import drawn_rows, fit
+    from cpmm.pipeline.models.flows import make_teacher
     from cpmm.training import TeacherTraining
 
     if not needs_teacher(config):

@@ -4,6 +4,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
+from cpmm.pipeline.config.fingerprints import EVALUATED
 from cpmm.pipeline.config.schema import BASELINES
 from cpmm.pipeline.scores.published import TITLES, published
 from workflows import compare
@@ -18,10 +19,20 @@ def test_every_baseline_is_in_conf_schema_sweep_and_table():
     assert set(BASELINES) == rows
     grids = [part["grid"]["model"] for part in read("conf/sweep/table1.yaml")["parts"].values()]
     swept = sorted(model for models in grids for model in models)
-    assert swept == sorted({"cpmm", *rows})
+    assert swept == sorted({"cpmm", *rows} - {"direct", "refined", "groups"})
     members = [row for block in compare.BLOCKS.values() for row in block]
     assert sorted(row.model for row in members if not row.evaluated) == swept
-    assert set(read("params.yaml")["baselines"]) <= rows
+    assert set(read("params.yaml")["baselines"]) <= rows - set(EVALUATED)
+
+
+def test_the_rows_that_evaluate_reads_are_trained_and_depended_on():
+    stages = read("dvc.yaml")["stages"]
+    assert set(stages["train_baseline"]["matrix"]["row"]) == set(EVALUATED)
+    assert {dep for dep in stages["evaluate"]["deps"] if "/baselines/" in dep} == {
+        f"data/${{item.preset}}/baselines/{row}" for row in EVALUATED
+    }
+    for stage in ("train_baseline", "train_compared_baseline"):
+        assert "${item.row}" in stages[stage]["outs"][0]
 
 
 @pytest.mark.parametrize("data", TITLES)

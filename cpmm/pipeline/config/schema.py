@@ -151,12 +151,9 @@ def _solver(prefix: str, *left_out: str) -> dict[str, Rule]:
     return {f"{prefix}.{name}": rule for name, rule in rules.items() if name not in left_out}
 
 
-def _direct(prefix: str) -> dict[str, Rule]:
-    """Options of directly optimized mixtures."""
+def _refined(prefix: str) -> dict[str, Rule]:
+    """Options of the training of free components."""
     rules = {
-        "kmeans_points": or_null(COUNT),
-        "kmeans_restarts": COUNT,
-        "shrinkages": several("numbers of at least 0", WEIGHT),
         "epochs": COUNT,
         "n_draws": COUNT,
         "batch_size": COUNT,
@@ -166,6 +163,18 @@ def _direct(prefix: str) -> dict[str, Rule]:
         "noise": WEIGHT,
     }
     return {f"{prefix}.{name}": rule for name, rule in rules.items()}
+
+
+def _direct(prefix: str) -> dict[str, Rule]:
+    """Options of directly optimized mixtures."""
+    rules = {
+        "n_per_cluster": COUNT,
+        "em_iterations": COUNT_OR_NONE,
+        "kmeans_points": or_null(COUNT),
+        "kmeans_restarts": COUNT,
+        "shrinkages": several("numbers of at least 0", WEIGHT),
+    }
+    return _refined(prefix) | {f"{prefix}.{name}": rule for name, rule in rules.items()}
 
 
 def _flow(prefix: str) -> dict[str, Rule]:
@@ -211,8 +220,9 @@ def _baseline(row: str, kind: str) -> dict[str, Rule]:
     }
     apart = Rule("expected null: the rows spectral_... merge", lambda value: value is None)
     rules: dict[str, dict[str, Rule]] = {
-        "matched": {"em_iterations": COUNT_OR_NONE, "merge": apart},
-        "merged": {"em_iterations": COUNT_OR_NONE, **merge},
+        "direct": {"merge": apart},
+        "merged": merge,
+        "refined": {},
         "curriculum": {"shrinkage": WEIGHT, "gradient_clip": WEIGHT},
         "continuous": {
             "n_latent": whole(1, 1000),
@@ -235,7 +245,7 @@ def _baseline(row: str, kind: str) -> dict[str, Rule]:
         "flow": {},
         "autoencoder": codes,
         "vade": codes | {"n_epochs": COUNT},
-        "gaussian": {},
+        "gaussian": {"n_draws": COUNT},
         "sklearn": {
             "covariance": choice("full", "diag"),
             "n_points": or_null(whole(2)),
@@ -244,17 +254,20 @@ def _baseline(row: str, kind: str) -> dict[str, Rule]:
             "added_variances": several("numbers above 0", number(0, ends="(]")),
         },
         "kmeans": {"n_starts": COUNT},
+        "groups": {},
     }
     named = {f"{prefix}.{name}": rule for name, rule in rules[kind].items()}
-    shared = {"matched": _direct, "merged": _direct, "flow": _flow}.get(kind)
+    shared = {"direct": _direct, "merged": _direct, "refined": _refined, "flow": _flow}.get(kind)
     own = {} if shared is None else shared(prefix)
-    said = {"matched": "direct", "merged": "direct"}.get(kind, kind)
+    said = {"merged": "direct"}.get(kind, kind)
     return {f"{prefix}.kind": choice(said), **named, **own}
 
 
 # Rows of conf/baselines/ and which options they have.
 BASELINES = {
-    "matched": "matched",
+    "direct": "direct",
+    "refined": "refined",
+    "matched": "direct",
     "spectral_overlap": "merged",
     "spectral_frechet": "merged",
     "curriculum": "curriculum",
@@ -269,6 +282,7 @@ BASELINES = {
     "gmm_full": "sklearn",
     "gmm_diagonal": "sklearn",
     "kmeans": "kmeans",
+    "groups": "groups",
 }
 
 
@@ -397,10 +411,8 @@ OPTIONS: dict[str, Rule] = {
     # evaluation
     "evaluation.batch_size": COUNT,
     "evaluation.discretizations": several("whole numbers of at least 1", COUNT),
-    "evaluation.gaussian_draws": COUNT,
     **_solver("evaluation.teacher_solver", "n_steps", "interpolation", "gradient"),
     "evaluation.teacher_points": or_null(whole(2)),  # a standard error takes two
-    "evaluation.kmeans_restarts": COUNT,
     "evaluation.ood": Rule(
         "choose a file of conf/ood/, such as ood@evaluation.ood=mnist, or null",
         lambda value: value is None,
@@ -408,7 +420,6 @@ OPTIONS: dict[str, Rule] = {
     "evaluation.ood.name": word(),
     "evaluation.ood.source": choice("idx", "csv", "npy"),
     **_files("evaluation.ood.options"),
-    **_direct("evaluation.direct"),
     # baselines
     **{
         name: rule for row, kind in BASELINES.items() for name, rule in _baseline(row, kind).items()

@@ -28,6 +28,11 @@ TAKEN = {
     "aupr_data", "reason", "command", "fingerprint", "failures",
 }  # fmt: skip
 NO_DENSITY = ("autoencoder", "kmeans", "vade")  # kinds of conf/baselines/
+# Kinds that no trial trains, and why.
+NO_TRIAL = {
+    "refined": "it starts from the mixture that the pipeline extracts, and a trial has none",
+    "groups": "it is of training points, and a trial is scored on test points",
+}
 DISTRIBUTIONS = ("uniform", "loguniform", "integer", "choice")
 
 
@@ -151,12 +156,26 @@ def make_trial(
     config: Config,
     code: str,
 ) -> Trial:
-    """Make the trial of a row and a seed from the row's composed configuration."""
+    """Make the trial of a row and a seed from the row's composed configuration.
+
+    Raises:
+        ValueError: If it is of a model that no trial trains.
+    """
+    require_trial(config["model"])
     config = {**config, "cpmm": {**config["cpmm"], "seed": seed}}
     fingerprint = hash_of("trial", fingerprint_model(config), config["evaluation"]["ood"], code)
     last = {item.split("=")[0]: item for item in overrides}  # what is overruled says nothing
     kept = [item for item in overrides if last[item.split("=")[0]] is item]
     return Trial(preset, row, seed, (*kept, f"cpmm.seed={seed}"), config, fingerprint)
+
+
+def require_trial(model: str) -> None:
+    """Refuse a model that no trial trains."""
+    if why := NO_TRIAL.get(BASELINES.get(model, "")):
+        raise ValueError(
+            f"model is {model!r}, which no trial trains: {why}; its own stage does, "
+            f"`python workflows/train_baseline.py data/<preset>/config.yaml {model}`"
+        )
 
 
 def suggested_trial(trial: Trial, values: Mapping[str, Any], code: str) -> Trial:
@@ -237,6 +256,8 @@ def check_models(trials: Sequence[Trial], sweep: Config, n_workers: int) -> None
     models = {trial.config["model"] for trial in trials}
     if search["kind"] == "optuna" and "model" in search["space"]:
         models = set(map(str, search["space"]["model"]["choice"]))
+        for model in sorted(models):
+            require_trial(model)
     if n_workers > 1 and (others := sorted(models - {"cpmm"})):
         raise ValueError(
             f"ray.workers is {n_workers}, but workers train together cpmm alone, and sweep {sweep['name']} has "

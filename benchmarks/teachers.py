@@ -92,7 +92,8 @@ class Trained:
 
 def match_flow(config: Config, data: DataSplits) -> Trained:
     """Train a teacher by flow matching alone, as the stage ``train_teacher`` does."""
-    from cpmm.pipeline.models.flows import drawn_rows, make_teacher
+    from cpmm.pipeline.models.fit import drawn_rows
+    from cpmm.pipeline.models.flows import make_teacher
 
     options, seed = config["teacher"], config["seed"]
     rows = drawn_rows(data, options["n_draws"], options["batch_size"], seed)

@@ -17,8 +17,8 @@ def main(folder: Path, config: Config) -> str:
     """Write ``teacher`` for a preset."""
     from cpmm.artifact import save_artifact
     from cpmm.pipeline.artifacts.store import load_prepared
-    from cpmm.pipeline.models.fit import fit, save_trained
-    from cpmm.pipeline.models.flows import drawn_rows, make_teacher
+    from cpmm.pipeline.models.fit import drawn_rows, fit, save_trained
+    from cpmm.pipeline.models.flows import make_teacher
     from cpmm.training.teacher import TeacherTraining
 
     if not needs_teacher(config):

@@ -403,7 +403,7 @@ def test_a_fingerprint_changes_with_what_decides_the_result(option, value, confi
     ("option", "value"),
     [
         ("trainer.checkpoint_every_n_epochs", 5), ("trainer.threads", 2),
-        ("trainer.accelerator", "cpu"), ("evaluation.direct.epochs", 3), ("cpmm.seed", 9),
+        ("trainer.accelerator", "cpu"), ("baselines.direct.epochs", 3), ("cpmm.seed", 9),
     ],
 )  # fmt: skip
 def test_a_fingerprint_does_not_change_with_what_does_not(option, value, config):

@@ -86,7 +86,7 @@ def test_choices_are_those_of_the_code(option, known):
         ("seed", [0, 2**32 - 1], [-1, 2**32, 1.0]),
         ("evaluation.ood", [None], ["mnist", "", 0, False, [], ["mnist"]]),
         ("evaluation.teacher_points", [None, 2], [0, 1, -1, 2.0, "all"]),
-        ("evaluation.direct.kmeans_points", [None, 1], [0, True]),
+        ("baselines.direct.kmeans_points", [None, 1], [0, True]),
         ("name", ["digits", "my-own_2"], ["", "../up", "a b", None, 3]),
         ("spaces.kind", ["noise"], ["Noise", "", None, ["noise"], 3]),
     ],

@@ -209,6 +209,7 @@ ROWS: dict[str, Rule] = {
     "merge.affinity": choice("overlap", "frechet"),
     "merge.temperature": POSITIVE,
     "merge.neighbour": or_null(COUNT),
+    "n_per_cluster": COUNT,
     "em_iterations": COUNT_OR_NONE,
     "shrinkage": WEIGHT,
     "n_epochs": COUNT,
@@ -330,10 +331,8 @@ OPTIONS: dict[str, Rule] = {
     # evaluation
     "evaluation.batch_size": COUNT,
     "evaluation.discretizations": several("whole numbers of at least 1", COUNT),
-    "evaluation.gaussian_draws": COUNT,
     **under("evaluation.teacher_solver", TOLERANCES),
     "evaluation.teacher_points": or_null(whole(2)),  # a standard error takes two
-    "evaluation.kmeans_restarts": COUNT,
     "evaluation.ood": Rule(
         "choose a file of conf/ood/, such as ood@evaluation.ood=mnist, or null",
         lambda value: value is None,
@@ -341,7 +340,6 @@ OPTIONS: dict[str, Rule] = {
     "evaluation.ood.name": word(),
     "evaluation.ood.source": choice("idx", "csv", "npy"),
     **under("evaluation.ood.options", FILES),
-    **under("evaluation.direct", DIRECT),
     # trainer
     "trainer.accelerator": choice("auto", "cpu", "gpu"),
     "trainer.devices": Rule(

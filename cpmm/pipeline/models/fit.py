@@ -15,12 +15,13 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 
+from cpmm.data import DataSplits
 from cpmm.pipeline.artifacts.files import is_checkpoint
 from cpmm.pipeline.artifacts.store import save_model
 from cpmm.pipeline.config import pick
 from cpmm.pipeline.models.runtime import compute_device
 from cpmm.pipeline.progress import ProgressLine
-from cpmm.training.epochs import EpochData, Recorded
+from cpmm.training.epochs import EpochData, Recorded, Rows
 
 PRECISIONS = ("32-true", "tf32", "bf16-mixed", "64-true")
 # Of Lightning's trainer, for every run.
@@ -197,3 +198,15 @@ def _is_usable(checkpoint: Path, name: str) -> bool:
         print(f"{name} | {checkpoint} is no checkpoint ({reason}): starting afresh", flush=True)
         return False
     return True
+
+
+def drawn_rows(data: DataSplits, n_draws: int, batch_size: int, seed: int) -> EpochData:
+    """Augmented, freshly dequantized training points for each epoch: whatever needs no curriculum."""
+    validation = data.points("validation")[0].float()
+    return EpochData(
+        lambda epoch, generator: Rows(x=data.draw(n_draws, generator)),
+        lambda epoch: validation,
+        batch_size,
+        seed,
+        lambda epoch: n_draws * len(data.raw["train"]),
+    )

@@ -27,6 +27,11 @@ TAKEN = {
     "reason", "command", "fingerprint", "failures", *SCORES,
 }  # fmt: skip
 NO_DENSITY = ("autoencoder", "kmeans", "vade")  # kinds of conf/baselines/
+# Kinds that no trial trains, and why.
+NO_TRIAL = {
+    "refined": "it starts from the mixture that the pipeline extracts, and a trial has none",
+    "groups": "it is of training points, and a trial is scored on test points",
+}
 DISTRIBUTIONS = ("uniform", "loguniform", "integer", "choice")
 
 
@@ -137,7 +142,12 @@ def make_trial(
     config: Config,
     code: str,
 ) -> Trial:
-    """Make the trial of a row and a seed from the row's composed configuration."""
+    """Make the trial of a row and a seed from the row's composed configuration.
+
+    Raises:
+        ValueError: If it is of a model that no trial trains.
+    """
+    require_trial(config["model"], config["baselines"])
     config = {**config, "cpmm": {**config["cpmm"], "seed": seed}}
     fingerprint = hash_of("trial", fingerprint_model(config), config["evaluation"]["ood"], code)
     last = {item.split("=")[0]: item for item in overrides}  # what is overruled says nothing
@@ -149,6 +159,15 @@ def fingerprint_sweep(sweep: Config, trials: Sequence[Trial]) -> str:
     """Fingerprint of a sweep: of its search and of all its trials, code included."""
     fingerprints = [trial.fingerprint for trial in trials]
     return hash_of(sweep["search"], sweep["scheduler"], fingerprints)
+
+
+def require_trial(model: str, rows: Mapping[str, Any]) -> None:
+    """Refuse a model that no trial trains; ``rows`` are those of conf/baselines/."""
+    if why := NO_TRIAL.get(rows.get(model, {}).get("kind", "")):
+        raise ValueError(
+            f"model is {model!r}, which no trial trains: {why}; its own stage does, "
+            f"`python workflows/train_baseline.py data/<preset>/config.yaml {model}`"
+        )
 
 
 def suggested_trial(trial: Trial, values: Mapping[str, Any], code: str) -> Trial:
@@ -227,14 +246,16 @@ def check_models(trials: Sequence[Trial], sweep: Config, n_workers: int) -> None
     """
     search, asha = sweep["search"], sweep["scheduler"]["kind"] == "asha"
     models = {trial.config["model"] for trial in trials}
+    rows = trials[0].config["baselines"]
     if search["kind"] == "optuna" and "model" in search["space"]:
         models = set(map(str, search["space"]["model"]["choice"]))
+        for model in sorted(models):
+            require_trial(model, rows)
     if n_workers > 1 and (others := sorted(models - {"cpmm"})):
         raise ValueError(
             f"ray.workers is {n_workers}, but workers train together cpmm alone, and sweep {sweep['name']} has "
             f"model {', '.join(others)}: set ray.workers=1, or leave it out"
         )
-    rows = trials[0].config["baselines"]
     blind = sorted(m for m in models if m in rows and rows[m]["kind"] in NO_DENSITY)
     if blind and (asha or search["kind"] == "optuna"):
         by = "scheduler.kind is 'asha'" if asha else "search.kind is 'optuna'"

@@ -11,7 +11,14 @@ from typing import Any
 
 from cpmm.pipeline.config.fingerprints import digest_files
 from cpmm.pipeline.config.root import ROOT
-from cpmm.pipeline.config.schema import Rule, check_cpmm, check_options, options_with, show
+from cpmm.pipeline.config.schema import (
+    Rule,
+    canonical,
+    check_cpmm,
+    check_options,
+    options_with,
+    show,
+)
 
 
 def flatten(overrides: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -31,15 +38,15 @@ def flatten(overrides: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{name}={_quote(value)}"
         else:
             raise ValueError(
-                f"{prefix}{name} is {show(value)}: expected a number, text (in quotes, if it looks like "
-                "something else), true, false, null or a list of these"
+                f"{prefix}{name} is {show(value)}: expected a number, text (in quotes, "
+                "if it looks like something else), true, false, null or a list of these"
             )
 
 
 def compose_preset(
     preset: str, overrides: Sequence[str], primary: str = "config"
 ) -> dict[str, Any]:
-    """Compose ``conf/config.yaml`` with a preset and overrides, everything resolved.
+    """Compose ``conf/config.yaml`` with a preset and overrides, resolved and in canonical form.
 
     Args:
         preset: A file of ``conf/preset/``, without its ending.
@@ -55,7 +62,9 @@ def compose_preset(
         raise ValueError(f"unknown preset {preset!r}: choose one of {', '.join(known_presets())}")
     _require_ours(overrides)
     resolved = _resolve(primary, preset, overrides)
-    check_options(resolved, _compose_plain(ROOT, primary, preset), option_rules(ROOT))
+    options = option_rules(ROOT)
+    check_options(resolved, _compose_plain(ROOT, primary, preset), options)
+    resolved = canonical(resolved, options)
     check_cpmm(resolved["cpmm"])
     for source in (resolved["data"], resolved["evaluation"]["ood"]):
         if source is not None and (digests := digest_files(source["options"])):
@@ -77,9 +86,9 @@ def missing_ood_files(config: Mapping[str, Any]) -> str | None:
         names = (name, name.removesuffix(".gz"), f"{name}.gz")
         if not any((place / other).is_file() for place in places for other in names):
             return (
-                f"evaluation.ood is {ood['name']}, and {name} is missing (evaluation.ood.options.folder is "
-                f"{show(options['folder'])}): evaluate will refuse at the end; set the folder in params.yaml's "
-                "overrides, or evaluation.ood to null"
+                f"evaluation.ood is {ood['name']}, and {name} is missing "
+                f"(evaluation.ood.options.folder is {show(options['folder'])}): evaluate will refuse "
+                "at the end; set the folder in params.yaml's overrides, or evaluation.ood to null"
             )
     return None
 
@@ -203,8 +212,8 @@ def _require_ours(overrides: Sequence[str]) -> None:
         key = item.lstrip("+~").split("=")[0].strip()
         if key == "preset" or key.split(".")[0].split("/")[0] == "hydra":
             raise ValueError(
-                f"{show(item)} cannot be an override: presets are named in params.yaml or by preset=... on a "
-                "command line, and Hydra's own options change nothing"
+                f"{show(item)} cannot be an override: presets are named in params.yaml or by "
+                "preset=... on a command line, and Hydra's own options change nothing"
             )
 
 

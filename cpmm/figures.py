@@ -11,9 +11,9 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.collections import EllipseCollection
 from matplotlib.colors import to_hex, to_rgb
@@ -22,6 +22,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.textpath import TextPath
 from matplotlib.ticker import MaxNLocator, NullLocator
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 WIDTH = 5.0  # inches
 DPI = 200  # of the rasterized parts

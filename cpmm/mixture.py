@@ -84,7 +84,7 @@ class Mixture:
         return self._batched(lambda joint: joint.logsumexp(1), x)
 
     def component_responsibilities(self, x: Tensor) -> Tensor:
-        """Posterior of the components given the points, (N, K), rows sum to one."""
+        """Posterior of the components given the points, (N, K), rows sum to one; for users."""
         return self._batched(lambda joint: joint.softmax(1), x)
 
     def cluster_responsibilities(self, x: Tensor) -> Tensor:

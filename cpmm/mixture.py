@@ -129,7 +129,8 @@ class Mixture:
         Args:
             folder: Made if missing.
             header: Anything JSON can hold, kept beside the sizes.
-            tensors: Of the preprocessing, kept beside the components'; their names have a dot.
+            tensors: Tensors of the preprocessing, kept beside those of the components; their names
+                have a dot.
         """
         fa = self.components
         sizes = {

@@ -7,15 +7,16 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from cpmm import __version__
 from cpmm.files import replace_file
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 SCHEMA = 2
 SEAL = {"schema", "kind", "version", "files", "tensors", "seal"}
@@ -38,6 +39,8 @@ def save_artifact(
     Raises:
         ValueError: If the header states one of those, or a number that is not finite.
     """
+    from safetensors.torch import save_file  # here, so that the rest imports no torch
+
     _require_plain(kind, header)  # what is refused is refused before a file changes
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -113,6 +116,8 @@ def load_artifact(
         ValueError: If a file is damaged, or the artifact is of another kind, schema, version or
             configuration.
     """
+    from safetensors.torch import load_file
+
     folder = Path(folder)
     header = load_header(folder, kind, fingerprint)
     path = folder / f"{kind}.safetensors"

@@ -27,10 +27,10 @@ class DataSplits:
         label: Class of each point, -1 for none, (N,), by split; None without labels.
         preprocessing: Fitted on the training split.
         augmentation: Random changes of training data.
-        noise_seed: Of the one dequantization draw that validation and test are evaluated with.
+        noise_seed: Seed of the one dequantization draw that validation and test are scored with.
         image_shape: (channels, height, width), None for tables.
         feature_names: M of them.
-        class_names: By class index.
+        class_names: Names of the classes, by index.
     """
 
     raw: dict[str, Tensor]
@@ -65,7 +65,7 @@ class DataSplits:
         Args:
             n_draws: Times each training point is drawn.
             generator: Source of the draws.
-            index: Of the N training points that are drawn; None draws all.
+            index: Indices of the N training points that are drawn; None draws all.
 
         Returns:
             Draw by draw, (n_draws N, M), float32.
@@ -87,7 +87,7 @@ class DataSplits:
         Args:
             views: How the images change.
             generator: Source of the draws.
-            index: Of the N training points; None draws all.
+            index: Indices of the N training points; None draws all.
 
         Returns:
             (N, M), float32.
@@ -106,7 +106,7 @@ class DataSplits:
 def split_indices(
     n: int, n_train: int | None, n_validation: int, n_test: int, official_test: int, seed: int
 ) -> dict[str, Tensor]:
-    """Split points at random, by a seed of its own.
+    """Split points at random into training, validation and test.
 
     Args:
         n: Number of points.
@@ -114,8 +114,8 @@ def split_indices(
             leave.
         n_validation: Size of the validation split.
         n_test: Size of the test split; ignored if the source has its own.
-        official_test: The last so many points are the source's own test split.
-        seed: Of the permutation; the same for every run on the data set.
+        official_test: Number of points at the end that are the source's own test split.
+        seed: Seed of the permutation; the same for every run on the data set.
 
     Returns:
         Indices by split.

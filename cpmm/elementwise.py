@@ -57,12 +57,6 @@ class ElementwiseMap:
                 f"the slopes of an elementwise map have logs below 80: got {self.log_slope}"
             )
 
-    @classmethod
-    def identity(cls, low: float, high: float, n_bins: int = 1) -> ElementwiseMap:
-        """Return the map that changes nothing, with evenly spaced knots."""
-        knot = tuple(torch.linspace(low, high, n_bins + 1, dtype=torch.float64).tolist())
-        return cls(knot, knot, (0.0,) * (n_bins + 1))
-
     @property
     def n_bins(self) -> int:
         """B."""

@@ -36,19 +36,17 @@ class FactorAnalyzers:
         Raises:
             ValueError: If their shapes do not fit together.
         """
-        k, m = self.mean.shape if self.mean.ndim == 2 else (-1, -1)
-        expected = {"log_weight": (k,), "loading": (k, m, "R"), "log_diagonal": (k, m)}
-        got = {name: tuple(getattr(self, name).shape) for name in expected}
-        if (
-            k < 0
-            or got["log_weight"] != (k,)
-            or got["loading"][:2] != (k, m)
-            or len(got["loading"]) != 3
-            or got["log_diagonal"] != (k, m)
-        ):
+        got = {f.name: tuple(getattr(self, f.name).shape) for f in fields(self)}
+        k, m, r = got["loading"] if len(got["loading"]) == 3 else ("K", "M", "R")
+        expected = {
+            "log_weight": (k,),
+            "mean": (k, m),
+            "loading": (k, m, r),
+            "log_diagonal": (k, m),
+        }
+        if got != expected:
             raise ValueError(
-                f"factor analyzers: mean has shape {tuple(self.mean.shape)}, expected (K, M) and "
-                f"with it {expected}; got {got}"
+                f"factor analyzers must agree on K, M and R: expected {expected}, got {got}"
             )
 
     @property

@@ -111,9 +111,9 @@ class Blocks:
     """Another order of stacked images: square blocks of pixels become channels (as in RealNVP).
 
     Attributes:
-        height: Of an image.
-        width: Of an image.
-        side: Of a block.
+        height: Height of an image.
+        width: Width of an image.
+        side: Side of a block.
     """
 
     height: int
@@ -264,7 +264,7 @@ class VaryingField(nn.Module):
         """Velocity of states ``h``, (B, S), at time ``t`` in [0, 1], a scalar.
 
         Raises:
-            ValueError: If the states have times of their own.
+            ValueError: If ``t`` is not a scalar: a time for each state.
         """
         if t.ndim:
             raise ValueError(

@@ -11,9 +11,9 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.collections import EllipseCollection
 from matplotlib.colors import to_hex, to_rgb
@@ -22,6 +22,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.textpath import TextPath
 from matplotlib.ticker import MaxNLocator, NullLocator
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 WIDTH = 5.0  # inches
 DPI = 200  # of the rasterized parts
@@ -420,7 +423,7 @@ def plot_discretization(
     Args:
         n_pseudotimes: Values of G.
         density: Negative log-density of test data at each, lower is better.
-        unit: Of ``density``.
+        unit: Unit of ``density``.
 
     Raises:
         ValueError: If the two differ in length, or are empty.
@@ -698,7 +701,7 @@ def plot_sweep(
     """Draw the trials of a sweep as strokes, each row's mean and standard deviation as an interval.
 
     Args:
-        labels: Of the rows, from the top.
+        labels: Names of the rows, from the top.
         row: Index of each trial's row, (N,).
         panels: A score of each trial by its title, (N,), NaN for a trial without one.
         n_failed: Trials of each row that failed; said beside the row.
@@ -751,11 +754,11 @@ def plot_costs(
 
     Args:
         labels: Names of the models, K strings, written beside the points.
-        group: Kind of each model, K strings; colours and markers, told in a key.
+        group: Kind of each model, K strings; a key explains their colours and markers.
         density: Negative log-density of test data, lower is better, (K,).
         spread: Standard deviation of each, drawn as a bar, NaN for none, (K,).
         costs: Costs of each by the title of the panel, (K,), NaN for one that is not known.
-        unit: Of ``density``.
+        unit: Unit of ``density``.
 
     Raises:
         ValueError: If lengths disagree, or there is no panel.

@@ -85,7 +85,7 @@ class FittedMixture:
 
         Args:
             raw: Whole grey levels or real values, (N, M).
-            generator: Of the dequantization noise; batch by batch it gives what all at once do.
+            generator: Source of the dequantization noise; batches get the noise of all at once.
 
         Returns:
             z, (N, M), and the log-determinant of the map from data, nats, (N,).

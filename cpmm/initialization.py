@@ -253,10 +253,10 @@ def local_analyzer_groups(
 
 @dataclass(frozen=True)
 class GroupAxes:
-    """Of each of K groups of points, what a factor analyzer is fitted to.
+    """What a factor analyzer is fitted to, for each of K groups of points.
 
     Attributes:
-        count: Points, (K,).
+        count: Number of points, (K,).
         mean: (K, M).
         square: Sum of squared deviations from the mean, (K, M).
         axes: Principal axes, each as long as its singular value, (K, M, R); zero beyond the rank.

@@ -31,7 +31,7 @@ class MapOptions:
         log_diagonal_floor: Soft lower bound of its log d.
         n_steps: Steps of Adam, each on freshly dequantized points.
         batch_size: Points of a step.
-        learning_rate: Of the mixture.
+        learning_rate: Learning rate of the mixture.
         map_rate_factor: Learning rate of the map in units of the mixture's.
     """
 
@@ -65,7 +65,7 @@ def fit_elementwise_map(
 
     Args:
         raw: Grey levels of the training split, (N, M).
-        validation: Of the validation split; a tenth of ``n_points`` chooses the best state.
+        validation: The same of the validation split; a tenth of ``n_points`` chooses the state.
         levels: Number of grey levels.
         alpha: Margin of the logit.
         standardize: As for :meth:`Preprocessing.fit`.
@@ -139,8 +139,8 @@ def _fit(
     Args:
         joint: Map and mixture, trained in place.
         draw: Gives the logits of a batch and their log-determinants.
-        held_out: The same of validation points, in parts.
-        options: Of the steps.
+        held_out: The same for validation points, in batches.
+        options: Number and size of the steps.
         listener: As for :func:`fit_elementwise_map`.
     """
     n_steps = options.n_steps

@@ -84,7 +84,7 @@ class Mixture:
         return self._batched(lambda joint: joint.logsumexp(1), x)
 
     def component_responsibilities(self, x: Tensor) -> Tensor:
-        """Posterior of the components given the points, (N, K), rows sum to one."""
+        """Posterior of the components given the points, (N, K), rows sum to one; for users."""
         return self._batched(lambda joint: joint.softmax(1), x)
 
     def cluster_responsibilities(self, x: Tensor) -> Tensor:
@@ -129,7 +129,8 @@ class Mixture:
         Args:
             folder: Made if missing.
             header: Anything JSON can hold, kept beside the sizes.
-            tensors: Of the preprocessing, kept beside the components'; their names have a dot.
+            tensors: Tensors of the preprocessing, kept beside those of the components; their names
+                have a dot.
         """
         fa = self.components
         sizes = {

@@ -29,13 +29,13 @@ def training_subset(n: int, n_train: int | None, seed: int) -> Tensor | None:
     Args:
         n: Training points, N.
         n_train: How many; None takes all.
-        seed: Of the choice; fewer points are among those of more.
+        seed: Seed of the choice; with the same seed, fewer points are a subset of more.
 
     Returns:
         Their indices, ascending, (n_train,); None for all.
 
     Raises:
-        ValueError: If there are not so many.
+        ValueError: If ``n_train`` is not between 2 and N.
     """
     if n_train is None:
         return None

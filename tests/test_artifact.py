@@ -6,7 +6,6 @@ import torch
 from cpmm.artifact import (
     load_artifact,
     load_header,
-    replace_file,
     save_artifact,
     seal_folder,
     verify_files,
@@ -36,19 +35,6 @@ def test_saving_twice_gives_the_same_bytes(tmp_path):
 def test_no_temporary_file_is_left(tmp_path):
     save_artifact(tmp_path, "cpmm", TENSORS, {})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cpmm.json", "cpmm.safetensors"]
-
-
-def test_an_interrupted_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("old")
-
-    def fail(temporary):
-        temporary.write_text("half")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        replace_file(path, fail)
-    assert path.read_text() == "old"
 
 
 def test_tensors_of_another_save_raise(tmp_path):

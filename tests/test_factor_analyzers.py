@@ -187,7 +187,7 @@ def test_to_moves_every_tensor(generator):
 )
 def test_shapes_that_disagree_raise(generator, name, shape):
     tensors = vars(random_factor_analyzers(generator, 2, 4, 1))
-    with pytest.raises(ValueError, match="factor analyzers: mean has shape"):
+    with pytest.raises(ValueError, match="must agree on K, M and R: expected"):
         FactorAnalyzers(**{**tensors, name: torch.zeros(shape)})
 
 

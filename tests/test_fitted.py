@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import multivariate_normal
 
+from cpmm.elementwise import ElementwiseMap
 from cpmm.factor_analyzers import FactorAnalyzers
 from cpmm.fitted import FittedMixture
 from cpmm.mixture import Mixture
@@ -154,3 +157,38 @@ def test_points_out_of_all_range_are_named_and_not_scored(table):
     for method in (table.log_prob, table.cluster_responsibilities):
         with pytest.raises(ValueError, match=r"point 2 is too far .* 1e\+200"):
             method(raw, torch.Generator())
+
+
+WITHOUT = """
+import sys
+
+for name in sys.argv[2:]:
+    sys.modules[name] = None  # its import fails
+import torch
+
+from cpmm import artifact, data, elementwise, factor_analyzers, mixture, preprocessing, views
+from cpmm.fitted import FittedMixture
+
+fitted = FittedMixture.load(sys.argv[1])
+generator = torch.Generator().manual_seed(0)
+x, _ = fitted.sample(5, generator)
+assert fitted.density(fitted.log_prob(x, generator)).shape == (5,)
+assert fitted.cluster_responsibilities(x, generator).shape == (5, 2)
+assert fitted.mixture.predict(fitted.transform(x, generator)[0]).shape == (5,)
+"""
+NOT_NEEDED = [
+    "dvc", "hydra", "jinja2", "matplotlib", "omegaconf", "optuna", "pandas", "psutil",
+    "pytorch_lightning", "ray", "rich", "scipy", "sklearn", "torchdiffeq", "yaml", "zarr",
+]  # fmt: skip
+
+
+def test_a_fitted_mixture_needs_torch_numpy_and_safetensors_alone(tmp_path, generator):
+    knots = ElementwiseMap((-3.0, 3.0), (-2.0, 4.0), (0.1, 0.2))
+    pre = Preprocessing(8, 0.05, (0.1,) * 6, (1.5,) * 6, knots)
+    save(tmp_path, make_mixture(generator, 6), pre, (1, 2, 3))
+    subprocess.run([sys.executable, "-c", WITHOUT, tmp_path, *NOT_NEEDED], check=True)
+
+
+def test_importing_the_package_and_reading_a_header_take_no_torch():
+    script = "import sys, cpmm.artifact; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -155,7 +155,7 @@ class CodeClusters(nn.Module):
 
     Args:
         autoencoder: Gives the codes; it is held, not copied.
-        centre: Of each cluster, in codes, (C, d).
+        centre: Centre of each cluster, a code, (C, d).
     """
 
     centre: Tensor

@@ -13,7 +13,7 @@ class DirectMixture(nn.Module):
     """K disconnected factor analyzers, each parameter free.
 
     Args:
-        initial: Where they start.
+        initial: The factor analyzers to start from.
         log_diagonal_floor: Soft lower bound of log d.
         cluster_sizes: Components of each cluster; one cluster for each component if None.
     """

@@ -48,15 +48,15 @@ class EinsumNetwork(nn.Module):
         n_sums: K; the top region of a replica has one.
         n_leaves: I of the leaf regions.
         floor: Soft lower bound of the leaves' log-variance.
-        generator: Of the regions and the first weights, on the CPU.
+        generator: Source of the regions and the first weights, on the CPU.
         batch_size: Points that go through at a time without gradients; bounds memory.
 
     Attributes:
         index: Features of the leaf regions, replica by replica, M where there is none, (P, Q).
-        mean: Of the leaves, (B, M, I).
+        mean: Means of the leaves, (B, M, I).
         raw_log_variance: Behind the soft floor, (B, M, I).
-        logit: Of the sums' weights, (P, K, I * I) for each level from the leaves to the top.
-        root_logit: Of the replicas, (B, 1); at depth 0 of their components, (B, I).
+        logit: Logits of the sums' weights, (P, K, I * I) for each level from the leaves up.
+        root_logit: Logits of the replicas, (B, 1); at depth 0 of their components, (B, I).
 
     Raises:
         ValueError: If a size is out of range or the image has not M pixels.
@@ -122,7 +122,7 @@ class EinsumNetwork(nn.Module):
             image_shape: (channels, height, width), None for tables.
             n_replicas: B.
             floor: Soft lower bound of the leaves' log-variance.
-            generator: Of the regions and the first weights, on the CPU.
+            generator: Source of the regions and the first weights, on the CPU.
             depth: None takes :func:`usual_depth`.
 
         Raises:
@@ -187,7 +187,7 @@ class EinsumNetwork(nn.Module):
             x: Training points, (N, M), on the device of the network.
             generator: Source of every draw.
             n_points: Points that are looked at, drawn at random.
-            n_rounds: Of k-means.
+            n_rounds: Rounds of k-means.
 
         Raises:
             ValueError: If ``x`` is not (N, M), or has fewer points than a region has components.
@@ -314,7 +314,7 @@ def leaf_regions(
             features are shuffled first.
         depth: Number of cuts.
         replica: Which one; replicas 0 and 1 take turns between rows and columns, others draw.
-        generator: Of the shuffle and those draws.
+        generator: Source of the shuffle and those draws.
 
     Returns:
         Features of each leaf region, filled up with M, integers, (2^depth, Q); regions 2 p and 2 p
@@ -352,7 +352,7 @@ def group_columns(
     Args:
         points: (P, Q, N) with N >= I.
         n_groups: I.
-        generator: Of the first centres.
+        generator: Source of the first centres.
         n_rounds: Assignments.
 
     Returns:
@@ -376,7 +376,7 @@ def usual_depth(n_features: int) -> int:
 
 
 def match_sizes(n_parameters: int, n_features: int, n_replicas: int, depth: int) -> tuple[int, int]:
-    """Choose the sizes of the largest network with at most so many parameters.
+    """Choose the sizes of the largest network within a number of parameters.
 
     Args:
         n_parameters: The most that it may have.

@@ -23,11 +23,11 @@ class EMRun:
     """Where expectation maximization stands; with it as its start, :func:`fit_by_em` goes on.
 
     Attributes:
-        current: The next iterate, which nothing has been measured of yet.
+        current: The next iterate, not measured yet.
         best: The iterate with the highest validation log-likelihood, the first if several have it.
-        history: Of the start and of each iterate after it ``train`` and ``validation``, mean
-            log-likelihoods in nats a point, and ``starved``, the number of components that had too
-            few points to be fitted. The training value is that before the step that it led to.
+        history: An entry for the start and for each iterate after it: ``train`` and ``validation``,
+            mean log-likelihoods in nats a point, and ``starved``, the number of components that had
+            too few points to be fitted. The training value is measured before the step.
     """
 
     current: FactorAnalyzers

@@ -140,15 +140,15 @@ def gaussian_affinity(distance: Tensor, neighbour: int | None = None) -> Tensor:
 
     Args:
         distance: (K, K).
-        neighbour: Each sigma is the distance to so many-th nearest other component, which follows
-            their density (self-tuning, Zelnik-Manor & Perona, 2004, who take the 7th and leave out
-            the 2); None takes one sigma for all, the median distance.
+        neighbour: Number n: each sigma is the distance to the n-th nearest other component, which
+            follows their density (self-tuning, Zelnik-Manor & Perona, 2004, who take the 7th and
+            leave out the 2). None takes one sigma for all, the median distance.
 
     Returns:
         In [0, 1], (K, K), float64.
 
     Raises:
-        ValueError: If there are no so many other components.
+        ValueError: If ``neighbour`` is not between 1 and K - 1.
     """
     distance, k = distance.double(), len(distance)
     if k < 2 or not 1 <= (neighbour or 1) < k:
@@ -189,7 +189,7 @@ def frechet_distances(fa: FactorAnalyzers, tolerance: float = 1e-12) -> Tensor:
 
     Args:
         fa: K factor analyzers.
-        tolerance: Of the trace of the root, relative; what the number of nodes follows from.
+        tolerance: Relative error allowed in the trace of the root; sets the number of nodes.
 
     Returns:
         In the units of the features, symmetric with a diagonal of 0, (K, K), float64.

@@ -161,7 +161,7 @@ class VaDE(nn.Module):
         with q(z | x) = N(mean and variance of the encoder, written with a tilde; VaDE Eq. 11) and
         gamma = q(c | x) of Eq. 16 from the same L draws. Everything but the first term is exact
         given gamma. Any gamma gives a bound, so the expectation is one for every L; what it bounds
-        is said at the top of this module.
+        is said at the top of this module. No stage reports it: it is here for users.
 
         Args:
             x: Points, (N, M).

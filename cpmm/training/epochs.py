@@ -46,17 +46,17 @@ class Rows(Dataset):
 class EpochData(pl.LightningDataModule):
     """Batches of rows that are made anew for every epoch; the trainer must reload each epoch.
 
-    A GPU gets all rows of an epoch at once, and those of the next are made while it computes: it
-    would wait for the CPU more than half of the time.
+    A GPU gets all rows of an epoch at once. Those of the next epoch are made while it computes, or
+    it would wait for the CPU more than half of the time.
 
     Args:
         rows: Gives the training rows of an epoch from the epoch and a generator: points ``x``, (N,
             M), and what the module knows to use beside them.
         validation_rows: Gives the validation rows of an epoch, (N, M).
         batch_size: Rows of a batch.
-        seed: Of the order of rows and what ``rows`` draws.
-        n_rows: How many training rows an epoch has, without making them: the steps to come are told
-            by it.
+        seed: Seed of the order of rows and of what ``rows`` draws.
+        n_rows: Gives the number of training rows of an epoch without making them; the number of
+            steps to come follows from it.
     """
 
     def __init__(
@@ -134,15 +134,15 @@ class EpochData(pl.LightningDataModule):
 
 
 class Recorded(pl.LightningModule):
-    """What both loops share: the history by epoch, the best weights by validation, the schedule.
+    """What all training loops share: history, best weights by validation, learning rates.
 
     Args:
         model: What is trained.
-        learning_rate: Adam's.
+        learning_rate: Learning rate of Adam.
         n_epochs: Epochs of the run, for the schedule.
         n_constant_epochs: Epochs before the cosine decay to a hundredth begins.
         n_warmup_epochs: Epochs of linear warm-up.
-        seed: Of every draw.
+        seed: Seed of every random draw.
     """
 
     model: Any  # a module; what else it must be, each training says
@@ -260,7 +260,7 @@ class Recorded(pl.LightningModule):
 
     @contextmanager
     def located(self) -> Iterator[None]:
-        """Let an error of broken numbers say where in the run it happened."""
+        """Add to a FloatingPointError where in the run it happened."""
         try:
             yield
         except FloatingPointError as error:

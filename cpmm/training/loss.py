@@ -24,11 +24,11 @@ class LossTraining(Recorded):
 
     Args:
         model: States its loss, see :class:`HasLoss`.
-        n_epochs: Of the run; the rate decays over its second half.
+        n_epochs: Epochs of the run; the learning rate decays over the second half.
         noise: Deviation of the Gaussian noise added to training points.
-        learning_rate: Adam's.
+        learning_rate: Learning rate of Adam.
         n_warmup_epochs: Epochs of linear warm-up.
-        seed: Of every draw.
+        seed: Seed of every random draw.
         density: Whether the loss is a density's, in nats per dimension of the points' space.
     """
 

@@ -37,7 +37,7 @@ def path_cost(mixture: Mixture, times: Tensor | None = None) -> Tensor:
 
 
 def posterior_disagreement(own: Tensor, seen: Tensor, temperature: float) -> Tensor:
-    r"""How far the clusters' posterior of points is from that of their views.
+    r"""How far the clusters' posterior of points is from the posterior of their views.
 
     .. math:: \frac{1}{2 N} \sum_n KL(p_n \| q_n) + KL(q_n \| p_n), \quad
         p_n \propto \exp(\log \eta_c p(x_n | c) / T)
@@ -47,7 +47,7 @@ def posterior_disagreement(own: Tensor, seen: Tensor, temperature: float) -> Ten
 
     Args:
         own: Log of weight times density of the points, nats, (N, C).
-        seen: The same of their views.
+        seen: The same for their views.
         temperature: T, in nats.
 
     Returns:
@@ -70,9 +70,9 @@ class MixtureOptions:
 
     Attributes:
         noise: Deviation of the Gaussian noise added to training points (0.01 in the paper).
-        learning_rate: Adam's.
+        learning_rate: Learning rate of Adam.
         n_warmup_epochs: Epochs of linear warm-up.
-        seed: Of every draw.
+        seed: Seed of every random draw.
         n_pseudotimes: G of a training step.
         pseudotimes: How they are chosen, see :func:`draw_pseudotimes`.
         n_extracted: G at validation: that of the extracted mixture.
@@ -84,7 +84,7 @@ class MixtureOptions:
         path_weight: Weight of the kinetic cost of the means, see :func:`path_cost`; keeps a
             trajectory from wandering over several groups of the data.
         consistency_weight: Weight of :func:`posterior_disagreement` between points and their views.
-        temperature: Of the posteriors in both, nats.
+        temperature: Temperature of the posteriors in both, nats.
         initial_rate_factor: The initial states' learning rate in units of the field's.
     """
 
@@ -110,7 +110,7 @@ class MixtureTraining(Recorded):
     Args:
         model: The trajectories, or a direct mixture, see :class:`HasMixture`.
         curriculum: Which space each epoch trains on.
-        options: Of the loss and the steps.
+        options: Weights of the loss, and how to step.
     """
 
     model: HasMixture

@@ -18,9 +18,9 @@ class TeacherTraining(LossTraining):
         likelihood_epochs: Epochs of maximum likelihood after them.
         kinetic_weight: Weight of the kinetic cost beside the likelihood (RNODE).
         jacobian_weight: Weight of the Jacobian cost beside the likelihood.
-        learning_rate: Adam's.
+        learning_rate: Learning rate of Adam.
         n_warmup_epochs: Epochs of linear warm-up.
-        seed: Of every draw.
+        seed: Seed of every random draw.
     """
 
     model: Flow

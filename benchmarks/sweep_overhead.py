@@ -16,6 +16,7 @@ from pathlib import Path
 
 from cpmm.pipeline.config.compose import compose_preset
 from cpmm.pipeline.config.root import ROOT
+from cpmm.pipeline.errors import command
 from cpmm.pipeline.sweeps import cluster
 from cpmm.pipeline.sweeps.plan import plan_trials
 
@@ -27,6 +28,12 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=20)
     arguments = parser.parse_args()
+    with command("sweep_overhead", resumes=False):
+        print(json.dumps(measure(arguments)))
+
+
+def measure(arguments: argparse.Namespace) -> dict:
+    """Run the trials, and compare wall time with training time."""
     config = compose_preset("digits", [], "sweep")
     cluster.prepare_environment(config["ray"])
     from cpmm.pipeline.sweeps.archive import Archive
@@ -65,7 +72,7 @@ def main() -> None:
     early = sum(up - start for start in starts[: arguments.workers - 1])
     pure = sum(record["seconds"] for record in records)
     ideal = (pure - early) / arguments.workers
-    result = {
+    return {
         "trials": len(trials),
         "workers": arguments.workers,
         "start_up_seconds": round(up - began, 1),
@@ -73,7 +80,6 @@ def main() -> None:
         "pure_training_seconds": round(pure, 1),
         "ratio": round((ended - up) / ideal, 3),
     }
-    print(json.dumps(result))
 
 
 if __name__ == "__main__":

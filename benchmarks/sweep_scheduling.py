@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 
 from cpmm.pipeline.config.compose import compose_preset
+from cpmm.pipeline.errors import command
 from cpmm.pipeline.sweeps import cluster
 from cpmm.pipeline.sweeps.plan import make_trial
 
@@ -41,6 +42,15 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=8)
     parser.add_argument("--cpus", type=int, default=1, help="of each simulated node")
     arguments = parser.parse_args()
+    with command("sweep_scheduling", resumes=False):
+        result = measure(arguments)
+        print(json.dumps(result))
+        if missing := arguments.trials - result["recorded"]:
+            raise ChildProcessError(f"{missing} trials left no record")
+
+
+def measure(arguments: argparse.Namespace) -> dict:
+    """Run the trials; count and time them."""
     overrides = ["ray.dashboard=false", "ray.resources_seconds=60"]
     config = compose_preset("digits", overrides, "sweep")
     cluster.prepare_environment(config["ray"])
@@ -77,7 +87,7 @@ def main() -> None:
             n_done = sum(archive.record(trial.fingerprint) is not None for trial in trials)
     finally:
         simulated.shutdown()
-    result = {
+    return {
         "trials": arguments.trials,
         "nodes": arguments.nodes,
         "cores": os.cpu_count(),
@@ -87,9 +97,6 @@ def main() -> None:
         "driver_mib_after": driver.memory_info().rss >> 20,
         "recorded": n_done,
     }
-    print(json.dumps(result))
-    if n_done != arguments.trials:
-        raise SystemExit(f"{arguments.trials - n_done} trials left no record")
 
 
 if __name__ == "__main__":

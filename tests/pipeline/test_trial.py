@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, check_last_step, make_inputs, train_trial
+from conftest import ROOT, TINY, check_last_step, make_inputs, train_trial
 
 from cpmm.artifact import load_header
 from cpmm.mixture import Mixture
@@ -306,7 +306,7 @@ def root(home, tmp_path, monkeypatch):
     """A project whose data are those of the tiny pipeline."""
     shutil.copytree(home, tmp_path / "data" / "digits")
     monkeypatch.setattr("cpmm.pipeline.config.root.ROOT", tmp_path)
-    (tmp_path / "conf").symlink_to(trial.HERE.parent / "conf")
+    (tmp_path / "conf").symlink_to(ROOT / "conf")
     return tmp_path
 
 

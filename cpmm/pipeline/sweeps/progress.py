@@ -10,6 +10,7 @@ from typing import Any
 
 from ray import tune
 
+from cpmm.pipeline.progress import duration
 from cpmm.pipeline.sweeps.plan import shorten, show
 
 EVERY = 15.0  # seconds between lines where there is no terminal
@@ -138,7 +139,7 @@ class Progress(tune.Callback):
         """Time that the rest of the sweep will take at the rate so far."""
         share = self.n_done - self.already + sum(map(_share, self.running.values()))
         left = self.n_trials - self.already - share
-        return _minutes((now - self.started) * left / share) if share > 0.2 else "?"
+        return duration((now - self.started) * left / share) if share > 0.2 else "?"
 
     def _table(self) -> Any:
         from rich.table import Table
@@ -178,7 +179,7 @@ def _eta(row: Mapping[str, Any], now: float) -> str:
         return "?"
     since, before = row["first"]
     done, left = row["step"] - before, max(0, row["n_steps"] - row["step"])
-    return _minutes((now - since) * left / done) if done > 0 else "?"
+    return duration((now - since) * left / done) if done > 0 else "?"
 
 
 def _share(row: Mapping[str, Any]) -> float:
@@ -186,10 +187,6 @@ def _share(row: Mapping[str, Any]) -> float:
     if row.get("progress") == 1 or "n_steps" not in row:  # 1: it has ended
         return row.get("progress", 0.0)
     return min(1.0, row["step"] / row["n_steps"])
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds / 60:.1f}m"
 
 
 def _number(value: float | None) -> str:

@@ -43,14 +43,14 @@ def write_sweep(folder, **changes):
 def command(folder, script, *arguments, timeout=300):
     return subprocess.run(
         [sys.executable, str(folder / "workflows" / f"{script}.py"), *arguments],
-        cwd=folder, env=project_environment(folder), capture_output=True, text=True, timeout=timeout,
-        check=False,
+        cwd=folder, env=project_environment(folder), capture_output=True, text=True,
+        timeout=timeout, check=False,
     )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory):
-    """Run a sweep with rows that finish, diverge and raise; return the project and what was printed."""
+    """Run a sweep with rows that finish, diverge and raise; return the project and the output."""
     folder = copy_project(tmp_path_factory.mktemp("sweep") / "project", TINY)
     write_sweep(folder)
     done = command(folder, "sweep", "sweep=small", "ray.dashboard=false")

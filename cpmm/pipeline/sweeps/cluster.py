@@ -41,8 +41,8 @@ def check_options(options: dict[str, Any]) -> None:
     """
     if str(options["address"]).startswith("ray://"):
         raise ValueError(
-            f"ray.address is {options['address']!r}, a Ray client's: run the sweep on a node of the "
-            "cluster, with ray.address=auto"
+            f"ray.address is {options['address']!r}, a Ray client's: run the sweep on a node of "
+            "the cluster, with ray.address=auto"
         )
 
 
@@ -50,7 +50,7 @@ def prepare_environment(options: dict[str, Any]) -> None:
     """Set what Ray reads from the environment when it is imported: call this before.
 
     A Ray of our own listens on the loopback interface alone. A running cluster is asked whether it
-    wants a token: attached to in the wrong mode, it refuses, or lets in and then loses every worker.
+    wants a token: in the wrong mode, it refuses, or lets us in and then loses every worker.
 
     Raises:
         ConnectionError: If no cluster answers in time.
@@ -191,8 +191,8 @@ def _find_mode(address: str, seconds: float) -> str:
         answer = f"no answer within {seconds} s, ray.connect_seconds"
     raise ConnectionError(
         f"cannot attach to a Ray cluster at {address} ({answer}): start one with "
-        "`ray start --head`, correct ray.address or RAY_ADDRESS, or leave both out for a Ray of the "
-        "sweep's own; a cluster with tokens needs its token here, in ~/.ray/auth_token or "
+        "`ray start --head`, correct ray.address or RAY_ADDRESS, or leave both out for a Ray of "
+        "the sweep's own; a cluster with tokens needs its token here, in ~/.ray/auth_token or "
         "RAY_AUTH_TOKEN"
     )
 

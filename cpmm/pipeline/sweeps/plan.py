@@ -253,8 +253,8 @@ def check_models(trials: Sequence[Trial], sweep: Config, n_workers: int) -> None
         by = "scheduler.kind is 'asha'" if asha else "search.kind is 'optuna'"
         raise ValueError(
             f"sweep.{by}, which compares trials by validation density, but model "
-            f"{', '.join(blind)} has none: leave it out, or set sweep.search.kind to grid or random "
-            "and sweep.scheduler.kind=fifo"
+            f"{', '.join(blind)} has none: leave it out, or set sweep.search.kind to grid or "
+            "random and sweep.scheduler.kind=fifo"
         )
 
 

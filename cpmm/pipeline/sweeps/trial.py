@@ -80,9 +80,8 @@ def run_trial(
             module = progress["module"]
             step = None if module is None else module.global_step
             return {"status": "diverged", "step": step, "reason": str(error)}
-    return {
-        "status": "finished", **record, **fitted.ended, "seconds": seconds, "memory_gb": memory.get("gb")
-    }  # fmt: skip
+    costs = {"seconds": seconds, "memory_gb": memory.get("gb")}
+    return {"status": "finished", **record, **fitted.ended, **costs}
 
 
 def _train_cpmm(
@@ -103,15 +102,8 @@ def _train_cpmm(
 
     module, rows = make_mixture_training(config["cpmm"], config["mixture"], data, spaces)
     progress["module"] = module
-    fit(
-        "trial",
-        module,
-        rows,
-        config["trainer"],
-        scratch,
-        config["cpmm"]["gradient_clip"],
-        **options,
-    )
+    clip = config["cpmm"]["gradient_clip"]
+    fit("trial", module, rows, config["trainer"], scratch, clip, **options)
     if module.global_rank:
         return None
     model = module.model.cpu()
@@ -211,7 +203,7 @@ def peak_memory() -> Iterator[dict[str, float]]:
 
 
 def _resident(field: str) -> float:
-    """A field of this process's status in GiB."""
+    """Read a field of this process's status, in GiB."""
     status = Path("/proc/self/status").read_text()
     return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) / 2**20
 
@@ -227,7 +219,7 @@ def summarize(record: Mapping[str, Any], unit: str) -> str:
     if "accuracy" in test:
         parts.append(f"clustering accuracy {100 * test['accuracy']:.1f} %")
     if "ood_missing" in record:
-        parts.append(f"not told from another data set: {record['ood_missing']}")
+        parts.append(f"not scored on another data set: {record['ood_missing']}")
     return ", ".join(parts) or "nothing to score it by"
 
 

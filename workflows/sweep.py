@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cpmm.pipeline.config import Config
-from cpmm.pipeline.config.fingerprints import hash_of
 from cpmm.pipeline.config.root import ROOT
 from cpmm.pipeline.errors import EXPECTED_ERRORS, describe
 from cpmm.pipeline.stage import end_with_dvc, publish
@@ -175,11 +174,10 @@ def _beginning(
 ) -> str:
     """Say whether the sweep goes on or starts afresh, and note what it consists of."""
     from cpmm.pipeline.sweeps.archive import CHECKPOINT
+    from cpmm.pipeline.sweeps.plan import fingerprint_sweep
 
     name = f"sweeps/{sweep['name']}-{trials[0].config['name']}.json"
-    fingerprint = hash_of(
-        sweep["search"], sweep["scheduler"], [trial.fingerprint for trial in trials]
-    )
+    fingerprint = fingerprint_sweep(sweep, trials)
     noted = archive.read_json(name) or {}
     before = noted.get("fingerprint")
     archive.write_json(
@@ -207,15 +205,11 @@ def _beginning(
 
 
 def _publish(trials: list[Trial], sweep: Config, preset: str, archive: Archive, home: Path) -> None:
-    """Write the tables, the figure and the best trial's mixture, and print them."""
-    import json
+    """Write the tables, the figure and the best trial's mixture, seal and print them."""
     import shutil
 
-    from matplotlib import rc_context
-    from rich.console import Console
-
-    from cpmm.pipeline.artifacts.store import load_prepared, write_json
-    from cpmm.pipeline.sweeps import table
+    from cpmm.pipeline.artifacts.store import load_prepared, seal_sweep, write_json
+    from cpmm.pipeline.sweeps import plan, table
     from cpmm.pipeline.sweeps.driver import recorded_trials
     from cpmm.pipeline.sweeps.inputs import locate_inputs
 
@@ -236,30 +230,18 @@ def _publish(trials: list[Trial], sweep: Config, preset: str, archive: Archive, 
     shown = Path("data") / preset / "sweep" / sweep["name"]
     kept = [name for name in KEPT if (partial / name).is_dir()]
     line = table.best_line(best, unit, shown, kept)
-    table.trials_table(results).to_csv(partial / "trials.csv", index=False)
     text = table.markdown(sweep["name"], preset, unit, rows, claims, line)
-    (partial / "table.md").write_text(text)
-    write_json(
-        partial / "table.json",
-        {"unit": unit, "rows": json.loads(rows.to_json(orient="records")), "claims": claims},
-    )
-    with rc_context({"svg.hashsalt": "cpmm"}):
-        table.draw(results, rows, unit).savefig(partial / "rows.svg", metadata={"Date": None})
-    beside = [f"{out.name}.csv", f"{out.name}.json"]
-    rows.drop(columns=["failures"]).to_csv(scratch / beside[0], index=False)
-    write_json(scratch / beside[1], table.metrics(sweep["name"], rows, best, unit))
+    table.write_tables(partial, results, rows, claims, unit, text)
+    beside = [scratch / f"{out.name}.csv", scratch / f"{out.name}.json"]
+    rows.drop(columns=["failures"]).to_csv(beside[0], index=False)
+    write_json(beside[1], table.metrics(sweep["name"], rows, best, unit))
+    seal_sweep(partial, plan.fingerprint_sweep(sweep, trials), beside)
     # All is written: what is left needs no space.
     out.parent.mkdir(exist_ok=True)
-    for name in beside:
-        os.replace(scratch / name, out.with_name(name))
+    for path in beside:
+        os.replace(path, out.with_name(path.name))
     publish(scratch, out.name, out)
-
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-    console.print(table.terminal_table(f"sweep {sweep['name']} of {preset}, {unit}", rows))
-    for claim in claims:
-        print(
-            f"claim: {claim['claim']}: {claim['holds']} ({claim['metric']} {claim['ours']['worse']} -> {claim['ours']['better']})"
-        )
+    table.print_tables(f"sweep {sweep['name']} of {preset}, {unit}", rows, claims)
     failed = int(rows["n_failed"].sum())
     print(f"sweep: {len(results)} trials, {failed} failed -> {shown}\n{line}")
 

@@ -127,6 +127,10 @@ def without_times(file):
         return table.drop(
             columns=[c for c in table if c.startswith(("seconds", "memory"))]
         ).to_csv()
+    if file.name == "sweep.json":  # the seal, of those tables too
+        return {
+            k: v for k, v in json.loads(file.read_text()).items() if k in ("kind", "fingerprint")
+        }
     if file.name == "table.json":
         content = json.loads(file.read_text())
         for row in content["rows"]:
@@ -243,7 +247,7 @@ def test_what_is_killed_again_and_again_comes_out_the_same(make_project):
     killed = make_project("killed")
     chance = random.Random(SEED)
     kills, slowest, missed = Counter(), Counter(), 0
-    for stage in ADDRESS:
+    for stage, address in ADDRESS.items():
         victims = [*VICTIMS, *chance.choices(VICTIMS, k=KILLS_BY_STAGE - len(VICTIMS))]
         chance.shuffle(victims)
         again = False
@@ -263,7 +267,7 @@ def test_what_is_killed_again_and_again_comes_out_the_same(make_project):
                     f"{seconds[stage]:.2f} s; nothing left after {took:.1f} s",
                     flush=True,
                 )
-        assert "Running stage" in killed.repro(*forced(again), ADDRESS[stage])
+        assert "Running stage" in killed.repro(*forced(again), address)
     assert kills.total() >= 50
     print({stage: [kills[stage, victim] for victim in VICTIMS] for stage in ADDRESS}, VICTIMS)
     print(f"{missed} ended before their kill; slowest end:", dict(slowest), flush=True)

@@ -10,6 +10,9 @@ import pytest
 import yaml
 from conftest import TINY, copy_project, project_environment
 
+from cpmm.artifact import load_header
+from cpmm.pipeline.artifacts.store import verify_sweep
+
 SWEEP = {
     "defaults": ["default"],
     "name": "small",
@@ -75,6 +78,16 @@ def test_every_row_is_in_the_table_and_failures_are_shown_as_failures(swept):
     text = (home / "small" / "table.md").read_text()
     assert "ValueError: cpmm.n_factors (R) is 65" in text
     assert "10 trials, 4 failed" in printed
+
+
+def test_all_that_is_written_is_sealed(swept):
+    folder, _ = swept
+    home, _, _ = results(folder)
+    verify_sweep(home / "small")
+    header = load_header(home / "small", "sweep")
+    assert set(header["beside"]) == {"small.csv", "small.json"}
+    assert {"trials.csv", "table.md", "table.json", "rows.svg"} <= set(header["files"])
+    assert "mixture/mixture.safetensors" in header["files"]
 
 
 def test_the_best_trial_is_chosen_by_validation_and_its_command_repeats_it(swept, tmp_path):

@@ -155,12 +155,6 @@ def make_trial(
     return Trial(preset, row, seed, (*kept, f"cpmm.seed={seed}"), config, fingerprint)
 
 
-def fingerprint_sweep(sweep: Config, trials: Sequence[Trial]) -> str:
-    """Fingerprint of a sweep: of its search and of all its trials, code included."""
-    fingerprints = [trial.fingerprint for trial in trials]
-    return hash_of(sweep["search"], sweep["scheduler"], fingerprints)
-
-
 def require_trial(model: str, rows: Mapping[str, Any]) -> None:
     """Refuse a model that no trial trains; ``rows`` are those of conf/baselines/."""
     if why := NO_TRIAL.get(rows.get(model, {}).get("kind", "")):

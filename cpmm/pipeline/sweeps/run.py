@@ -10,7 +10,6 @@ import yaml
 from cpmm.pipeline.config.compose import compose_preset, known_sweeps, read_overrides, split_preset
 from cpmm.pipeline.config.root import ROOT
 from cpmm.pipeline.sweeps import cluster, plan
-from cpmm.pipeline.sweeps.archive import CHECKPOINT, Archive
 from cpmm.pipeline.sweeps.inputs import Located, locate_inputs, size_of
 from cpmm.pipeline.sweeps.sweep import Sweep
 from cpmm.pipeline.sweeps.trial import trial_code
@@ -47,6 +46,7 @@ def run_sweep(overrides: list[str], only_config: bool = False, only_plan: bool =
         return
 
     from cpmm.pipeline.artifacts.store import load_prepared
+    from cpmm.pipeline.sweeps.archive import Archive
     from cpmm.pipeline.sweeps.publish import publish_sweep
 
     home = ROOT / "data" / preset
@@ -118,6 +118,8 @@ def _beginning(sweep: Sweep, n_done: int) -> str:
         sweep: What is to run.
         n_done: Number of its trials that have ended.
     """
+    from cpmm.pipeline.sweeps.archive import CHECKPOINT
+
     archive, trials = sweep.archive, sweep.trials
     name = f"sweeps/{sweep.name}-{trials[0].config['name']}.json"
     fingerprints = [trial.fingerprint for trial in trials]

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cpmm.pipeline.config import Config
 from cpmm.pipeline.config.fingerprints import hash_of
-from cpmm.pipeline.sweeps.archive import Archive
 from cpmm.pipeline.sweeps.plan import Trial, suggested_trial
 from cpmm.pipeline.sweeps.trial import trial_code
+
+if TYPE_CHECKING:
+    from cpmm.pipeline.sweeps.archive import Archive
 
 
 @dataclass(frozen=True)

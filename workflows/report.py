@@ -12,7 +12,6 @@ import csv
 import json
 import math
 import platform
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -24,9 +23,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from cpmm.pipeline.artifacts.files import write_text
 from cpmm.pipeline.artifacts.store import verify_evaluation
 from cpmm.pipeline.scores.published import data_of, printed_ood
-from cpmm.pipeline.scores.tables import DENSITY_SPACES
+from cpmm.pipeline.scores.tables import OOD, SCORES, SPACES, is_number, write_score
 from cpmm.pipeline.stage import run_stage
 
+NONE = "–"
 MIME = {".svg": "image/svg+xml", ".png": "image/png"}
 
 
@@ -99,37 +99,15 @@ PICTURES = (
 )
 
 
-def _count(value: float) -> str:
-    return f"{value:,.0f}"
-
-
-def _density(value: float) -> str:
-    return f"{value:.3f}"
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
-
-
-# Columns of the table: key, heading, format, and which end is best: -1 low, 1 high, 0 neither.
-COLUMNS: tuple[tuple[str, str, Callable[[float], str], int], ...] = (
-    ("density", "Density", _density, -1),
-    ("density_of_first", "Density on the flows' points", _density, -1),
-    ("accuracy", "Accuracy", _percent, 1),
-    ("nmi", "NMI", _density, 1),
-    ("ari", "ARI", _density, 1),
-    ("purity", "Purity", _percent, 1),
-    ("n_components", "Components", _count, 0),
-    ("n_parameters", "Parameters", _count, 0),
+# Columns of the table of models, as far as a model has them.
+COLUMNS = tuple(
+    name for name, score in SCORES.items() if score.of in ("density", "clusters", "size")
 )
-# Of the table of another data set: key, heading.
-DETECTION = (("auroc", "AUROC"), ("aupr", "AUPR in"), ("aupr_out", "AUPR out"))
-CLUSTERING = ("accuracy", "nmi", "ari", "purity")
+PRINTED = ("auroc", "aupr")  # in the paper's Table 3
 
 
 def main(folder: Path, config: dict) -> str:
     """Write the report of a preset."""
-    verify_evaluation(folder, config)
     return f"wrote {write_report(folder, config)}"
 
 
@@ -144,19 +122,14 @@ def write_report(folder: Path, config: dict) -> Path:
         The path of the report.
 
     Raises:
-        FileNotFoundError: If ``metrics.json`` or ``rules.json`` is missing.
-        ValueError: If a file is damaged, or has no model called cpmm.
+        FileNotFoundError: If a file is missing.
+        ValueError: If one is not what evaluate wrote for this configuration.
     """
+    verify_evaluation(folder, config)
     evaluation = folder / "evaluation"
-    metrics = _read_json(folder / "metrics.json")
-    rules = _read_json(evaluation / "rules.json")
-    models = metrics.get("models")
-    if not isinstance(models, dict) or "cpmm" not in models:
-        raise ValueError(
-            f'{folder / "metrics.json"} has no models.cpmm: expected {{"models": {{"cpmm": '
-            '{"name": ..., "density": ...}, ...}}}, run evaluate again'
-        )
-    names = {key: heading for key, heading, _, _ in COLUMNS}
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    rules = json.loads((evaluation / "rules.json").read_text(encoding="utf-8"))
+    models = metrics["models"]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -164,12 +137,12 @@ def write_report(folder: Path, config: dict) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    unit = metrics.get("unit", "nats per dimension")
+    unit = metrics["unit"]
     figures, absent = inline_figures(evaluation / "figures")
     html = environment.get_template("report.html.jinja").render(
-        preset=metrics.get("preset", folder.name),
-        seed=metrics.get("seed", "–"),
-        n_test=metrics.get("n_test"),
+        preset=metrics["preset"],
+        seed=metrics["seed"],
+        n_test=metrics["n_test"],
         unit=unit,
         cards=[
             describe_density(models, unit),
@@ -177,14 +150,19 @@ def write_report(folder: Path, config: dict) -> Path:
             describe_size(models),
         ],
         table=tabulate(models),
-        rules={names.get(key, key.replace("_", " ")): str(rule) for key, rule in rules.items()},
+        rules={
+            SCORES[key].title if key in SCORES else key.replace("_", " "): str(rule)
+            for key, rule in rules.items()
+        },
         ood=tabulate_ood(metrics),
         figures=figures,
         absent=absent,
         confusion=read_confusion(evaluation / "confusion.csv"),
         discretization=[
-            (g, _show(metrics["discretization"], g, _density))
-            for g in sorted(metrics.get("discretization") or {}, key=float)
+            (g, write_score("density", density, nothing=NONE))
+            for g, density in sorted(
+                metrics["discretization"].items(), key=lambda item: float(item[0])
+            )
         ],
         config=yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=100),
         versions={"Python": platform.python_version(), "PyTorch": metadata.version("torch")},
@@ -202,11 +180,9 @@ def describe_density(models: dict, unit: str) -> dict[str, Any]:
         others["matched"] = "direct mixture of one component a cluster"
     return {
         "title": "Density",
-        "value": _show(own, "density", _density),
+        "value": _show(own, "density"),
         "unit": f"{unit}, lower is better",
-        "others": [
-            (name, _show(models.get(key, {}), "density", _density)) for key, name in others.items()
-        ],
+        "others": [(name, _show(models.get(key, {}), "density")) for key, name in others.items()],
         "verdict": " ".join(
             compare_density(own, models.get(key, {}), name) for key, name in others.items()
         ),
@@ -214,21 +190,22 @@ def describe_density(models: dict, unit: str) -> dict[str, Any]:
 
 
 def compare_density(own: dict, other: dict, name: str) -> str:
-    """Put the difference of two densities into a sentence.
+    """Put the difference of two densities of one run into a sentence.
 
-    Differences within two standard errors, added as if the models were independent, are called
-    level. Both are scored on the same points, so this errs on the side of caution.
+    There are no seeds here that could be compared as in a sweep. Differences within two standard
+    errors over the test points, added as if the models were independent, are called level. Both are
+    scored on the same points, so this errs on the side of caution.
     """
     if not (_has(own, "density") and _has(other, "density")):
         return f"No comparison with the {name}."
-    difference = own["density"] - other["density"]
+    gain = SCORES["density"].gain(own["density"], other["density"])
     errors = [
         m["density_standard_error"] for m in (own, other) if _has(m, "density_standard_error")
     ]
-    if abs(difference) <= 2 * math.hypot(*errors):
+    if abs(gain) <= 2 * math.hypot(*errors):
         return f"Level with the {name}, within two standard errors."
-    word = "Better" if difference < 0 else "Worse"
-    return f"{word} than the {name} by {_density(abs(difference))}."
+    word = "Better" if gain > 0 else "Worse"
+    return f"{word} than the {name} by {write_score('density', abs(gain))}."
 
 
 def describe_clustering(models: dict) -> dict[str, Any]:
@@ -239,16 +216,16 @@ def describe_clustering(models: dict) -> dict[str, Any]:
     elif not _has(other, "accuracy"):
         verdict = "No comparison with k-means."
     else:
-        points = 100 * (own["accuracy"] - other["accuracy"])
-        word = "Better" if points > 0 else "Worse"
-        verdict = f"{word} than k-means by {abs(points):.1f} points."
-        if round(abs(points), 1) == 0:
+        gain = own["accuracy"] - other["accuracy"]
+        points = write_score("accuracy", abs(gain))
+        verdict = f"{'Better' if gain > 0 else 'Worse'} than k-means by {points} points."
+        if float(points) == 0:
             verdict = "Level with k-means."
     return {
         "title": "Clustering accuracy",
-        "value": _show(own, "accuracy", _percent),
+        "value": _show(own, "accuracy", " %"),
         "unit": "of test points, higher is better",
-        "others": [("k-means", _show(other, "accuracy", _percent))],
+        "others": [("k-means", _show(other, "accuracy", " %"))],
         "verdict": verdict,
     }
 
@@ -258,11 +235,11 @@ def describe_size(models: dict) -> dict[str, Any]:
     own, other = models["cpmm"], models.get("direct", {})
     return {
         "title": "Extracted mixture",
-        "value": _show(own, "n_components", _count),
-        "unit": f"components, {_show(own, 'n_parameters', _count)} parameters",
+        "value": _show(own, "n_components"),
+        "unit": f"components, {_show(own, 'n_parameters')} parameters",
         "others": [
-            ("direct mixture", _show(other, "n_components", _count)),
-            ("its parameters", _show(other, "n_parameters", _count)),
+            ("direct mixture", _show(other, "n_components")),
+            ("its parameters", _show(other, "n_parameters")),
         ],
         "verdict": "What is stored and used; the neural ODE and the teacher are not needed.",
     }
@@ -274,35 +251,30 @@ def tabulate(models: dict) -> dict[str, Any]:
     Returns:
         ``headings``, ``rows`` of a name and cells (text, note, whether it is the best), ``notes``.
     """
-    columns = [c for c in COLUMNS if any(c[0] in m for m in models.values()) or c[0] == "density"]
-    best = {}
-    for key, _, _, sign in columns:
-        # The teacher is no mixture: it is shown as a bound, not as a competitor.
-        values = [m[key] for name, m in models.items() if name != "teacher" and _has(m, key)]
-        best[key] = (
-            max(values, key=lambda value: sign * value) if sign and len(values) > 1 else None
-        )
+    columns = [c for c in COLUMNS if any(c in m for m in models.values()) or c == "density"]
+    headings = [_heading(column) for column in columns]
+    best = {column: _best(models, column) for column in columns}
     notes: list[str] = []
     rows = []
     for name, model in models.items():
         cells = []
-        for key, heading, form, _ in columns:
-            text, note = _show(model, key, form), None
+        for key, heading in zip(columns, headings, strict=True):
+            note = None
             if not _has(model, key):
                 reason = _reason(model, key, models)
                 if reason not in notes:
                     notes.append(reason)
                 note = notes.index(reason) + 1
-            elif key == "density" and _has(model, "density_standard_error"):
-                text += f" ± {model['density_standard_error']:.3f}"
-            is_best = _has(model, key) and name != "teacher" and model[key] == best[key]
-            cells.append({"heading": heading, "text": text, "note": note, "best": is_best})
+            text = write_score(key, model.get(key), model.get(f"{key}_standard_error"), NONE)
+            cells.append(
+                {"heading": heading, "text": text, "note": note, "best": name in best[key]}
+            )
         rows.append({"name": model.get("name", name), "cells": cells})
-    return {"headings": [heading for _, heading, _, _ in columns], "rows": rows, "notes": notes}
+    return {"headings": headings, "rows": rows, "notes": notes}
 
 
 def tabulate_ood(metrics: dict) -> dict[str, Any] | None:
-    """Lay out how the models tell another data set apart, with the paper's figures where it has any.
+    """Lay out how the models tell another data set apart, with the paper's scores where it has any.
 
     Returns:
         ``name`` of that data set, ``headings``, ``rows`` of a name and cells, ``paper``, whether the
@@ -311,21 +283,22 @@ def tabulate_ood(metrics: dict) -> dict[str, Any] | None:
     ood = metrics.get("ood")
     if not ood:
         return None
-    data, name = data_of(str(metrics.get("preset"))), ood["name"]
-    columns = [(space, key) for space, _ in DENSITY_SPACES for key, _ in DETECTION]
-    rows, has_paper = [], False
-    for model, row in ood["models"].items():
-        cells = [_show(row.get(space, {}), key, _percent) for space, key in columns]
-        for key, _ in DETECTION[:2]:
-            figure = printed_ood(data, name, model, key)
-            has_paper = has_paper or figure is not None
-            cells.append("–" if figure is None else _percent(figure / 100))
-        rows.append({"name": row.get("name", model), "cells": cells})
-    headings = [f"{title}, {where}" for _, where in DENSITY_SPACES for _, title in DETECTION]
+    data, name = data_of(str(metrics["preset"])), ood["name"]
+    columns = [column for space in SPACES for column in OOD if OOD[column][0] == space]
+    headings = [_heading(column) for column in columns]
+    paper = {
+        model: [printed_ood(data, name, model, metric) for metric in PRINTED]
+        for model in ood["models"]
+    }
+    has_paper = any(value is not None for values in paper.values() for value in values)
     if has_paper:
-        headings += [f"{title}, paper" for _, title in DETECTION[:2]]
-    else:
-        rows = [row | {"cells": row["cells"][: len(headings)]} for row in rows]
+        headings += [f"{SCORES[metric].title}, paper, %" for metric in PRINTED]
+    rows = []
+    for model, row in ood["models"].items():
+        values = [(column, row.get(OOD[column][0], {}).get(OOD[column][1])) for column in columns]
+        values += zip(PRINTED, paper[model], strict=True) if has_paper else []
+        cells = [write_score(column, value, nothing=NONE) for column, value in values]
+        rows.append({"name": row.get("name", model), "cells": cells})
     return {"name": name, "headings": headings, "rows": rows, "paper": has_paper}
 
 
@@ -358,40 +331,37 @@ def read_confusion(path: Path) -> list[list[str]] | None:
         return [row for row in csv.reader(file) if row]
 
 
-def _read(path: Path, stage: str) -> str:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: run the {stage} stage, or `dvc pull`")
-    return path.read_text(encoding="utf-8")
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        values = json.loads(_read(path, "evaluate"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged ({error}): run evaluate again") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds a {type(values).__name__}: expected a JSON object")
-    return values
-
-
 def _has(model: dict, key: str) -> bool:
-    value = model.get(key)
-    return isinstance(value, int | float) and math.isfinite(value)
+    return is_number(model.get(key))
 
 
-def _show(model: dict, key: str, form: Callable[[float], str]) -> str:
-    return form(model[key]).replace("-", "−") if _has(model, key) else "–"
+def _show(model: dict, key: str, unit: str = "") -> str:
+    return write_score(key, model[key]) + unit if _has(model, key) else NONE
+
+
+def _heading(name: str) -> str:
+    heading = SCORES[name].heading
+    return heading[0].upper() + heading[1:]
+
+
+def _best(models: dict, key: str) -> list[str]:
+    """Models with the best value; the teacher is no mixture: it is a bound, not a competitor."""
+    rivals = {name: m[key] for name, m in models.items() if name != "teacher" and _has(m, key)}
+    if SCORES[key].lower_is_better is None or len(rivals) < 2:
+        return []
+    best = (min if SCORES[key].lower_is_better else max)(rivals.values())
+    return [name for name, value in rivals.items() if value == best]
 
 
 def _reason(model: dict, key: str, models: dict) -> str:
     """Say why a value is missing, by what else is there."""
     if model.get(key) is not None:
         return f"not a finite number ({model[key]})"
-    if key in CLUSTERING and not any(_has(m, key) for m in models.values()):
+    if SCORES[key].of == "clusters":
+        if any(_has(m, key) for m in models.values()):
+            return "no clusters to compare with the classes"
         return "no labels to compare with"
-    if key in CLUSTERING:
-        return "no clusters to compare with the classes"
-    if key in ("density", "density_of_first"):
+    if SCORES[key].of == "density":
         return "the model gives no density"
     return "not measured for this model"
 

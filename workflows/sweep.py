@@ -5,8 +5,8 @@
     python workflows/sweep.py preset=mnist data.options.folder=/my/mnist ray.gpus=0.25
     python workflows/sweep.py ray.address=auto             on a running cluster (docs/cluster.md)
 
-A sweep is a file of conf/sweep/; every option of conf/ can be overridden in Hydra's syntax. The same
-command goes on where it was killed.
+A sweep is a file of conf/sweep/; every option of conf/ can be overridden in Hydra's syntax.
+The same command goes on where it was killed.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from cpmm.pipeline.sweeps.archive import CHECKPOINT, RECORD, SCHEMA, Archive, Ar
 
 
 class Disk(fs.LocalFileSystem):
-    """A file system that refuses when it is told to, and notes the order of writes."""
+    """A file system that refuses what a test chooses, and notes the order of writes."""
 
     def __init__(self):
         super().__init__()

@@ -551,7 +551,7 @@ def test_another_data_set_is_told_apart_where_it_is_at_hand(home, tmp_path):
     record = run_trial(config, *inputs, "fingerprint", tmp_path / "missing", quiet=True)
     assert record["status"] == "finished"
     assert str(path) in record["ood_missing"]
-    said = f"not told from another data set: {record['ood_missing']}"
+    said = f"not scored on another data set: {record['ood_missing']}"
     assert summarize(record, "bits").endswith(said)
     assert "auroc" not in record
     np.save(path, 16 - load_digits().images[:60].astype(np.uint8))

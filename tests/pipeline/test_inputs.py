@@ -1,15 +1,18 @@
 """Inputs of trials: those of the pipeline where they fit, others made once; no Ray."""
 
 import shutil
+import signal
 
 import pytest
 import torch
-from conftest import TINY
+import yaml
+from conftest import ROOT, TINY, project_environment
 
 from cpmm.artifact import load_header
 from cpmm.pipeline.artifacts.store import load_prepared
 from cpmm.pipeline.config.compose import compose_preset
 from cpmm.pipeline.config.fingerprints import fingerprint_inputs, fingerprint_teacher
+from cpmm.pipeline.sweeps import inputs
 from cpmm.pipeline.sweeps.inputs import Located, locate_inputs, open_inputs, size_of
 from workflows import build_spaces, prepare_data, train_teacher
 
@@ -30,9 +33,34 @@ def finished(tmp_path_factory):
 
 
 @pytest.fixture
-def home(finished, tmp_path):
+def home(finished, tmp_path, monkeypatch):
+    """A copy of it, in which further inputs are made in this process, which is quicker."""
+    stages = {stage.__name__.rpartition(".")[2]: stage for stage in
+              (prepare_data, train_teacher, build_spaces)}  # fmt: skip
+
+    def run_here(stage, folder):
+        stages[stage].main(folder, yaml.safe_load((folder / "config.yaml").read_text()))
+
+    monkeypatch.setattr(inputs, "_run_stage", run_here)
     shutil.copytree(finished, tmp_path / "digits")
     return tmp_path / "digits"
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """Put scripts of a test's own in the place of stages; each may import what it stands for."""
+    scripts = tmp_path / "scripts"
+    scripts.mkdir()
+    monkeypatch.setattr(inputs, "SCRIPTS", scripts)
+    for name, value in project_environment(ROOT).items():
+        monkeypatch.setenv(name, value)
+
+    def write(stage, *lines):
+        imports = f"import sys\nfrom workflows import {stage} as stage\n"
+        end = "from cpmm.pipeline.stage import run_stage\nrun_stage(stage.main, stage.__doc__)\n"
+        (scripts / f"{stage}.py").write_text("\n".join([imports, *lines, end]))
+
+    return write
 
 
 def made(home):
@@ -40,7 +68,7 @@ def made(home):
     return sorted(path.name.split("-")[0] for path in (home / ".scratch" / "inputs").glob("*"))
 
 
-def test_marks_are_those_in_the_artifacts(finished):
+def test_fingerprints_are_those_in_the_artifacts(finished):
     fingerprints = fingerprint_inputs(configure())
     assert fingerprints == tuple(
         load_header(finished / name, name)["fingerprint"] for name in ("prepared", "spaces")
@@ -86,11 +114,15 @@ def test_noise_needs_no_teacher(home):
     assert located.spaces.parent.name == f"spaces-{located.fingerprints[1]}"
 
 
-def test_an_empty_home_gets_everything_from_the_stages(finished, tmp_path, capsys):
+def test_an_empty_home_gets_everything_from_the_commands_of_the_stages(finished, tmp_path, capfd):
     located = locate_inputs(configure(), tmp_path / "digits")
     assert made(tmp_path / "digits") == ["prepared", "spaces", "teacher"]
     assert located.fingerprints == fingerprint_inputs(configure())
-    assert capsys.readouterr().out.count(" | making ") == 3
+    printed = capfd.readouterr().out
+    lines = [line.split(" ")[0] for line in printed.splitlines() if " | " not in line]
+    assert lines == ["prepare_data:", "train_teacher:", "build_spaces:"]
+    assert printed.count(" | making ") == 3
+    assert "train_teacher | step " in printed
     (data, spaces), (expected, others) = (
         open_inputs(located),
         open_inputs(Located(finished / "prepared", finished / "spaces", located.fingerprints)),
@@ -100,20 +132,47 @@ def test_an_empty_home_gets_everything_from_the_stages(finished, tmp_path, capsy
         assert torch.equal(spaces.train(index), others.train(index))
 
 
-def test_they_are_made_with_the_threads_that_are_asked_for(tmp_path, monkeypatch):
-    seen = []
+@pytest.mark.parametrize("threads", ["2", "null"])
+def test_they_are_made_with_the_threads_that_are_asked_for(threads, tmp_path, stand_in):
+    stand_in(
+        "prepare_data",
+        "import torch",
+        "before = torch.get_num_threads()",
+        "def main(folder, config):",
+        "    raise ValueError(f'stop here: {torch.get_num_threads()} threads, {before} before')",
+        "stage.main = main",
+    )
+    with pytest.raises(ChildProcessError, match=r"^prepare_data: stop here: ") as error:
+        locate_inputs(configure(f"trainer.threads={threads}"), tmp_path / "digits")
+    used, before = (int(word) for word in str(error.value).split() if word.isdigit())
+    assert used == (2 if threads == "2" else before)
 
-    def make(folder, config):
-        seen.append(torch.get_num_threads())
-        raise ValueError("stop here")
 
-    monkeypatch.setattr(prepare_data, "main", make)
-    before = torch.get_num_threads()
-    for threads in ("2", "null"):
-        with pytest.raises(ValueError, match="stop here"):
-            locate_inputs(configure(f"trainer.threads={threads}"), tmp_path / "digits")
-        assert torch.get_num_threads() == before
-    assert seen == [2, before]
+def test_what_a_stage_finds_at_fault_is_one_line(tmp_path, capfd):
+    path = tmp_path / "table.csv"
+    path.write_text("a,b\n1,2\n3,word\n")
+    config = compose_preset("csv", [f"data.options.path={path}"])
+    with pytest.raises(ChildProcessError, match=r"^prepare_data: .*word") as error:
+        locate_inputs(config, tmp_path / "csv")
+    assert len(str(error.value).splitlines()) == 1
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("end", "raised", "said", "printed"),
+    [
+        ("raise RuntimeError('a bug')", ChildProcessError, "exit status 1", "RuntimeError: a bug"),
+        ("raise KeyboardInterrupt", KeyboardInterrupt, None, "prepare_data: interrupted"),
+        ("os.kill(os.getpid(), 9)", ChildProcessError, "exit status -9", ""),
+    ],
+)
+def test_what_ends_a_stage_ends_the_sweep(end, raised, said, printed, tmp_path, stand_in, capfd):
+    stand_in(
+        "prepare_data", "import os", "def main(*arguments):", f"    {end}", "stage.main = main"
+    )
+    with pytest.raises(raised, match=said):
+        locate_inputs(configure(), tmp_path / "digits")
+    assert printed in capfd.readouterr().err
 
 
 def test_without_a_curriculum_no_spaces_are_needed(home):
@@ -194,21 +253,26 @@ def test_inputs_changed_since_they_were_located_are_refused(home):
         open_inputs(located)
 
 
-def test_making_that_was_interrupted_goes_on(home, monkeypatch):
+def test_making_that_was_killed_goes_on(finished, tmp_path, stand_in):
+    shutil.copytree(finished, tmp_path / "digits")
     config = configure("spaces.n_spaces=4")
-    write, n_written = build_spaces.main.__globals__["_statistics"], []
-
-    def killed(*arguments):
-        n_written.append(arguments)
-        if len(n_written) == 3:
-            raise KeyboardInterrupt
-        return write(*arguments)
-
-    monkeypatch.setattr(build_spaces, "_statistics", killed)
-    with pytest.raises(KeyboardInterrupt):
-        locate_inputs(config, home)
-    located = locate_inputs(config, home)
-    assert len(n_written) == 3 + 2  # two of four spaces were kept
+    count = tmp_path / "written"
+    stand_in(
+        "build_spaces",
+        "import os, pathlib",
+        f"count, write = pathlib.Path({str(count)!r}), stage._statistics",
+        "def killed(*arguments):",
+        "    with count.open('a') as file:",
+        "        file.write('x')",
+        "    if count.read_text() == 'xxx':",
+        f"        os.kill(os.getpid(), {int(signal.SIGKILL)})",
+        "    return write(*arguments)",
+        "stage._statistics = killed",
+    )
+    with pytest.raises(ChildProcessError, match="build_spaces: "):
+        locate_inputs(config, tmp_path / "digits")
+    located = locate_inputs(config, tmp_path / "digits")
+    assert len(count.read_text()) == 3 + 2  # two of four spaces were kept
     assert len(open_inputs(located)[1]) == 4
 
 

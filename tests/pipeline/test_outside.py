@@ -129,8 +129,8 @@ def test_the_report_has_the_table(evaluated):
 @pytest.mark.parametrize(
     ("preset", "ood", "expected"),
     [
-        ("fashion_mnist", "mnist", ["93.4 %", "93.3 %"]),
-        ("mnist_small", "fashion_mnist", ["100.0 %", "100.0 %"]),  # 99.95, rounded
+        ("fashion_mnist", "mnist", ["93.38", "93.28"]),
+        ("mnist_small", "fashion_mnist", ["99.95", "99.95"]),
         ("digits", "mnist", None),
         ("fashion_mnist", "mine", None),
     ],
@@ -141,7 +141,7 @@ def test_the_papers_figures_stand_beside_the_papers_pairs(preset, ood, expected)
     table = tabulate_ood({"preset": preset, "ood": {"name": ood, "models": models}})
     assert table["paper"] is (expected is not None)
     cells = table["rows"][0]["cells"]
-    assert cells[:6] == ["25.0 %", "50.0 %", "100.0 %", "–", "–", "–"]
+    assert cells[:6] == ["25.00", "50.00", "100.00", "–", "–", "–"]
     assert cells[6:] == (expected or [])
     assert table["rows"][1]["cells"][6:] == (["–", "–"] if expected else [])
     assert all(len(r["cells"]) == len(table["headings"]) for r in table["rows"])

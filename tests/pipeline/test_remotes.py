@@ -1,4 +1,4 @@
-"""DVC remotes of a user's own: a folder, Debian's sshd and an S3 server, all of them real and on loopback.
+"""DVC remotes of a user's own: a folder, Debian's sshd and an S3 server, all real, on loopback.
 
 The commands are those of docs/remotes.md, read from there.
 """

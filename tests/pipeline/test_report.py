@@ -16,6 +16,7 @@ from workflows import report
 
 HOSTILE = "<script>alert('&\"')</script>"
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 4 3"><script>x</script></svg>'
+CONFIG = compose_preset("digits", [])
 SCORES = {"accuracy": 0.75, "nmi": 0.7, "ari": 0.6, "purity": 0.8}
 
 
@@ -23,7 +24,7 @@ SCORES = {"accuracy": 0.75, "nmi": 0.7, "ari": 0.6, "purity": 0.8}
 def folder(tmp_path):
     folder = tmp_path / "data" / "digits"
     (folder / "evaluation" / "figures").mkdir(parents=True)
-    (folder / "config.yaml").write_text("preset: digits\nseed: 0\ncpmm: {n_clusters: 10}\n")
+    (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
     metrics = {
         "preset": "digits",
         "seed": 0,
@@ -73,8 +74,16 @@ def add_figures(folder):
     (folder / "evaluation" / "confusion.csv").write_text(f"class,0,1\n{HOSTILE},5,0\nb,1,7\n")
 
 
-def build(folder, config=None):
-    return report.write_report(folder, config or {"seed": 0}).read_text(encoding="utf-8")
+def seal(folder):
+    """Seal the evaluation as evaluate does."""
+    digest = file_digest(folder / "metrics.json")
+    header = {"fingerprint": fingerprint_evaluation(CONFIG), "metrics": digest}
+    seal_folder(folder / "evaluation", "evaluation", header, {})
+
+
+def build(folder, **options):
+    seal(folder)
+    return report.write_report(folder, CONFIG | options).read_text(encoding="utf-8")
 
 
 class Page(HTMLParser):
@@ -137,26 +146,25 @@ def test_hostile_names_are_text(folder):
 
     change(folder, edit)
     (folder / "evaluation" / "rules.json").write_text(json.dumps({HOSTILE: HOSTILE}))
-    page = Page(build(folder, {"note": HOSTILE}))
+    page = Page(build(folder, note=HOSTILE))
     assert not page.attributes("script")
     assert page.text.count(HOSTILE) >= 7
 
 
 def test_same_inputs_same_bytes(folder):
     add_figures(folder)
-    path = report.write_report(folder, {"seed": 0})
-    first = path.read_bytes()
-    assert report.write_report(folder, {"seed": 0}).read_bytes() == first
+    first = build(folder)
+    assert build(folder) == first
     elsewhere = folder.parent / "moved"
     shutil.copytree(folder, elsewhere)
-    assert report.write_report(elsewhere, {"seed": 0}).read_bytes() == first
+    assert build(elsewhere) == first
     assert not list(folder.glob("*.partial"))
 
 
 def test_a_read_only_report_is_replaced(folder):
-    path = report.write_report(folder, {"seed": 0})
-    path.chmod(0o444)
-    assert report.write_report(folder, {"seed": 1}) == path
+    build(folder)
+    (folder / "report.html").chmod(0o444)
+    assert HOSTILE in Page(build(folder, note=HOSTILE)).text
 
 
 def test_first_screen_says_who_wins(folder):
@@ -229,7 +237,8 @@ def test_without_labels_there_are_no_clustering_columns(folder):
 
 def test_only_cpmm_and_no_optional_file(folder):
     shutil.rmtree(folder / "evaluation" / "figures")
-    write(folder, {"models": {"cpmm": {"name": "CPMM", "density": -0.5}}})
+    models = {"cpmm": {"name": "CPMM", "density": -0.5}}
+    change(folder, lambda m: m.update(models=models, unit="nats per dimension"))
     (folder / "evaluation" / "rules.json").write_text("{}")
     page = Page(build(folder))
     assert "−0.500 nats per dimension" in page.text
@@ -254,29 +263,20 @@ def test_discretization_values_are_sorted_by_number(folder):
 
 
 @pytest.mark.parametrize("name", ["metrics.json", "evaluation/rules.json"])
-def test_missing_evaluation_names_file_and_stage(folder, name):
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}", '{"models": {"kmeans": {}}}'])
+def test_what_is_missing_or_not_what_was_evaluated_is_named(folder, name, content):
+    seal(folder)
     (folder / name).unlink()
-    with pytest.raises(FileNotFoundError, match=rf"{name} is missing: run the evaluate stage"):
-        report.write_report(folder, {})
+    if content is not None:
+        (folder / name).write_text(content)
+    with pytest.raises((FileNotFoundError, ValueError), match=rf"{name} is .*`dvc repro`"):
+        report.write_report(folder, CONFIG)
     assert not (folder / "report.html").exists()
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"models": {"kmeans": {}}}'])
-def test_damaged_metrics(folder, content):
-    (folder / "metrics.json").write_text(content)
-    with pytest.raises(ValueError, match=r"metrics.json"):
-        report.write_report(folder, {})
-
-
 def test_command_reads_what_is_sealed_alone(folder):
-    config = compose_preset("digits", [])
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    header = {
-        "fingerprint": fingerprint_evaluation(config),
-        "metrics": file_digest(folder / "metrics.json"),
-    }
     add_figures(folder)
-    seal_folder(folder / "evaluation", "evaluation", header, {})
+    seal(folder)
     root = folder.parents[1]
     command = [sys.executable, Path(report.__file__), "data/digits/config.yaml"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)

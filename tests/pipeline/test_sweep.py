@@ -10,6 +10,9 @@ import pytest
 import yaml
 from conftest import TINY, copy_project, project_environment
 
+from cpmm.artifact import load_header
+from cpmm.pipeline.artifacts.store import verify_sweep
+
 SWEEP = {
     "defaults": ["default"],
     "name": "small",
@@ -43,14 +46,14 @@ def write_sweep(folder, **changes):
 def command(folder, script, *arguments, timeout=300):
     return subprocess.run(
         [sys.executable, str(folder / "workflows" / f"{script}.py"), *arguments],
-        cwd=folder, env=project_environment(folder), capture_output=True, text=True, timeout=timeout,
-        check=False,
+        cwd=folder, env=project_environment(folder), capture_output=True, text=True,
+        timeout=timeout, check=False,
     )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory):
-    """Run a sweep with rows that finish, diverge and raise; return the project and what was printed."""
+    """Run a sweep with rows that finish, diverge and raise; return the project and the output."""
     folder = copy_project(tmp_path_factory.mktemp("sweep") / "project", TINY)
     write_sweep(folder)
     done = command(folder, "sweep", "sweep=small", "ray.dashboard=false")
@@ -75,6 +78,16 @@ def test_every_row_is_in_the_table_and_failures_are_shown_as_failures(swept):
     text = (home / "small" / "table.md").read_text()
     assert "ValueError: cpmm.n_factors (R) is 65" in text
     assert "10 trials, 4 failed" in printed
+
+
+def test_all_that_is_written_is_sealed(swept):
+    folder, _ = swept
+    home, _, _ = results(folder)
+    verify_sweep(home / "small")
+    header = load_header(home / "small", "sweep")
+    assert set(header["beside"]) == {"small.csv", "small.json"}
+    assert {"trials.csv", "table.md", "table.json", "rows.svg"} <= set(header["files"])
+    assert "mixture/mixture.safetensors" in header["files"]
 
 
 def test_the_best_trial_is_chosen_by_validation_and_its_command_repeats_it(swept, tmp_path):

@@ -1,4 +1,4 @@
-"""Ways to run a sweep: searches that adapt, several workers for a trial, fresh processes, bad disks."""
+"""Ways to run a sweep: searches that adapt, several workers a trial, new processes, bad disks."""
 
 import json
 import os
@@ -44,10 +44,10 @@ def project(tmp_path):
 
 def start(folder, *options, **environment):
     return subprocess.Popen(
-        [sys.executable, str(folder / "workflows" / "sweep.py"), "sweep=modes", "ray.dashboard=false",
-         "ray.checkpoint_seconds=0.5", "ray.report_seconds=0.5", *options],
-        cwd=folder, env=project_environment(folder) | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True,
+        [sys.executable, str(folder / "workflows" / "sweep.py"), "sweep=modes",
+         "ray.dashboard=false", "ray.checkpoint_seconds=0.5", "ray.report_seconds=0.5", *options],
+        cwd=folder, env=project_environment(folder) | environment, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 

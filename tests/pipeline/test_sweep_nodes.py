@@ -1,4 +1,4 @@
-"""A sweep on two nodes that share nothing: each has a network, files, memory and processes of its own."""
+"""A sweep on two nodes that share nothing: neither network, nor files, memory or processes."""
 
 import hashlib
 import json
@@ -26,7 +26,8 @@ SECRET = "secret-of-the-test"
 OTHER_HOME = "/tmp/home"  # in the other node's own /tmp
 SWEEP_COMMAND = ["workflows/sweep.py", "sweep=nodes"]
 CREDENTIALS = {
-    "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_EC2_METADATA_DISABLED": "true"
+    "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": SECRET,
+    "AWS_EC2_METADATA_DISABLED": "true",
 }  # fmt: skip
 SWEEP = {
     "defaults": ["default"],
@@ -257,8 +258,8 @@ def project(tmp_path_factory):
         [*SWEEP_COMMAND, f"ray.storage={folder.parent / 'local'}", "ray.dashboard=false"],
     ):
         done = subprocess.run(
-            [sys.executable, *command], cwd=folder, env=project_environment(folder), capture_output=True,
-            text=True, timeout=300, check=False,
+            [sys.executable, *command], cwd=folder, env=project_environment(folder),
+            capture_output=True, text=True, timeout=300, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
     assert "making" not in done.stdout  # the inputs are those that DVC has locked

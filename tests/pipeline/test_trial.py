@@ -261,36 +261,34 @@ def test_the_steps_to_come_are_known_from_the_first_epoch_on(tmp_path, capsys, m
     ]
 
 
-def test_the_steps_within_an_epoch_are_told(capsys, monkeypatch):
+def test_the_steps_within_an_epoch_are_shown(capsys, monkeypatch):
     monkeypatch.setattr(progress, "EVERY", 0)
-    told = TrainingProgress("trial")
+    shown = TrainingProgress("trial")
     module = SimpleNamespace(
         n_epochs=3, n_steps=150, describe_phase=lambda: "space 1/2", history=[]
     )
     module.current_epoch, module.global_step = 1, 60
-    told.on_train_batch_end(None, module, None, None, 9)
+    shown.on_train_batch_end(None, module, None, None, 9)
     assert capsys.readouterr().out.startswith("trial | step 60/150 | space 1/2 | ")
 
-    told.line.every, told.line.printed = 1e3, -1e9  # an epoch that has only begun
-    told.on_train_epoch_start(None, module)
-    told.on_train_batch_end(None, module, None, None, 9)
+    shown.line.every, shown.line.printed = 1e3, -1e9  # an epoch that has only begun
+    shown.on_train_epoch_start(None, module)
+    shown.on_train_batch_end(None, module, None, None, 9)
     assert capsys.readouterr().out == ""
 
-    told.line.every = (
-        1e9  # an epoch of which steps were told is told at its end, with its own losses
-    )
+    shown.line.every = 1e9  # the end of an epoch whose steps were shown is shown, with its losses
     module.global_step, row = 100, {"step": 100, "train": 1.5, "validation": 2.5}
     module.history = [{"step": 50, "train": 3.5}, row]
-    told(module)
+    shown(module)
     assert capsys.readouterr().out.startswith(
         "trial | step 100/150 | space 1/2 | train 1.5000 val 2.5000"
     )
-    told(module)
+    shown(module)
     assert capsys.readouterr().out == ""
 
-    told.line.every, module.current_epoch, module.global_step = 0, 2, 110
+    shown.line.every, module.current_epoch, module.global_step = 0, 2, 110
     module.describe_phase = lambda: "space 2/2"  # the losses so far are of the space before
-    told.on_train_batch_end(None, module, None, None, 9)
+    shown.on_train_batch_end(None, module, None, None, 9)
     assert capsys.readouterr().out.startswith(
         "trial | step 110/150 | space 2/2 | train 1.5000 val 2.5000 nats/dim in space 1/2 | "
     )
@@ -386,8 +384,9 @@ def test_the_command_takes_the_place_of_trials_only(root, monkeypatch, capsys):
 def test_the_command_misses_another_data_set_before_it_trains(root, monkeypatch, capsys):
     path = root / "nowhere.npy"
     line = fail(
-        monkeypatch, capsys, *SMALL, "ood@evaluation.ood=npy", f"evaluation.ood.options.path={path}",
-        "evaluation.ood.options.levels=17", "evaluation.ood.name=other",
+        monkeypatch, capsys, *SMALL, "ood@evaluation.ood=npy",
+        f"evaluation.ood.options.path={path}", "evaluation.ood.options.levels=17",
+        "evaluation.ood.name=other",
     )  # fmt: skip
     assert str(path) in line
     assert "evaluation.ood=null" in line

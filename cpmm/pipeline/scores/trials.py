@@ -56,10 +56,9 @@ def read_trials(folder: Path, config: Config) -> pd.DataFrame:
     if "model" not in trials:
         trials["model"] = config["model"]
     columns = list(dict.fromkeys([*trials, *TEXTS, *NUMBERS]))
-    trials = trials.reindex(columns=columns, fill_value="").replace(
-        dict.fromkeys(NUMBERS, {"": "nan"})
-    )
-    trials = trials.astype({"seed": int, **dict.fromkeys(NUMBERS, float)})
+    trials = trials.reindex(columns=columns, fill_value="")
+    trials[[*NUMBERS]] = trials[[*NUMBERS]].replace("", "nan").astype(float)
+    trials = trials.astype({"seed": int})
     for index, row in trials.iterrows():
         if row["fingerprint"] != fingerprint_trial(config, row["model"], row["seed"]):
             raise ValueError(

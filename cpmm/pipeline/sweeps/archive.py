@@ -1,8 +1,8 @@
 """Where records and checkpoints of trials are kept: a folder, a network file system, or S3.
 
-The archive is written from the driver's node alone, by an actor that every worker calls, so that
-workers need no access to it. A trial's folder is named by its fingerprint: whoever asks for the same
-trial again, after a kill or in another sweep, finds what it left there.
+Only an actor on the driver's node writes to the archive; every worker calls that actor, and needs
+no access of its own. A trial's folder is named by its fingerprint: whoever asks for the same trial
+again, after a kill or in another sweep, finds what it left there.
 """
 
 from __future__ import annotations
@@ -164,8 +164,8 @@ class Archive:
 
     def _error(self, verb: str, name: str, error: OSError) -> ArchiveError:
         return ArchiveError(
-            f"{verb} {name} in ray.storage {self.uri!r} failed: {_reason(error)}; put that right, and "
-            "the same command goes on from the last checkpoints"
+            f"{verb} {name} in ray.storage {self.uri!r} failed: {_reason(error)}; put that right, "
+            "and the same command goes on from the last checkpoints"
         )
 
 

@@ -41,16 +41,16 @@ def check_options(options: dict[str, Any]) -> None:
     """
     if str(options["address"]).startswith("ray://"):
         raise ValueError(
-            f"ray.address is {options['address']!r}, a Ray client's: run the sweep on a node of the cluster, "
-            "with ray.address=auto"
+            f"ray.address is {options['address']!r}, a Ray client's: run the sweep on a node of "
+            "the cluster, with ray.address=auto"
         )
 
 
 def prepare_environment(options: dict[str, Any]) -> None:
     """Set what Ray reads from the environment when it is imported: call this before.
 
-    A Ray of our own listens on the loopback interface alone. A running cluster is asked whether it wants
-    a token: attached to in the wrong mode, it refuses, or lets in and then loses every worker.
+    A Ray of our own listens on the loopback interface alone. A running cluster is asked whether it
+    wants a token: in the wrong mode, it refuses, or lets us in and then loses every worker.
 
     Raises:
         ConnectionError: If no cluster answers in time.
@@ -73,7 +73,9 @@ def _address(options: dict[str, Any]) -> str | None:
 
 @contextmanager
 def connected(options: dict[str, Any], input_bytes: int, cpus_at_least: float) -> Iterator[str]:
-    """Start Ray, or attach to a running cluster, for the time of a sweep; the environment is prepared.
+    """Start Ray, or attach to a running cluster, for the time of a sweep.
+
+    :func:`prepare_environment` was called before.
 
     Args:
         options: The section ``ray``.
@@ -111,8 +113,8 @@ def connected(options: dict[str, Any], input_bytes: int, cpus_at_least: float) -
             **quiet,
         )
         what = "started Ray"
-        if context.dashboard_url:
-            what += f", dashboard http://{context.dashboard_url} (`ray get-auth-token` prints its token)"
+        if url := context.dashboard_url:
+            what += f", dashboard http://{url} (`ray get-auth-token` prints its token)"
     # Ray's own handler dumps stacks and aborts; set after ray.init, this one ends like Ctrl-C.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -154,8 +156,8 @@ def wait_for_resources(worker: dict[str, float], options: dict[str, Any]) -> Non
         if time.monotonic() > deadline:
             offered = [{n: o.get(n, 0) for n in ("CPU", "GPU")} for o in offers]
             raise TimeoutError(
-                f"a trial's worker asks for {needed}, but no node offers that ({offered}): lower ray.cpus "
-                "or ray.gpus, or add a node"
+                f"a trial's worker asks for {needed}, but no node offers that ({offered}): lower "
+                "ray.cpus or ray.gpus, or add a node"
             )
         time.sleep(1)
 
@@ -188,9 +190,10 @@ def _find_mode(address: str, seconds: float) -> str:
     if time.monotonic() > deadline:
         answer = f"no answer within {seconds:g} s, ray.connect_seconds"
     raise ConnectionError(
-        f"cannot attach to a Ray cluster at {address} ({answer}): start one with `ray start --head`, correct "
-        "ray.address or RAY_ADDRESS, or leave both out for a Ray of the sweep's own; a cluster with tokens "
-        "needs its token here, in ~/.ray/auth_token or RAY_AUTH_TOKEN"
+        f"cannot attach to a Ray cluster at {address} ({answer}): start one with "
+        "`ray start --head`, correct ray.address or RAY_ADDRESS, or leave both out for a Ray of "
+        "the sweep's own; a cluster with tokens needs its token here, in ~/.ray/auth_token or "
+        "RAY_AUTH_TOKEN"
     )
 
 

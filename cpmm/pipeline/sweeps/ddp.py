@@ -1,4 +1,4 @@
-"""One trial trained by several workers: Lightning's DDP through Ray Train, inside a trial of Tune."""
+"""One trial trained by several workers: Lightning's DDP through Ray Train, inside Tune."""
 
 from __future__ import annotations
 

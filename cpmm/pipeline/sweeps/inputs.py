@@ -127,21 +127,21 @@ def _run_stage(stage: str, folder: Path) -> None:
     """Run the command of a stage on ``<folder>/config.yaml``, and pass on what it prints.
 
     Raises:
-        ChildProcessError: If it fails, with the stage's own line on what was at fault.
+        ChildProcessError: If it fails; says what the stage says is at fault.
         KeyboardInterrupt: If it was interrupted.
     """
     command = [sys.executable, str(SCRIPTS / f"{stage}.py"), str(folder / "config.yaml")]
-    said = f"{stage}: error: "
-    reason = "it ended without a reason, see above"
-    # Below DVC, a stage ends with the process that started it: here, with this one.
+    start, reason = f"{stage}: error: ", None
+    # With this variable, a stage ends as soon as the process that started it is gone.
     environment = {"DVC_STAGE": "inputs", **os.environ}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         for line in process.stderr:
-            if line.startswith(said):
-                reason = line.removeprefix(said).strip()
+            if line.startswith(start):
+                reason = line.removeprefix(start).strip()
             else:
                 print(line, end="", file=sys.stderr, flush=True)
     if process.returncode == 130:
         raise KeyboardInterrupt
     if process.returncode:
+        reason = reason or f"it ended with exit status {process.returncode}"
         raise ChildProcessError(f"{stage}: {reason}")

@@ -1,4 +1,4 @@
-"""What a sweep runs: rows from conf/sweep/, trials from rows and seeds, each a list of overrides."""
+"""What a sweep runs: rows from conf/sweep/, a trial for each row and seed, as overrides."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def plan_trials(
     """
     check(sweep)
     _forbid_axes(sweep, overrides)
-    common = [*base, *flatten_options(sweep["overrides"] or {})]
+    common = [*base, *flatten(sweep["overrides"] or {})]
     rows = [
         replace(row, overrides=(*common, *row.overrides, *overrides, *row.values))
         for row in _rows(sweep)
@@ -156,12 +156,6 @@ def make_trial(
     return Trial(preset, row, seed, (*kept, f"cpmm.seed={seed}"), config, fingerprint)
 
 
-def fingerprint_sweep(sweep: Config, trials: Sequence[Trial]) -> str:
-    """Fingerprint of a sweep: of its search and of all its trials, code included."""
-    fingerprints = [trial.fingerprint for trial in trials]
-    return hash_of(sweep["search"], sweep["scheduler"], fingerprints)
-
-
 def require_trial(model: str, rows: Mapping[str, Any]) -> None:
     """Refuse a model that no trial trains; ``rows`` are those of conf/baselines/."""
     if why := NO_TRIAL.get(rows.get(model, {}).get("kind", "")):
@@ -172,17 +166,15 @@ def require_trial(model: str, rows: Mapping[str, Any]) -> None:
 
 
 def suggested_trial(trial: Trial, values: Mapping[str, Any], code: str) -> Trial:
-    """Change a trial by what a searcher suggests: values of plain options."""
+    """Change a trial as Optuna suggests: ``values`` by their options."""
     config = trial.config
     for option, value in values.items():
         config = set_option(config, option, value)
     config = canonical(config, options_with(config["baselines"]))
     short = shorten(list(values))
     row = tuple((short[option], show(value, 6)) for option, value in values.items())
-    overrides = [item for item in trial.overrides[:-1] if item.split("=")[0] not in values] + list(
-        flatten_options(values)
-    )
-    return make_trial(trial.preset, row, trial.seed, overrides, config, code)
+    kept = [item for item in trial.overrides[:-1] if item.split("=")[0] not in values]
+    return make_trial(trial.preset, row, trial.seed, [*kept, *flatten(values)], config, code)
 
 
 def set_option(config: Config, option: str, value: Any) -> Config:
@@ -195,13 +187,6 @@ def set_option(config: Config, option: str, value: Any) -> Config:
     if head not in config or bool(rest) != isinstance(config[head], Mapping):
         raise ValueError(f"sweep.search.space: the configuration has no option {option!r}")
     return {**config, head: set_option(config[head], rest, value) if rest else value}
-
-
-def get_option(config: Config, option: str) -> Any:
-    """Return the value of a dotted option, None if there is none."""
-    for part in option.split("."):
-        config = config.get(part) if isinstance(config, Mapping) else None
-    return config
 
 
 def check(sweep: Config) -> None:
@@ -222,7 +207,8 @@ def check(sweep: Config) -> None:
     ):
         if value not in known:
             raise ValueError(f"sweep.{key} is {value!r}: choose one of {', '.join(known)}")
-    _check_numbers(sweep)
+    _check_count("seeds", sweep["seeds"])
+    _check_count("search.n_samples", search["n_samples"])
     _check_parts(sweep)
     _check_claims(sweep["claims"])
     if search["kind"] == "grid":
@@ -239,7 +225,7 @@ def check_models(trials: Sequence[Trial], sweep: Config, n_workers: int) -> None
     """Check that a sweep's models can be trained and compared as it is to do.
 
     Args:
-        trials: All of the sweep; for a searcher, the one that it changes.
+        trials: All of the sweep; for a search by Optuna, the one that it changes.
         sweep: The section ``sweep``.
         n_workers: ``ray.workers``.
 
@@ -255,25 +241,22 @@ def check_models(trials: Sequence[Trial], sweep: Config, n_workers: int) -> None
             require_trial(model, rows)
     if n_workers > 1 and (others := sorted(models - {"cpmm"})):
         raise ValueError(
-            f"ray.workers is {n_workers}, but workers train together cpmm alone, and sweep {sweep['name']} has "
-            f"model {', '.join(others)}: set ray.workers=1, or leave it out"
+            f"ray.workers is {n_workers}, but workers train together cpmm alone, and sweep "
+            f"{sweep['name']} has model {', '.join(others)}: set ray.workers=1, or leave it out"
         )
     blind = sorted(m for m in models if m in rows and rows[m]["kind"] in NO_DENSITY)
     if blind and (asha or search["kind"] == "optuna"):
         by = "scheduler.kind is 'asha'" if asha else "search.kind is 'optuna'"
         raise ValueError(
-            f"sweep.{by}, which compares trials by validation density, but model {', '.join(blind)} has none: "
-            "leave it out, or set sweep.search.kind to grid or random and sweep.scheduler.kind=fifo"
+            f"sweep.{by}, which compares trials by validation density, but model "
+            f"{', '.join(blind)} has none: leave it out, or set sweep.search.kind to grid or "
+            "random and sweep.scheduler.kind=fifo"
         )
 
 
-def _check_numbers(sweep: Config) -> None:
-    for key, value in (
-        ("seeds", sweep["seeds"]),
-        ("search.n_samples", sweep["search"].get("n_samples", 1)),
-    ):
-        if not _is_whole(value) or value < 1:
-            raise ValueError(f"sweep.{key} is {value!r}: expected a whole number of at least 1")
+def _check_count(name: str, value: Any) -> None:
+    if not _is_whole(value) or value < 1:
+        raise ValueError(f"sweep.{name} is {value!r}: expected a whole number of at least 1")
 
 
 def _check_parts(sweep: Config) -> None:
@@ -282,15 +265,13 @@ def _check_parts(sweep: Config) -> None:
             raise ValueError(
                 f"sweep.parts.{part}: expected overrides, grid and seeds, got {options!r}"
             )
-        if "seeds" in options and (not _is_whole(options["seeds"]) or options["seeds"] < 1):
-            raise ValueError(
-                f"sweep.parts.{part}.seeds is {options['seeds']!r}: expected a whole number of at least 1"
-            )
+        if "seeds" in options:
+            _check_count(f"parts.{part}.seeds", options["seeds"])
         for axis, values in (options.get("grid") or {}).items():
             if not isinstance(values, list | Mapping) or not values:
                 raise ValueError(
-                    f"sweep.parts.{part}.grid.{axis} is {values!r}: expected a list of values, or a "
-                    "mapping from labels to overrides"
+                    f"sweep.parts.{part}.grid.{axis} is {values!r}: expected a list of values, or "
+                    "a mapping from labels to overrides"
                 )
 
 
@@ -304,13 +285,8 @@ def _check_claims(claims: Sequence[Any]) -> None:
             )
 
 
-def flatten_options(options: Mapping[str, Any]) -> list[str]:
-    """Write options with dotted or nested names as Hydra's overrides."""
-    return list(flatten(options))
-
-
 def shorten(options: Sequence[str]) -> dict[str, str]:
-    """Call each option by its last name, or by its whole name where two would be called the same."""
+    """Call each option by its last name, or by its whole name where two would be the same."""
     short = {option: option.removesuffix(".kind").rsplit(".", 1)[-1] for option in options}
     names = list(short.values())
     long = {option: f"config.{option}" if option in TAKEN else option for option in options}
@@ -333,7 +309,7 @@ def _rows(sweep: Config) -> Iterator[_Row]:
         yield from _random_rows(sweep["search"])
     else:
         for part, options in (_parts(sweep) or {"": {}}).items():
-            overrides = tuple(flatten_options(options.get("overrides") or {}))
+            overrides = tuple(flatten(options.get("overrides") or {}))
             axes = [list(_axis(name, v)) for name, v in (options.get("grid") or {}).items()]
             for point in itertools.product(*axes):
                 labels = {name: label for name, label, _ in point}
@@ -349,7 +325,7 @@ def _random_rows(search: Config) -> Iterator[_Row]:
         axes = {name: _draw(d, generator) for name, d in search["space"].items()}
         if axes not in known:
             known.append(axes)
-            yield _Row("", axes, (), tuple(flatten_options(axes)))
+            yield _Row("", axes, (), tuple(flatten(axes)))
         if len(known) == search["n_samples"]:
             return
 
@@ -365,7 +341,7 @@ def _compose_row(preset: str, sweep: Config, row: _Row, common: Sequence[str]) -
         _forbid_seed(row.overrides)
         if sweep["search"]["kind"] == "optuna":
             for corner in _corners(sweep["search"]["space"]):
-                compose_preset(preset, [*common, *flatten_options(corner)])
+                compose_preset(preset, [*common, *flatten(corner)])
     except ValueError as error:
         words = {"part": row.part} if row.part else {}
         named = ", ".join(f"{k}={v}" for k, v in (words | row.axes).items()) or "1"
@@ -402,16 +378,17 @@ def _parts(sweep: Config) -> dict[str, Any]:
 def _axis(name: str, values: list | Mapping[str, Any]) -> Iterator[tuple[str, Any, list[str]]]:
     if isinstance(values, Mapping):
         for label, overrides in values.items():
-            yield name, label, flatten_options(overrides)
+            yield name, label, list(flatten(overrides))
     else:
         for value in values:
-            yield name, value, flatten_options({name: value})
+            yield name, value, list(flatten({name: value}))
 
 
-def _configured(config: Config, option: str) -> Any:
-    """What a row without an axis has: the value in its configuration, if the axis is an option."""
-    value = get_option(config, option)
-    return "-" if value is None or isinstance(value, Mapping) else value
+def _configured(config: Any, option: str) -> Any:
+    """Return the value of a dotted option, "-" if there is none or it is a whole section."""
+    for part in option.split("."):
+        config = config.get(part) if isinstance(config, Mapping) else None
+    return "-" if config is None or isinstance(config, Mapping) else config
 
 
 def _corners(space: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -431,7 +408,8 @@ def _forbid_axes(sweep: Config, overrides: Sequence[str]) -> None:
     for item in overrides:
         if item.lstrip("+").split("=")[0] in swept:
             raise ValueError(
-                f"sweep {sweep['name']}: {item} is one of its axes: leave it out, or change the sweep"
+                f"sweep {sweep['name']}: {item} is one of its axes: leave it out, or change "
+                "the sweep"
             )
 
 
@@ -481,19 +459,13 @@ def _check_distribution(option: str, distribution: Any) -> None:
     allowed = _is_whole if kind == "integer" else lambda v: isinstance(v, int | float)
     numbers = isinstance(values, list) and all(map(allowed, values))
     if kind == "choice":
-        good = isinstance(values, list) and bool(values)
+        good, expected = isinstance(values, list) and bool(values), "a list of values"
     else:
         good = numbers and len(values) == 2 and values[0] < values[1]
         good = good and (kind != "loguniform" or values[0] > 0)
+        expected = "two numbers [low, high], low first, whole for integer"
     if not good:
-        raise ValueError(
-            f"sweep.search.space.{option}.{kind} is {values!r}: expected "
-            + (
-                "a list of values"
-                if kind == "choice"
-                else "two numbers [low, high], low first, whole for integer"
-            )
-        )
+        raise ValueError(f"sweep.search.space.{option}.{kind} is {values!r}: expected {expected}")
 
 
 def _is_number(text: str) -> bool:

@@ -54,13 +54,13 @@ class Progress(tune.Callback):
             self.live.stop()
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        """A trial begins, or begins again."""
+        """Show a trial that starts, or starts again."""
         self.running[trial.trial_id] = {"name": self._name(trial), "since": time.monotonic()}
 
     def on_trial_result(
         self, iteration: int, trials: list, trial: Any, result: dict, **info: Any
     ) -> None:
-        """An epoch of a trial."""
+        """Show what a trial reports."""
         now = time.monotonic()
         self.first_report = self.first_report or now
         row = self.running.setdefault(trial.trial_id, {"name": self._name(trial), "since": now})
@@ -70,18 +70,18 @@ class Progress(tune.Callback):
         self._line(now)
 
     def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        """Its worker died: it goes on elsewhere."""
+        """Print that a trial's worker died, and that it goes on elsewhere."""
         self._say(f"{self._name(trial)}: its worker was lost, goes on from its last checkpoint")
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        """It has ended, well or not."""
+        """Print how a trial ended."""
         result = trial.last_result or {}
         if "archive_error" in result:
             return
         self._end(trial, result.get("status", "stopped"), result)
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        """It has been given up."""
+        """Print that a trial is given up."""
         self._end(trial, "lost", {"reason": "its worker was lost too often"})
 
     def _end(self, trial: Any, status: str, result: Mapping[str, Any]) -> None:
@@ -91,12 +91,8 @@ class Progress(tune.Callback):
         name = self._name(trial)
         if status in ("finished", "stopped"):
             value = result.get("validation")
-            if (
-                status == "finished"
-                and value is not None
-                and (self.best is None or value < self.best[0])
-            ):
-                self.best = (value, name)
+            if status == "finished" and value is not None:
+                self.best = min(self.best or (value, name), (value, name), key=lambda best: best[0])
             what = "no density" if value is None else f"validation {value:.4f} {self.unit}"
             what += " (stopped early)" if status == "stopped" else ""
         else:
@@ -109,21 +105,19 @@ class Progress(tune.Callback):
         fingerprint = trial.config.get("fingerprint")
         if fingerprint in self.names:
             return self.names[fingerprint]
-        return " ".join(
-            f"{shorten(list(trial.config))[name]}={show(value)}"
-            for name, value in trial.config.items()
-        )
+        short = shorten(list(trial.config))
+        return " ".join(f"{short[name]}={show(value)}" for name, value in trial.config.items())
 
     def _say(self, line: str) -> None:
         text = f"sweep {self.name} | {line}"
         if self.live:
             self.live.console.print(text, markup=False, highlight=False)
             return
-        with suppress(BrokenPipeError):  # nobody listens any more: the sweep goes on
+        with suppress(BrokenPipeError):  # nobody reads it any more: the sweep goes on
             print(text, flush=True)
 
     def _line(self, now: float) -> None:
-        """Where nobody watches a terminal, now and then a line on what is running."""
+        """Print now and then what is running, where there is no terminal."""
         if self.live or now - self.printed < EVERY:
             return
         self.printed = now
@@ -136,7 +130,7 @@ class Progress(tune.Callback):
         self._say(f"{self.n_done}/{self.n_trials} done, eta {self._eta(now)} | {running}")
 
     def _eta(self, now: float) -> str:
-        """Time that the rest of the sweep will take at the rate so far."""
+        """Estimate how long the rest of the sweep will take, at the rate so far."""
         share = self.n_done - self.already + sum(map(_share, self.running.values()))
         left = self.n_trials - self.already - share
         return duration((now - self.started) * left / share) if share > 0.2 else "?"
@@ -147,21 +141,12 @@ class Progress(tune.Callback):
         now = time.monotonic()
         best = f", best {self.best[0]:.4f} {self.unit}: {self.best[1]}" if self.best else ""
         failed = f", {self.n_failed} failed" if self.n_failed else ""
-        table = Table(
-            title=f"sweep {self.name}: {self.n_done}/{self.n_trials} done{failed}, eta {self._eta(now)}{best}",
-            title_justify="left",
-        )
-        for column in (
-            "trial",
-            "space",
-            "step",
-            "train",
-            "validation",
-            "density",
-            "progress",
-            "eta",
-        ):
-            table.add_column(column, justify="left" if column in ("trial", "space") else "right")
+        done = f"{self.n_done}/{self.n_trials} done{failed}, eta {self._eta(now)}"
+        table = Table(title=f"sweep {self.name}: {done}{best}", title_justify="left")
+        for column in ("trial", "space"):
+            table.add_column(column)
+        for column in ("step", "train", "validation", "density", "progress", "eta"):
+            table.add_column(column, justify="right")
         for row in self.running.values():
             density = row.get("validation", float("inf"))
             table.add_row(
@@ -174,7 +159,7 @@ class Progress(tune.Callback):
 
 
 def _eta(row: Mapping[str, Any], now: float) -> str:
-    """Time that the rest of a trial will take at the rate of its steps so far."""
+    """Estimate how long the rest of a trial will take, at the rate of its steps so far."""
     if "first" not in row:
         return "?"
     since, before = row["first"]

@@ -1,4 +1,4 @@
-"""What a worker says while it trains a trial: reports for Tune, gauges, checkpoints, its failure."""
+"""What a worker reports while it trains a trial, the checkpoints it keeps, how it may fail."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Assignment:
 
 
 class GPULost(RayError):
-    """A GPU failed, or had no memory left beside other trials: the trial is tried again elsewhere."""
+    """A GPU failed, or had no memory left beside other trials: the trial is tried again."""
 
 
 def is_of_a_gpu(error: Exception) -> bool:

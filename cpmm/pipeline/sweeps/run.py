@@ -8,10 +8,8 @@ from dataclasses import replace
 import yaml
 
 from cpmm.pipeline.config.compose import compose_preset, known_sweeps, read_overrides, split_preset
-from cpmm.pipeline.config.fingerprints import hash_of
 from cpmm.pipeline.config.root import ROOT
 from cpmm.pipeline.sweeps import cluster, plan
-from cpmm.pipeline.sweeps.archive import CHECKPOINT, Archive
 from cpmm.pipeline.sweeps.inputs import Located, locate_inputs, size_of
 from cpmm.pipeline.sweeps.sweep import Sweep
 from cpmm.pipeline.sweeps.trial import trial_code
@@ -48,6 +46,7 @@ def run_sweep(overrides: list[str], only_config: bool = False, only_plan: bool =
         return
 
     from cpmm.pipeline.artifacts.store import load_prepared
+    from cpmm.pipeline.sweeps.archive import Archive
     from cpmm.pipeline.sweeps.publish import publish_sweep
 
     home = ROOT / "data" / preset
@@ -119,12 +118,13 @@ def _beginning(sweep: Sweep, n_done: int) -> str:
         sweep: What is to run.
         n_done: Number of its trials that have ended.
     """
+    from cpmm.pipeline.sweeps.archive import CHECKPOINT
+
     archive, trials = sweep.archive, sweep.trials
     name = f"sweeps/{sweep.name}-{trials[0].config['name']}.json"
     fingerprints = [trial.fingerprint for trial in trials]
-    fingerprint = hash_of(sweep.options["search"], sweep.options["scheduler"], fingerprints)
     before = archive.read_json(name) or {}
-    archive.write_json(name, {"fingerprint": fingerprint, "trials": fingerprints})
+    archive.write_json(name, {"fingerprint": sweep.fingerprint, "trials": fingerprints})
     begun = sum(
         archive.record(trial.fingerprint) is None
         and archive.has(f"trials/{trial.fingerprint}/{CHECKPOINT}")
@@ -133,7 +133,7 @@ def _beginning(sweep: Sweep, n_done: int) -> str:
     state = f"{sweep.n_trials} trials, {n_done} done before, {begun} begun"
     if not before.get("fingerprint"):
         return f"starting, {state}"
-    if before["fingerprint"] == fingerprint:
+    if before["fingerprint"] == sweep.fingerprint:
         done = n_done >= sweep.n_trials
         return f"all done: {state}" if done else f"same configuration: resuming, {state}"
     known = set(before.get("trials", ()))

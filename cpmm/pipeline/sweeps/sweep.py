@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cpmm.pipeline.config import Config
-from cpmm.pipeline.sweeps.archive import Archive
+from cpmm.pipeline.config.fingerprints import hash_of
 from cpmm.pipeline.sweeps.plan import Trial, suggested_trial
 from cpmm.pipeline.sweeps.trial import trial_code
+
+if TYPE_CHECKING:
+    from cpmm.pipeline.sweeps.archive import Archive
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,12 @@ class Sweep:
     def n_trials(self) -> int:
         """Number of trials that it is to have in the end."""
         return self.options["search"]["n_samples"] if self.suggests else len(self.trials)
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of its search and of all its trials, code included."""
+        trials = [trial.fingerprint for trial in self.trials]
+        return hash_of(self.options["search"], self.options["scheduler"], trials)
 
     @property
     def suggestions_file(self) -> str:

@@ -60,7 +60,7 @@ def run_trial(
     """
     import torch
 
-    import cpmm.pipeline.models.baselines  # noqa: F401  a second or two, that are not of the training
+    import cpmm.pipeline.models.baselines  # noqa: F401  takes seconds that are not the training's
 
     torch.set_num_threads(config["trainer"]["threads"] or torch.get_num_threads())
     train = _train_cpmm if config["model"] == "cpmm" else partial(_train_baseline, alive=alive)
@@ -80,9 +80,8 @@ def run_trial(
             module = progress["module"]
             step = None if module is None else module.global_step
             return {"status": "diverged", "step": step, "reason": str(error)}
-    return {
-        "status": "finished", **record, **fitted.ended, "seconds": seconds, "memory_gb": memory.get("gb")
-    }  # fmt: skip
+    costs = {"seconds": seconds, "memory_gb": memory.get("gb")}
+    return {"status": "finished", **record, **fitted.ended, **costs}
 
 
 def _train_cpmm(
@@ -103,15 +102,8 @@ def _train_cpmm(
 
     module, rows = make_mixture_training(config["cpmm"], config["mixture"], data, spaces)
     progress["module"] = module
-    fit(
-        "trial",
-        module,
-        rows,
-        config["trainer"],
-        scratch,
-        config["cpmm"]["gradient_clip"],
-        **options,
-    )
+    clip = config["cpmm"]["gradient_clip"]
+    fit("trial", module, rows, config["trainer"], scratch, clip, **options)
     if module.global_rank:
         return None
     model = module.model.cpu()
@@ -147,7 +139,7 @@ def _train_baseline(
 
 
 def read_ood_if_there(config: Config, data: DataSplits) -> tuple[OodPoints | None, dict[str, str]]:
-    """The other data set if it is asked for and at hand, and what the record says if it is not."""
+    """Read the other data set if it is asked for and at hand; else, what the record says of it."""
     from cpmm.pipeline.scores.ood import read_ood
 
     if config["evaluation"]["ood"] is None:
@@ -161,7 +153,7 @@ def read_ood_if_there(config: Config, data: DataSplits) -> tuple[OodPoints | Non
 def _score(
     fitted: Fitted, config: Config, data: DataSplits, ood: OodPoints | None
 ) -> dict[str, Any]:
-    """Scores of a trained model, and how long densities take."""
+    """Score a trained model, and measure how long densities take."""
     import torch
 
     from cpmm.pipeline.models.fitted import score_baseline
@@ -178,8 +170,8 @@ def _score(
     test = score_baseline(fitted, score, config["cpmm"]["n_clusters"], ood)
     others = {name: test.pop(name) for name in ("seconds_10k",) if name in test}
     for space, end in (("mixture", ""), ("data", "_data")):
-        told = test.get("ood", {}).get(space, {})
-        others |= {f"{name}{end}": value for name, value in told.items()}
+        scores = test.get("ood", {}).get(space, {})
+        others |= {f"{name}{end}": value for name, value in scores.items()}
     test.pop("ood", None)
     return {"validation": validation, "test": test, **others}
 
@@ -188,7 +180,7 @@ def _score(
 def peak_memory() -> Iterator[dict[str, float]]:
     """Measure the most memory that this process takes beyond what it has, or a GPU's whole peak.
 
-    Nothing is found where Linux does not tell.
+    Nothing is found on systems that do not measure it.
     """
     import torch
 
@@ -211,13 +203,13 @@ def peak_memory() -> Iterator[dict[str, float]]:
 
 
 def _resident(field: str) -> float:
-    """A field of this process's status in GiB."""
+    """Read a field of this process's status, in GiB."""
     status = Path("/proc/self/status").read_text()
     return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) / 2**20
 
 
 def summarize(record: Mapping[str, Any], unit: str) -> str:
-    """Say in one line what came of a trial."""
+    """Describe the result of a trial in one line."""
     if record["status"] != "finished":
         return explain(record)
     test = record["test"]
@@ -227,11 +219,11 @@ def summarize(record: Mapping[str, Any], unit: str) -> str:
     if "accuracy" in test:
         parts.append(f"clustering accuracy {100 * test['accuracy']:.1f} %")
     if "ood_missing" in record:
-        parts.append(f"not told from another data set: {record['ood_missing']}")
+        parts.append(f"not scored on another data set: {record['ood_missing']}")
     return ", ".join(parts) or "nothing to score it by"
 
 
 def explain(record: Mapping[str, Any]) -> str:
-    """Say in one line why a trial did not finish."""
+    """Describe in one line why a trial did not finish."""
     at = f" at step {record['step']}" if record.get("step") is not None else ""
     return f"{record['status']}{at}: {record.get('reason', 'no reason recorded')}"

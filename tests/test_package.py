@@ -153,8 +153,8 @@ class Environment:
         run(*pip, "-c", ROOT / "constraints.txt", *what, cwd=self.folder)
 
     def install(self, what):
-        uv = Path(sys.executable).parent / "uv"
-        if not uv.exists():
+        uv = shutil.which("uv")
+        if uv is None:
             return self.pip(what)
         pip = [uv, "pip", "install", "-q", "--python", self.bin / "python"]
         return run(*pip, "-c", ROOT / "constraints.txt", what, cwd=self.folder)

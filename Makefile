@@ -23,8 +23,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  { echo "Python 3.11 or newer is needed, $(PYTHON) is `$(PYTHON) -V 2>&1`: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@# torch by pip, which may know of a build without CUDA; what it needs comes with the rest.
-	$(PIP) --no-deps --no-compile torch
-	-$(PIP) uv
+	$(PIP) --no-deps --no-compile torch uv || $(PIP) --no-deps --no-compile torch
 	$(call install,-e '.[all]' -e '.[test]')
 	@touch $@
 

@@ -1,18 +1,18 @@
 """The pipeline under DVC, in a copy of the project of its own."""
 
-import ast
 import os
 import subprocess
 import sys
 import time
+from modulefinder import ModuleFinder
 from pathlib import Path
 
 import psutil
 import pytest
 import yaml
-from conftest import ROOT, STAGES, TINY, copy_project
+from conftest import ROOT, STAGES, TINY, copy_code, copy_project
 
-from workflows import trial
+from cpmm.pipeline.config import code
 
 LONG = {
     "train_teacher": "last.ckpt",
@@ -23,68 +23,79 @@ LONGER = [
     "teacher.flow_matching_epochs=60", "spaces.n_spaces=21", "spaces.n_draws=8",
     "teacher.solver.n_steps=40", "cpmm.epochs_per_space=2",
 ]  # fmt: skip
-# What these do changes no result: the command line, overrides that are composed and checked, where a
-# sweep's trials run and are kept, and how that is shown.
-HARMLESS = {
-    "workflows/stage.py", "workflows/compose.py", "workflows/schema.py", "workflows/sweeps/archive.py",
-    "workflows/sweeps/cluster.py", "workflows/sweeps/progress.py", "workflows/sweeps/remote.py",
-}  # fmt: skip
-# But in a sweep, no trial runs: of these some names and a fingerprint are taken.
-TRIALS = {"workflows/sweeps/plan.py", "workflows/trial.py"}
+STAGE_CODE = sorted(path.stem for path in (ROOT / "workflows").glob("*.py"))
 
 
-def test_every_stage_is_a_file_and_names_code_that_exists():
+def test_every_stage_is_a_file_and_reads_its_own_code_and_lists_none():
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-    assert list(stages) == ["config", *STAGES, "train_baseline", "compare", "sweep"]
+    scripts = {name: Path(stage["cmd"].split()[1]).stem for name, stage in stages.items()}
+    assert set(scripts.values()) == set(STAGE_CODE) - {"trial"}  # the sweep's command for one row
+    assert {name for name in scripts if name != scripts[name]} == {"train_compared_baseline"}
+    assert set(STAGES) <= set(stages)
     for name, stage in stages.items():
-        script = "compose" if name == "config" else name
-        assert stage["cmd"].startswith(f"python workflows/{script}.py ")
-        assert f"workflows/{script}.py" in stage["deps"]
-        code = [path for path in stage["deps"] if not path.startswith("data/")]
-        assert all((ROOT / path).exists() for path in code)
-        assert code == sorted(code)
-    assert stages["train_baseline"]["matrix"]["preset"] == "${compared}"  # tables have no cnf_conv
+        assert stage["cmd"].startswith(f"python workflows/{scripts[name]}.py ")
+        code = [path for path in stage.get("deps", []) if not path.startswith("data/")]
+        assert all((ROOT / path).exists() and not path.endswith(".py") for path in code)
+        read = [item for item in stage.get("params", []) if isinstance(item, dict)]
+        hashes = [item["data/code.yaml"] for item in read if "data/code.yaml" in item]
+        assert hashes == ([] if name == "hash_code" else [[f"{scripts[name]}.hash"]])
+    assert stages["hash_code"]["deps"] == ["cpmm", "workflows"]
+    assert (
+        stages["train_compared_baseline"]["matrix"]["preset"] == "${compared}"
+    )  # tables have no cnf_conv
 
 
-def imports(path):
-    """Modules of the project that a file imports anywhere in it, as paths."""
-    names = set()
-    for node in ast.walk(ast.parse((ROOT / path).read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    paths = {f"{name.replace('.', '/')}.py" for name in names}
-    return {path for path in paths if (ROOT / path).is_file()}
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    """A copy of the code, in which it is looked for."""
+    copy_code(tmp_path)
+    monkeypatch.setattr(code, "PACKAGE", tmp_path / "cpmm")
+    monkeypatch.setattr(code, "SCRIPTS", tmp_path / "workflows")
+    return tmp_path
 
 
-def closure(path, within, ends=()):
-    """A file and all in ``within`` that it imports, directly or through others that are no ``ends``."""
-    seen, left = set(), {path}
-    while left:
-        seen |= left
-        found = set().union(*map(imports, left.difference(ends)))
-        left = {path for path in found if path.startswith(within)} - seen
-    return seen
+def hashes(tree):
+    """The hash of each stage's code, read anew from the files."""
+    for function in (code.reached_files, code._digest):
+        function.cache_clear()
+    return {n: code.code_fingerprint(tree / "workflows" / f"{n}.py") for n in STAGE_CODE}
 
 
-@pytest.mark.parametrize("stage", ["config", *STAGES, "train_baseline", "compare", "sweep"])
-def test_a_stage_depends_on_all_the_code_that_it_imports(stage):
-    deps = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"][stage]["deps"]
-    # Of cpmm/, workflows/models.py imports more than any one of the other stages runs.
-    whole = stage in ("evaluate", "train_baseline", "sweep")
-    script = "compose" if stage == "config" else stage
-    within = ("workflows/", "cpmm/") if whole else "workflows/"
-    needed = closure(f"workflows/{script}.py", within, () if stage == "sweep" else TRIALS)
-    named = {path for path in needed if any(path == d or path.startswith(f"{d}/") for d in deps)}
-    assert needed - named - HARMLESS == set()
+def found_by_python(tree, stage):
+    """What Python's own finder says a script reaches: it follows the compiled code."""
+    finder = ModuleFinder(path=[str(tree)], excludes=["workflows"])  # no package
+    finder.run_script(str(tree / "workflows" / f"{stage}.py"))
+    files = [Path(module.__file__) for module in finder.modules.values() if module.__file__]
+    return {path.relative_to(tree).as_posix() for path in files}
 
 
-def test_the_sweep_and_the_baselines_depend_on_the_code_that_marks_a_trial():
-    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-    code = {path.relative_to(ROOT).as_posix() for path in trial.CODE}
-    for stage in ("sweep", "train_baseline"):
-        assert code <= set(stages[stage]["deps"])
+def test_an_edited_comment_changes_the_hashes_of_just_the_stages_that_reach_the_file(tree):
+    reached = {stage: found_by_python(tree, stage) for stage in STAGE_CODE}
+    before = hashes(tree)
+    files = [*(tree / "cpmm").rglob("*.py"), *(tree / "workflows").glob("*.py")]
+    for path in files:
+        content = path.read_bytes()
+        path.write_bytes(content + b"# a comment\n")
+        after = hashes(tree)
+        changed = {stage for stage in STAGE_CODE if after[stage] != before[stage]}
+        name = path.relative_to(tree).as_posix()
+        assert changed == {stage for stage in STAGE_CODE if name in reached[stage]}, name
+        path.write_bytes(content)
+    assert hashes(tree) == before
+
+
+def test_a_new_import_is_found_by_itself(tree):
+    before = hashes(tree)
+    (tree / "cpmm" / "new.py").write_text("VALUE = 1\n")
+    assert hashes(tree) == before
+    path = tree / "workflows" / "report.py"
+    path.write_text(path.read_text() + "\n\ndef late():\n    from cpmm.new import VALUE\n")
+    code._imported_files.cache_clear()
+    imported = hashes(tree)
+    assert {stage for stage in STAGE_CODE if imported[stage] != before[stage]} == {"report"}
+    assert "cpmm/new.py" in code.code_digests(path)
+    (tree / "cpmm" / "new.py").write_text("VALUE = 2\n")
+    assert hashes(tree)["report"] != imported["report"]
 
 
 def dvc(folder, *arguments):
@@ -147,25 +158,35 @@ def test_killed_stages_resume_and_a_second_repro_does_nothing(project):
     assert (killed / "dvc.lock").read_bytes() == before
 
 
+def stages_run(printed):
+    lines = [line for line in printed.splitlines() if line.startswith("Running stage '")]
+    return {line.split("'")[1].split("@")[0] for line in lines}
+
+
 @pytest.mark.slow
-def test_a_comment_runs_the_composition_alone_and_a_value_what_reads_it(project):
-    folder = project("edited")
+def test_an_edit_runs_what_reads_it(tmp_path):
+    folder = copy_project(tmp_path / "edited", TINY)
     status, printed = repro(folder)
     assert status == 0, printed
-    for edit, again in (
-        ("# a comment\n", {"config"}),
-        (None, {"config", "extract_mixture", "evaluate", "report", "train_cpmm"}),
-    ):
-        path = folder / "conf" / "mixture" / "default.yaml"
-        if edit:
-            path.write_text(edit + path.read_text())
-        else:
-            params = yaml.safe_load((folder / "params.yaml").read_text())
-            params["overrides"]["mixture"]["n_pseudotimes"] = 4
-            (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    known = yaml.safe_load((folder / "data" / "code.yaml").read_text())
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    params["overrides"]["mixture"]["n_pseudotimes"] = 4
+    edits = {
+        "conf/mixture/default.yaml": {"compose"},
+        "params.yaml": {"compose", *STAGES[3:]},
+    }
+    # The stages write the same bytes again, so none after them runs.
+    for name in ("cpmm/figures.py", "cpmm/spaces.py", "workflows/prepare_data.py"):
+        reach = {stage for stage in STAGES if name in known[stage]["files"]}
+        assert reach
+        assert reach < set(STAGES)
+        edits[name] = {"hash_code"} | reach
+    for name, again in edits.items():
+        path = folder / name
+        text = (
+            f"# a comment\n{path.read_text()}" if name != "params.yaml" else yaml.safe_dump(params)
+        )
+        path.write_text(text)
         status, printed = repro(folder)
         assert status == 0, printed
-        ran = {
-            line.split("'")[1].split("@")[0] for line in printed.splitlines() if "Running" in line
-        }
-        assert ran == again
+        assert stages_run(printed) == again, name

@@ -1,12 +1,13 @@
-"""Write the paper's tables and figures as far as presets were evaluated, small files to be committed.
+"""Write the paper's tables and figures, as far as presets were evaluated: small files for git.
 
     python benchmarks/paper.py                        what data/ holds of MNIST and Fashion-MNIST
     python benchmarks/paper.py mnist fashion_mnist --out docs/results/paper
     python benchmarks/paper.py mnist --keep           what the tables have of others stays
 
-Tables 1 and 3 have the paper's column, that of small measured anchors, and one for each preset; "-" stands where
-nothing was measured. Figures 2, 4 and 5 are those that evaluate drew. A preset's sweep of models,
-``table1``, or of a single row, such as one over seeds, is a column of its own, with mean and standard deviation.
+Tables 1 and 3 have the paper's column, that of small measured anchors, and one for each preset; "-"
+stands where nothing was measured. Figures 2, 4 and 5 are those that evaluate drew. A preset's sweep
+of models, ``table1``, or of a single row, such as one over seeds, is a column of its own, with mean
+and standard deviation.
 """
 
 from __future__ import annotations
@@ -80,7 +81,8 @@ def read_preset(folder: Path) -> Column:
     data = data_of(folder.name)
     if data is None:
         raise ValueError(
-            f"{folder.name} is no preset of the paper's images: its name must begin with {' or '.join(TITLES)}"
+            f"{folder.name} is no preset of the paper's images: its name must begin with "
+            f"{' or '.join(TITLES)}"
         )
     if not (folder / "metrics.json").is_file():
         raise FileNotFoundError(
@@ -91,7 +93,8 @@ def read_preset(folder: Path) -> Column:
     metrics = json.loads((folder / "metrics.json").read_text())
     if metrics["unit"] != "bits per dimension":
         raise ValueError(
-            f"{folder / 'metrics.json'} is in {metrics['unit']}, the paper's images are in bits per dimension"
+            f"{folder / 'metrics.json'} is in {metrics['unit']}, the paper's images are in bits "
+            "per dimension"
         )
     values = {
         (model, "", metric): (row[metric], row.get(f"{metric}_standard_error"))
@@ -108,11 +111,11 @@ def read_preset(folder: Path) -> Column:
 
 
 def read_sweeps(folder: Path) -> tuple[list[Column], list[str]]:
-    """Read a preset's sweeps of models, such as ``table1``, and those of a single row: CPMM over seeds.
+    """Read a preset's sweeps of models, such as ``table1``, and those of CPMM alone over seeds.
 
     Returns:
-        Their columns; and what was left out because its trials are of another configuration than the
-        preset's, a line each.
+        Their columns; and what was left out because its trials are of another configuration than
+        the preset's, a line each.
 
     Raises:
         FileNotFoundError: If a file of a sweep is missing.
@@ -192,7 +195,8 @@ def kept_columns(out: Path, but: Iterable[Column]) -> list[Column]:
         ) from error
     except (KeyError, ValueError, TypeError) as error:
         raise ValueError(
-            f"{out}: its tables are not as they were written ({error!r}): `git checkout` them, or leave --keep out"
+            f"{out}: its tables are not as they were written ({error!r}): `git checkout` them, or "
+            "leave --keep out"
         ) from error
     return columns
 
@@ -202,8 +206,10 @@ def table_1(columns: Sequence[Column]) -> tuple[str, str]:
     lines = [
         "# Table 1: bits per dimension (BPD, lower is better) and clustering accuracy (Acc., %)",
         "",
-        "Paper: as printed there. Anchor: small runs of another implementation, one seed, untuned, alpha 1e-6. "
-        "The others are this project's, from sealed evaluations; ± is the standard error over test points, for sweeps "
+        "Paper: as printed there. Anchor: small runs of another implementation, one seed, untuned, "
+        "alpha 1e-6. "
+        "The others are this project's, from sealed evaluations; ± is the standard error over test "
+        "points, for sweeps "
         'the standard deviation over seeds. "-": the paper has none, or it was not measured.',
     ]
     printed = [("paper", "density"), ("paper", "accuracy"), ("anchor", "density")]
@@ -223,8 +229,10 @@ def table_3(columns: Sequence[Column]) -> tuple[str, str]:
     lines = [
         "# Table 3: telling another data set apart by log-density, %, higher is better",
         "",
-        "AUROC and AUPR have the points of the data set that is modelled as positives, AUPR out those of the other one. "
-        "The paper does not state the space of its densities, and its CNF is FFJORD. Anchor: small runs of another "
+        "AUROC and AUPR have the points of the data set that is modelled as positives, AUPR out "
+        "those of the other one. "
+        "The paper does not state the space of its densities, and its CNF is FFJORD. Anchor: small "
+        "runs of another "
         'implementation. "-": the paper has none, or it was not measured.',
     ]
     printed = [(source, metric) for source in ("paper", "anchor") for metric in ("auroc", "aupr")]
@@ -339,8 +347,8 @@ def write_paper(folders: Iterable[Path], out: Path, keep: bool = False) -> list[
 
     Raises:
         FileNotFoundError: As :func:`read_preset` and :func:`kept_columns`.
-        ValueError: As :func:`read_preset`, :func:`read_sweeps` and :func:`kept_columns`, or if a figure is too
-            large.
+        ValueError: As :func:`read_preset`, :func:`read_sweeps` and :func:`kept_columns`, or if a
+            figure is too large.
     """
     columns, said = [], []
     for folder in (folders := list(folders)):
@@ -368,7 +376,8 @@ def write_paper(folders: Iterable[Path], out: Path, keep: bool = False) -> list[
             size = len(texts[name].encode())
             if size > LARGEST_FIGURE:
                 raise ValueError(
-                    f"{path} has {size} bytes in its smallest form, more than the {LARGEST_FIGURE} that are "
+                    f"{path} has {size} bytes in its smallest form, more than the {LARGEST_FIGURE} "
+                    "that are "
                     f"committed: leave {folder.name} out"
                 )
     out.mkdir(parents=True, exist_ok=True)
@@ -387,7 +396,8 @@ def evaluated_presets(root: Path) -> list[Path]:
     folders = [folder for folder in folders if data_of(folder.name)]
     if not folders:
         raise FileNotFoundError(
-            f"{root} holds no evaluated preset of {' or '.join(TITLES.values())}: name one in params.yaml, say "
+            f"{root} holds no evaluated preset of {' or '.join(TITLES.values())}: name one in "
+            "params.yaml, say "
             "where its files are, and run `dvc repro report`"
         )
     return folders
@@ -442,8 +452,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the presets")
     parser.add_argument("--out", type=Path, default=Path("docs/results/paper"), help="%(default)s")
     parser.add_argument(
-        "--keep", action="store_true", help="what the tables in --out have of other presets and sweeps stays"
-    )  # fmt: skip
+        "--keep",
+        action="store_true",
+        help="what the tables in --out have of other presets and sweeps stays",
+    )
     arguments = parser.parse_args()
     try:
         folders = [arguments.data / preset for preset in arguments.presets]

@@ -36,7 +36,8 @@ def main() -> None:
     presets = sorted(p.stem for p in (ROOT / "conf" / "preset").glob("*.yaml"))
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog=f"sweeps: {', '.join(known_sweeps())}. presets: {', '.join(presets)}. What Ray is asked for: "
+        epilog=f"sweeps: {', '.join(known_sweeps())}. presets: {', '.join(presets)}. What Ray is "
+        "asked for: "
         "conf/ray/default.yaml.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -160,7 +161,8 @@ def _run(
         suggested = suggested_trials(trials[0], archive)
         if all(archive.record(trial.fingerprint) is not None for trial in suggested):
             print(
-                f"sweep {sweep['name']} | {len(suggested)} trials in place of {n_trials}: the search suggested "
+                f"sweep {sweep['name']} | {len(suggested)} trials in place of {n_trials}: the "
+                "search suggested "
                 "nothing else; its space has few points, a grid would do",
                 flush=True,
             )

@@ -191,9 +191,12 @@ def test_what_beats_cpmm_is_said(made):
     # freedom ask for 4.3 times that.
     _, _, _, text = made
     assert (
-        "In density (bits per dimension), EiNet (large) by 0.390 beats CPMM, judged by the seeds (Welch's t-test, "
-        "p < 0.05). No such difference: matched mixture 0.050 better. Worse: my_model by 0.400, one Gaussian by "
-        "0.900. Not judged, one seed: teacher 0.600 better, CNF (MLP) 0.500 better, CPMM's components trained on "
+        "In density (bits per dimension), EiNet (large) by 0.390 beats CPMM, judged by the seeds "
+        "(Welch's t-test, "
+        "p < 0.05). No such difference: matched mixture 0.050 better. Worse: my_model by 0.400, "
+        "one Gaussian by "
+        "0.900. Not judged, one seed: teacher 0.600 better, CNF (MLP) 0.500 better, CPMM's "
+        "components trained on "
         "0.250 better.\n"
     ) in text
     assert "In clustering accuracy, matched mixture by 10.0 points beats CPMM, judged" in text
@@ -293,7 +296,8 @@ def test_failures_stay_with_their_reason(made):
     assert (rows["cnf_mlp"]["n_failed"], rows["cnf_mlp"]["n_stopped"]) == ("1", "1")
     assert rows["cnf_mlp"]["density_mean"] == "1.6"
     assert (
-        "- CNF (MLP), 2 of 3: seed 1: diverged at step 40: the loss is NaN: lower the learning rate; "
+        "- CNF (MLP), 2 of 3: seed 1: diverged at step 40: the loss is NaN: lower the learning "
+        "rate; "
         "seed 2: stopped at step 40: by the scheduler"
     ) in text
     assert "- CNF (conv), 3 of 3: seeds 0, 1, 2: failed at step 40: no memory | at all" in text
@@ -406,7 +410,8 @@ def test_trials_of_another_configuration_are_refused(make, overrides, said):
 
 def test_trials_without_fingerprint_or_of_an_unknown_model_are_refused(make):
     folder, config = make()
-    again = "another configuration than .*run the sweep table1 of this preset again.*preset=digits sweep=table1"
+    again = "another configuration than .*run the sweep table1 of this preset again.*preset=digits "
+    "sweep=table1"
     for row in (
         trial("cpmm", 0, 2.0) | {"fingerprint": ""},
         trial("unknown", 0, 2.0) | {"fingerprint": "0f"},

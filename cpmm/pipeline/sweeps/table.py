@@ -1,4 +1,4 @@
-"""The sweep's results: a table of rows over seeds, a figure, claims checked, the best trial's files."""
+"""The sweep's results: a table of rows over seeds, a figure, claims checked, the best trial."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHOWN = ("validation", "density", "accuracy", "nmi", "auroc", "aupr")  # as far 
 
 
 def trials_table(results: Results) -> pd.DataFrame:
-    """One row a trial: its axes, seed, fingerprint, status, scores, and the command that repeats it."""
+    """One row a trial: axes, seed, fingerprint, status, scores, and the command that repeats it."""
     rows = []
     for trial, record in results:
         test = record.get("test") or {}
@@ -135,8 +135,11 @@ def markdown(
     lines += [write_line(cells) for cells in cells_of(rows, axes, scores)]
     if claims:
         lines += ["", "## The paper's claims", ""]
-        lines += ["From the row that should be worse to the one that should be better. Differences "
-                  f"with p ≥ {LEVEL} in Welch's t-test of the seeds are within noise.", ""]  # fmt: skip
+        lines.append(
+            "From the row that should be worse to the one that should be better. Differences with "
+            f"p ≥ {LEVEL} in Welch's t-test of the seeds are within noise."
+        )
+        lines.append("")
         lines += [write_line(["claim", "paper", "here", "holds"]), write_line(["---"] * 4)]
         for claim in claims:
             paper = f"{claim['paper']['worse']} → {claim['paper']['better']}"
@@ -202,7 +205,7 @@ def write_tables(
     unit: str,
     text: str,
 ) -> None:
-    """Write the trials, the rows with their claims, the figure and ``text`` for people into a folder."""
+    """Write trials, rows with their claims, the figure and ``text`` for people into a folder."""
     from matplotlib import rc_context
 
     from cpmm.pipeline.artifacts.store import write_json

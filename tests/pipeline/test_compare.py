@@ -19,7 +19,11 @@ from cpmm.artifact import file_digest, load_header, seal_folder, verify_files
 from cpmm.figures import plot_costs
 from cpmm.pipeline.artifacts.store import seal_sweep
 from cpmm.pipeline.config.compose import compose_preset
-from cpmm.pipeline.config.fingerprints import fingerprint_evaluation, fingerprint_options
+from cpmm.pipeline.config.fingerprints import (
+    fingerprint_evaluation,
+    fingerprint_options,
+    fingerprint_trial,
+)
 from cpmm.pipeline.scores.comparison import LEVEL
 from cpmm.pipeline.scores.published import printed, published
 from cpmm.pipeline.scores.trials import NUMBERS, read_trials
@@ -84,9 +88,8 @@ def compose():
 def marked(row, config):
     """A trial's row with the fingerprint that the sweep gives it."""
     cpmm = config["cpmm"] | {"seed": row["seed"]}
-    return {
-        "fingerprint": fingerprint_options(config | {"model": row["model"], "cpmm": cpmm})
-    } | row
+    options = config | {"model": row["model"], "cpmm": cpmm}
+    return {"fingerprint": fingerprint_options(options)} | row
 
 
 def add_preset(root, trials=TRIALS, name="digits", ood=None, columns=None):
@@ -406,6 +409,14 @@ def test_trials_of_another_configuration_are_refused(make, overrides, said):
     with pytest.raises(ValueError, match=rf"{said}.*run the sweep table1 of this preset again"):
         read_trials(compare.sweep_of(folder), other)
     assert len(read_trials(compare.sweep_of(folder), config)) == len(TRIALS)
+
+
+def test_what_tables_call_a_row_changes_no_fingerprint():
+    named = [f"baselines.einet_large.{key}=other" for key in ("title", "block", "paper")]
+    config = compose_preset("digits", named)
+    assert compare.describe("einet_large", config)["title"] == "other"
+    got, expected = (fingerprint_trial(c, "einet_large", 0) for c in (config, compose()))
+    assert got == expected
 
 
 def test_trials_without_fingerprint_or_of_an_unknown_model_are_refused(make):

@@ -4,6 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export RAY_USAGE_STATS_ENABLED := 0
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# With uv in seconds; where it is not to be had, pip takes minutes.
+install = { [ -x $(BIN)/uv ] && $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt $(1); } || $(PIP) $(1)
 # DVC runs the stages' `python`: that of the environment.
 export PATH := $(abspath $(BIN)):$(PATH)
 
@@ -19,8 +22,10 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed, $(PYTHON) is `$(PYTHON) -V 2>&1`: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@# torch by pip, which may know of a build without CUDA; what it needs comes with the rest.
+	$(PIP) --no-deps --no-compile torch
+	-$(PIP) uv
+	$(call install,-e '.[all]' -e '.[test]')
 	@touch $@
 
 repro: setup ## run the pipeline on the presets of params.yaml and print where the report is
@@ -36,9 +41,10 @@ compare: setup ## CPMM and fifteen baselines in one table on digits (15 minutes 
 report: setup ## print where the reports are and their main figures
 	@python -m cpmm.cli.summary
 
-lint: setup ## check style and layers
+lint: setup ## check style, layers and types
 	ruff check .
 	ruff format --check .
+	ty check --python $(BIN)/python
 
 # A file's tests share what they make, so a process takes whole files.
 test: setup lint ## lint, then every test that is neither slow nor needs a GPU
@@ -56,11 +62,11 @@ servers: setup ## tests with real ssh and S3 servers, and what they need
 	  then apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends openssh-server; \
 	  else echo "sshd is needed: install your system's OpenSSH server (Debian: apt-get install openssh-server), then make servers"; exit 1; \
 	  fi; }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[servers]'
+	$(call install,-e '.[servers]')
 	pytest tests/pipeline/test_remotes.py tests/pipeline/test_sweep_nodes.py
 
 bench: setup ## time the log-density, training steps and spaces beside peers (a few minutes)
-	-$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[benchmarks]'
+	-$(call install,-e '.[benchmarks]')
 	python benchmarks/speed.py
 
 clean: ## remove the environment and scratch folders; artifacts stay

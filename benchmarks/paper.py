@@ -18,7 +18,6 @@ import io
 import json
 import math
 import re
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ import pandas as pd
 from cpmm.pipeline.artifacts.files import write_text
 from cpmm.pipeline.artifacts.store import verify_evaluation
 from cpmm.pipeline.config import Config
-from cpmm.pipeline.errors import EXPECTED_ERRORS, describe
+from cpmm.pipeline.errors import command
 from cpmm.pipeline.scores.published import TITLES, PublishedScore, data_of, published
 from cpmm.pipeline.scores.tables import OOD, SCORES, SPACES, write_score, write_table
 from cpmm.pipeline.scores.trials import OtherConfigurationError, over_seeds, read_trials
@@ -457,19 +456,16 @@ def main() -> None:
         help="what the tables in --out have of other presets and sweeps stays",
     )
     arguments = parser.parse_args()
-    try:
+    with command("paper", arguments.out):
         folders = [arguments.data / preset for preset in arguments.presets]
-        lines = write_paper(
-            folders or evaluated_presets(arguments.data), arguments.out, arguments.keep
-        )
-    except EXPECTED_ERRORS as error:
-        print(f"paper: error: {describe(error, arguments.out)}", file=sys.stderr)
-        raise SystemExit(1) from None
-    except (KeyError, TypeError) as error:
-        print(f"paper: error: metrics or configuration lack {error}", file=sys.stderr)
-        raise SystemExit(1) from None
-    for line in lines:
-        print(f"paper: {line}")
+        try:
+            lines = write_paper(
+                folders or evaluated_presets(arguments.data), arguments.out, arguments.keep
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"metrics or configuration lack {error}") from error
+        for line in lines:
+            print(f"paper: {line}")
 
 
 if __name__ == "__main__":

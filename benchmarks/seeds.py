@@ -20,7 +20,7 @@ import yaml
 
 from cpmm.pipeline.config.compose import compose_preset
 from cpmm.pipeline.config.root import ROOT
-from cpmm.pipeline.errors import EXPECTED_ERRORS, describe
+from cpmm.pipeline.errors import command
 
 STAGES = (
     "prepare_data",
@@ -47,7 +47,7 @@ def run_seed(config: dict) -> pd.DataFrame:
             command = [sys.executable, ROOT / "workflows" / f"{stage}.py", path]
             done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
             if done.returncode:
-                raise SystemExit(f"seed {seed}: {stage} failed: {done.stderr.strip()}")
+                raise ChildProcessError(f"{stage} of seed {seed} failed: {done.stderr.strip()}")
             print(f"seed {seed} | {done.stdout.splitlines()[-1]}", flush=True)
     models = json.loads((folder / "metrics.json").read_text())["models"]
     rows = pd.DataFrame.from_dict(models, orient="index").drop(columns="name")
@@ -68,17 +68,15 @@ def main() -> None:
     parser.add_argument("--jobs", type=_positive, default=2, help="run side by side; default 2")
     parser.add_argument("--csv", type=Path, help="where to write the scores of every seed")
     arguments = parser.parse_args()
-    try:
+    with command("seeds"):
         configs = [
             compose_preset(arguments.preset, [*arguments.overrides, f"seed={seed}"])
             for seed in range(arguments.seeds)
         ]
-    except EXPECTED_ERRORS as error:
-        raise SystemExit(f"seeds: error: {describe(error)}") from None
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        scores = pd.concat(pool.map(run_seed, configs), ignore_index=True)
-    if arguments.csv:
-        scores.to_csv(arguments.csv, index=False, float_format="%.5f")
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            scores = pd.concat(pool.map(run_seed, configs), ignore_index=True)
+        if arguments.csv:
+            scores.to_csv(arguments.csv, index=False, float_format="%.5f")
     table = scores.groupby("model", sort=False)[["density", "accuracy", "nmi", "ari"]]
     print(pd.concat({"mean": table.mean(), "sd": table.std()}, axis=1).swaplevel(axis=1).round(4))
 

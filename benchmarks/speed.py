@@ -3,8 +3,9 @@
     python benchmarks/speed.py                # all parts, a few minutes
     python benchmarks/speed.py density --quick
 
-Times are the shortest of several, taken in turns, so that the ratios hold on a busy machine. Results
-are compared before times are. pomegranate and SPFlow, peers, come with `pip install -e '.[benchmarks]'`.
+Times are the shortest of several, taken in turns, so that the ratios hold on a busy machine.
+Results are compared before times are. pomegranate and SPFlow, peers, come with
+`pip install -e '.[benchmarks]'`.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from cpmm.pipeline.errors import command
+
+PARTS = ("density", "step", "einsum", "reading", "writing")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = ("density", "step", "einsum", "reading", "writing")
-    parser.add_argument("parts", nargs="*", metavar="part", help=f"some of {', '.join(names)}; all")
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"some of {', '.join(PARTS)}; all")
     parser.add_argument(
         "--quick", action="store_true", help="small sizes: that it runs, not figures"
     )
@@ -30,11 +34,17 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the step")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the figures")
     arguments = parser.parse_args()
-    if unknown := set(arguments.parts) - set(names):
-        parser.error(f"no part {', '.join(sorted(unknown))}: choose among {', '.join(names)}")
+    if unknown := set(arguments.parts) - set(PARTS):
+        parser.error(f"no part {', '.join(sorted(unknown))}: choose among {', '.join(PARTS)}")
     if arguments.repeats < 1:
         parser.error(f"--repeats is {arguments.repeats}: expected 1 or more")
 
+    with command("speed", resumes=False):
+        time_parts(arguments)
+
+
+def time_parts(arguments: argparse.Namespace) -> None:
+    """Time what is asked for, and print it."""
     import torch
     from cases.einsum_network import time_einsum_network
     from cases.log_density import time_log_density
@@ -44,7 +54,7 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device is cuda, but torch finds no CUDA device here")
+        raise ValueError("--device is cuda, but torch finds no CUDA device here")
     options = (arguments.quick, arguments.repeats)
     parts = {
         "density": lambda: time_log_density(*options),
@@ -55,7 +65,7 @@ def main() -> None:
     }
     figures = {}
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads", flush=True)
-    for part in arguments.parts or names:
+    for part in arguments.parts or PARTS:
         rows = parts[part]()
         figures[part] = [asdict(row) for row in rows]
         for row in rows:

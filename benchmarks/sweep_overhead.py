@@ -2,8 +2,8 @@
 
     python benchmarks/sweep_overhead.py --trials 16 --workers 2
 
-Pure training is what Lightning's loop takes inside a trial; the wall time runs from when the last of
-the workers is up to the last record, start-up is reported apart. Results of the preset are not kept.
+Pure training is what Lightning's loop takes inside a trial; the wall time runs from when the last
+worker is up to the last record; start-up is reported apart. Results of the preset are not kept.
 """
 
 from __future__ import annotations
@@ -31,17 +31,19 @@ def main() -> None:
     cluster.prepare_environment(config["ray"])
     from cpmm.pipeline.sweeps.archive import Archive
     from cpmm.pipeline.sweeps.driver import run_trials
-    from cpmm.pipeline.sweeps.inputs import locate_inputs, share, size_of
+    from cpmm.pipeline.sweeps.inputs import locate_inputs, size_of
     from cpmm.pipeline.sweeps.progress import Progress
+    from cpmm.pipeline.sweeps.shared import share
+    from cpmm.pipeline.sweeps.sweep import Sweep
     from cpmm.pipeline.sweeps.trial import trial_code
 
     overrides = [
         "cpmm.curriculum=false", "cpmm.pseudo_label_spaces=0", "cpmm.initialization.kind=kmeans",
         f"cpmm.fine_tune_epochs={arguments.epochs}", *arguments.overrides,
     ]  # fmt: skip
-    sweep = config["sweep"] | {"name": "overhead", "seeds": arguments.trials, "parts": {}}
+    section = config["sweep"] | {"name": "overhead", "seeds": arguments.trials, "parts": {}}
     options = config["ray"] | {"max_concurrent": arguments.workers, "dashboard": False}
-    trials = plan_trials("digits", sweep, [], overrides, trial_code())
+    trials = plan_trials("digits", section, [], overrides, trial_code())
     located = locate_inputs(trials[0].config, ROOT / "data" / "digits")
     began = time.time()
     with (
@@ -53,7 +55,8 @@ def main() -> None:
         names = {trial.fingerprint: trial.name for trial in trials}
         progress = Progress("overhead", names, len(trials), 0, "bits")
         inputs = {trials[0].inputs: share(located)}
-        run_trials(trials, sweep, options, inputs, archive, Path(folder) / "logs", progress)
+        sweep = Sweep("digits", trials, section, options, archive, Path(folder))
+        run_trials(sweep, inputs, progress)
         records = [archive.record(trial.fingerprint) for trial in trials]
     starts = sorted(record["worker"]["began"] for record in records)
     ended = max(record["worker"]["ended"] for record in records)

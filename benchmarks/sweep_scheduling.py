@@ -1,4 +1,4 @@
-"""What scheduling costs: no-op trials through the sweep's own driver, on a cluster of simulated nodes.
+"""What scheduling costs: no-op trials through the sweep's driver, on a cluster of simulated nodes.
 
     python benchmarks/sweep_scheduling.py --trials 1000 --nodes 8
 
@@ -25,7 +25,8 @@ def no_op(config: dict, assignment: object) -> None:
     """Do all that a trial does but train."""
     from ray import tune
 
-    from cpmm.pipeline.sweeps.worker import call, final_report
+    from cpmm.pipeline.sweeps.reporter import call
+    from cpmm.pipeline.sweeps.worker import final_report
 
     fingerprint = config["fingerprint"]
     call(assignment.archive.record, fingerprint)
@@ -48,9 +49,10 @@ def main() -> None:
     from cpmm.pipeline.sweeps.archive import Archive
     from cpmm.pipeline.sweeps.driver import run_trials
     from cpmm.pipeline.sweeps.progress import Progress
+    from cpmm.pipeline.sweeps.sweep import Sweep
 
     template = compose_preset("digits", [])
-    # As many trials as asked for, told apart by their seeds.
+    # As many trials as asked for; they differ by their seeds.
     trials = [make_trial("digits", (), seed, [], template, "") for seed in range(arguments.trials)]
     names = {trial.fingerprint: trial.name for trial in trials}
     simulated = Cluster(
@@ -68,8 +70,9 @@ def main() -> None:
             progress = Progress("no-op", names, len(trials), 0, "bits")
             progress._say = lambda line: None
             started = time.monotonic()
-            sweep = config["sweep"] | {"name": "no-op"}
-            run_trials(trials, sweep, options, {}, archive, Path(folder) / "logs", progress, no_op)
+            section = config["sweep"] | {"name": "no-op"}
+            sweep = Sweep("digits", trials, section, options, archive, Path(folder))
+            run_trials(sweep, {}, progress, no_op)
             seconds = time.monotonic() - started
             n_done = sum(archive.record(trial.fingerprint) is not None for trial in trials)
     finally:

@@ -1,14 +1,15 @@
-"""Compare three ways to train a preset's teacher: flow matching, maximum likelihood, one after the other.
+"""Compare ways to train a preset's teacher: flow matching, maximum likelihood, both in turn.
 
     python benchmarks/teachers.py digits
     python benchmarks/teachers.py mnist_cpu --trained --out teachers.json teacher.solver.n_steps=10
 
 The data and the options of the teacher are those of a folder that the pipeline has made, which is
-only read. A step of likelihood backpropagates through a solve of the ODE (teacher.solver) and takes
-tens of times as long as one of flow matching: its epochs are of some training points, drawn anew for
-each. The weights are those of the epoch with the best validation loss; the third way starts Adam and
-its schedule afresh from those of the first. Test points are scored as by workflows/evaluate.py.
-Progress goes to stderr, a table in Markdown to stdout; an arm that diverges is reported as failed.
+only read. A step of likelihood backpropagates through a solve of the ODE (teacher.solver) and
+takes tens of times as long as one of flow matching: its epochs are of some training points, drawn
+anew for each. The weights are those of the epoch with the best validation loss; the third way
+starts Adam and its schedule afresh from those of the first. Test points are scored as by
+workflows/evaluate.py. Progress goes to stderr, a table in Markdown to stdout; an arm that diverges
+is reported as failed.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ from cpmm.pipeline.config import Config, pick
 from cpmm.pipeline.config.compose import compose_preset, flatten
 from cpmm.pipeline.config.fingerprints import fingerprint_prepared, fingerprint_teacher
 from cpmm.pipeline.config.root import ROOT
-from cpmm.pipeline.errors import EXPECTED_ERRORS, describe
+from cpmm.pipeline.errors import command
 from cpmm.pipeline.stage import load_config
 
 if TYPE_CHECKING:
     from cpmm.data import DataSplits
     from cpmm.teacher import Flow
-    from cpmm.training import EpochData
+    from cpmm.training.epochs import EpochData
 
 MATCHED = "flow matching"
 LIKELIHOOD = "maximum likelihood"
@@ -91,7 +92,8 @@ class Trained:
 
 def match_flow(config: Config, data: DataSplits) -> Trained:
     """Train a teacher by flow matching alone, as the stage ``train_teacher`` does."""
-    from cpmm.pipeline.models.flows import drawn_rows, make_teacher
+    from cpmm.pipeline.models.fit import drawn_rows
+    from cpmm.pipeline.models.flows import make_teacher
 
     options, seed = config["teacher"], config["seed"]
     rows = drawn_rows(data, options["n_draws"], options["batch_size"], seed)
@@ -112,7 +114,7 @@ def maximize_likelihood(
     import torch
 
     from cpmm.pipeline.models.flows import make_teacher
-    from cpmm.training import EpochData, Rows
+    from cpmm.training.epochs import EpochData, Rows
 
     options, seed, n = config["teacher"], config["seed"], len(data.raw["train"])
     validation = data.points("validation")[0][: likelihood.validation_points].float()
@@ -146,7 +148,7 @@ def _train(
 ) -> Phase:
     """Train ``flow`` in place."""
     from cpmm.pipeline.models.fit import fit
-    from cpmm.training import TeacherTraining
+    from cpmm.training.teacher import TeacherTraining
 
     options = config["teacher"]
     module = TeacherTraining(
@@ -211,7 +213,7 @@ def read_trained(folder: Path, made: Config, config: Config, data: DataSplits) -
 
 
 def score(flow: Flow, config: Config, data: DataSplits) -> dict[str, Any]:
-    """Density of the first test points by a solve at the stated tolerance, as evaluate's teacher row.
+    """Density of the first test points by a solve at the stated tolerance, as in evaluate.
 
     Raises:
         FloatingPointError: If the solve gives up, or a density is not finite.
@@ -258,7 +260,8 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
 
     import torch
 
-    from cpmm.pipeline.artifacts.store import load_prepared, write_json
+    from cpmm.pipeline.artifacts.files import write_json
+    from cpmm.pipeline.artifacts.store import load_prepared
 
     torch.set_num_threads(config["trainer"]["threads"] or torch.get_num_threads())
     data = load_prepared(folder / "prepared", fingerprint_prepared(config))
@@ -287,18 +290,9 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         LIKELIHOOD: lambda: maximize_likelihood(config, data, likelihood, rate),
         REFINED: refined,
     }
-    exact = data.n_features <= config["teacher"]["exact_trace_up_to"]
     record: dict[str, Any] = {
         **pick(vars(arguments), "preset", "overrides", "trained"),
-        "prepared": fingerprint_prepared(config),
-        "seed": config["seed"],
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "unit": data.preprocessing.density_unit[0],
-        "trace": "exact" if exact else "Hutchinson, fixed seed",
-        "scoring_solver": config["evaluation"]["teacher_solver"],
-        "scoring_batch_size": config["evaluation"]["batch_size"],
-        "teacher": config["teacher"],
+        **_settings(config, data),
         "likelihood": asdict(likelihood) | {"learning_rate": rate, "refine_rate": refine_rate},
         "n_parameters": None,
         "arms": {},
@@ -317,6 +311,24 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         if arguments.out:
             write_json(arguments.out, record)
     return record
+
+
+def _settings(config: Config, data: DataSplits) -> dict[str, Any]:
+    """What all arms have in common."""
+    import torch
+
+    exact = data.n_features <= config["teacher"]["exact_trace_up_to"]
+    return {
+        "prepared": fingerprint_prepared(config),
+        "seed": config["seed"],
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "unit": data.preprocessing.density_unit[0],
+        "trace": "exact" if exact else "Hutchinson, fixed seed",
+        "scoring_solver": config["evaluation"]["teacher_solver"],
+        "scoring_batch_size": config["evaluation"]["batch_size"],
+        "teacher": config["teacher"],
+    }
 
 
 def _configure(folder: Path, arguments: argparse.Namespace) -> tuple[Config, Config]:
@@ -338,16 +350,19 @@ def _configure(folder: Path, arguments: argparse.Namespace) -> tuple[Config, Con
 def tabulate(record: Mapping[str, Any]) -> str:
     """Write the results as Markdown: the settings, a table, and why an arm failed."""
     arms, solver, likelihood = record["arms"], record["scoring_solver"], record["likelihood"]
+    training = record["teacher"]["solver"]
     points = {arm["n_points"] for arm in arms.values() if "n_points" in arm}
     lines = [
-        f"{record['preset']}, seed {record['seed']}, {record['threads']} threads, torch {record['torch']}. Density of "
-        f"the first {' or '.join(map(str, points)) or '-'} test points: {solver['method']}, tolerances "
-        f"{solver['rtol']:g}/{solver['atol']:g}, trace {record['trace']}. Likelihood: {likelihood['epochs']} epochs of "
-        f"{likelihood['points']} points, batch {likelihood['batch_size']}, {record['teacher']['solver']['method']} with "
-        f"{record['teacher']['solver']['n_steps']} steps, learning rate {likelihood['learning_rate']:g}, after flow "
-        f"matching {likelihood['refine_rate']:g}.",
+        f"{record['preset']}, seed {record['seed']}, {record['threads']} threads, "
+        f"torch {record['torch']}. Density of the first {' or '.join(map(str, points)) or '-'} "
+        f"test points: {solver['method']}, tolerances {solver['rtol']:g}/{solver['atol']:g}, "
+        f"trace {record['trace']}. Likelihood: {likelihood['epochs']} epochs of "
+        f"{likelihood['points']} points, batch {likelihood['batch_size']}, "
+        f"{training['method']} with {training['n_steps']} steps, learning rate "
+        f"{likelihood['learning_rate']:g}, after flow matching {likelihood['refine_rate']:g}.",
         "",
-        f"| training | {record['unit']} | seconds | CPU seconds | steps | calls of the field a batch |",
+        f"| training | {record['unit']} | seconds | CPU seconds | steps | calls of the field a "
+        "batch |",
         "|---|---|---|---|---|---|",
     ]
     for name, arm in arms.items():
@@ -356,8 +371,9 @@ def tabulate(record: Mapping[str, Any]) -> str:
             continue
         phases = arm["phases"]
         lines.append(
-            f"| {name} | {arm['density']:.4f} ± {arm['density_standard_error']:.4f} | {_sum(phases, 'seconds')} | "
-            f"{_sum(phases, 'cpu_seconds')} | {_sum(phases, 'steps')} | {arm['calls_per_batch']:.0f} |"
+            f"| {name} | {arm['density']:.4f} ± {arm['density_standard_error']:.4f} | "
+            f"{_sum(phases, 'seconds')} | {_sum(phases, 'cpu_seconds')} | "
+            f"{_sum(phases, 'steps')} | {arm['calls_per_batch']:.0f} |"
         )
     for name, arm in arms.items():
         if arm["status"] == "failed":
@@ -402,7 +418,8 @@ def main() -> None:
     )  # fmt: skip
     add(
         "--refine-rate", type=float, metavar="RATE",
-        help="learning rate of likelihood after flow matching; a tenth of teacher.learning_rate by default",
+        help="learning rate of likelihood after flow matching; a tenth of teacher.learning_rate "
+        "by default",
     )  # fmt: skip
     add(
         "--points", type=_whole(2), metavar="N",
@@ -414,15 +431,8 @@ def main() -> None:
         parser.error("--trained takes a teacher as it is: leave out --flow-matching-epochs")
     if arguments.refine_rate is not None and not 0 < arguments.refine_rate < math.inf:
         parser.error(f"--refine-rate is {arguments.refine_rate}: expected a number above 0")
-    try:
-        with redirect_stdout(sys.stderr):
-            record = compare(arguments)
-    except EXPECTED_ERRORS as error:
-        print(f"teachers: error: {describe(error)}", file=sys.stderr)
-        raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        print("teachers: interrupted; run it again from the start", file=sys.stderr)
-        raise SystemExit(130) from None
+    with command("teachers", arguments.out, resumes=False), redirect_stdout(sys.stderr):
+        record = compare(arguments)
     print(tabulate(record))
     if arguments.out:
         print(f"teachers: {len(record['arms'])} arms -> {arguments.out}", file=sys.stderr)

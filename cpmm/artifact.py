@@ -1,11 +1,11 @@
-"""Artifacts: folders of data files beside a JSON header that describes and seals every one of them."""
+"""Artifacts: folders of data files beside a JSON header that describes and seals each of them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cpmm import __version__
+from cpmm.files import replace_file
 
 SCHEMA = 2
 SEAL = {"schema", "kind", "version", "files", "tensors", "seal"}
@@ -52,7 +53,7 @@ def seal_folder(
     tensors: Mapping[str, list],
     files: Mapping[str, str] | None = None,
 ) -> None:
-    """Write ``<kind>.json``: the header, with a sha256 of every other file of the folder and of itself.
+    """Write ``<kind>.json``: the header, with a sha256 of itself and all other files of the folder.
 
     Args:
         folder: Everything else that belongs to the artifact lies in it.
@@ -80,7 +81,7 @@ def seal_folder(
 def digest_folder(
     folder: Path, kind: str, known: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """sha256 of every file of an artifact but its header, by name; those in ``known`` are not read."""
+    """sha256 of all files of an artifact but its header, by name; those ``known`` are not read."""
     known = known or {}
     digests = {}
     for file in sorted(folder.rglob("*")):
@@ -131,7 +132,7 @@ def load_artifact(
 def load_header(
     folder: str | os.PathLike, kind: str, fingerprint: str | None = None
 ) -> dict[str, Any]:
-    """Read the header of an artifact and check all that it says of itself; arguments and errors as above."""
+    """Read an artifact's header and check what it says of itself; arguments and errors as above."""
     path = Path(folder) / f"{kind}.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: {REMEDY}")
@@ -155,8 +156,8 @@ def load_header(
         )
     if _series(header["version"]) != _series(__version__):
         raise ValueError(
-            f"{path} was written by cpmm {header['version']}, this is cpmm {__version__}, which reads "
-            f"{_series(__version__)}.*: use that version, or make it again with `dvc repro`"
+            f"{path} was written by cpmm {header['version']}, this is cpmm {__version__}, which "
+            f"reads {_series(__version__)}.*: use that version, or make it again with `dvc repro`"
         )
     if fingerprint is not None and header.get("fingerprint") != fingerprint:
         raise ValueError(
@@ -196,13 +197,6 @@ def file_digest(path: Path) -> str:
     """sha256 of a file, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary file and move it onto ``path`` in one step."""
-    temporary = path.with_name(path.name + ".partial")
-    write(temporary)
-    os.replace(temporary, path)
 
 
 def _require_plain(kind: str, header: Mapping[str, Any]) -> None:

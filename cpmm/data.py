@@ -110,7 +110,8 @@ def split_indices(
 
     Args:
         n: Number of points.
-        n_train: Size of the training split, for a cheaper run; None takes all that the others leave.
+        n_train: Size of the training split, for a cheaper run; None takes all that the others
+            leave.
         n_validation: Size of the validation split.
         n_test: Size of the test split; ignored if the source has its own.
         official_test: The last so many points are the source's own test split.
@@ -133,7 +134,8 @@ def split_indices(
         )
     if n_train is not None and not (isinstance(n_train, int) and 2 <= n_train <= n_left):
         raise ValueError(
-            f"data.n_train is {n_train!r}: expected 2 to {n_left}, what validation and test leave, or null"
+            f"data.n_train is {n_train!r}: expected 2 to {n_left}, what validation and test leave, "
+            "or null"
         )
     order = torch.randperm(n_rest, generator=seeded_generator(seed))
     held_out = order[n_left:]

@@ -1,11 +1,11 @@
 r"""A learned elementwise map behind the logit: one monotone spline, shared by all features.
 
-Most pixels of a picture on black ground are level 0, whose dequantized logit is far from Gaussian: a
-mixture of Gaussians loses half a bit on each. A monotone map of every pixel by itself mends that and
-leaves the mixture tractable: its density gains a diagonal Jacobian, its samples go back through the
-inverse, and marginals stay marginals. The paper has no such map. Of what was tried, sums of logistic
-distributions among it, the rational-quadratic spline (Durkan et al., 2019) reached the best held-out
-likelihood, costs the same for any number of bins, and has an inverse in closed form.
+Most pixels of a picture on black ground are level 0, whose dequantized logit is far from Gaussian:
+a mixture of Gaussians loses half a bit on each. A monotone map of every pixel by itself mends that
+and leaves the mixture tractable: its density gains a diagonal Jacobian, its samples go back through
+the inverse, and marginals stay marginals. The paper has no such map. Of what was tried, sums of
+logistic distributions among it, the rational-quadratic spline (Durkan et al., 2019) reached the
+best held-out likelihood, costs the same for any number of bins, and has an inverse in closed form.
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ class ElementwiseMap:
         return torch.cat(parts).reshape(z.shape)
 
     def _tensors(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return tuple(like.new_tensor(row) for row in (self.knot, self.value, self.log_slope))
+        new = like.new_tensor
+        return new(self.knot), new(self.value), new(self.log_slope)
 
     def to_dict(self) -> dict:
         """Return what JSON can hold; :meth:`from_dict` undoes it."""
@@ -98,7 +99,7 @@ class ElementwiseMap:
 
 
 def spline(x: Tensor, knot: Tensor, value: Tensor, log_slope: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Monotone rational-quadratic spline (Durkan et al., 2019, Eq. 4 and 5), linear beyond the ends.
+    r"""Monotone rational-quadratic spline (Durkan et al., 2019, Eq. 4, 5), linear beyond the ends.
 
     .. math:: z = z_i + h \frac{s t^2 + d_0 t (1 - t)}{s + (d_0 + d_1 - 2 s) t (1 - t)}
 
@@ -121,7 +122,7 @@ def spline(x: Tensor, knot: Tensor, value: Tensor, log_slope: Tensor) -> tuple[T
 
 @dataclass(frozen=True)
 class _Placed:
-    """Numbers on the spline, each field of their shape: z, and what :func:`spline` calls t, s, d0 and d1.
+    """Numbers on the spline, each field of their shape: z, and t, s, d0, d1 of :func:`spline`.
 
     Attributes:
         both: t (1 - t).
@@ -150,7 +151,7 @@ def _place(x: Tensor, knot: Tensor, value: Tensor, log_slope: Tensor) -> _Placed
 
 
 def spline_inverse(z: Tensor, knot: Tensor, value: Tensor, log_slope: Tensor) -> Tensor:
-    """Undo :func:`spline`: of each bin's quadratic the root that does not cancel (their Eq. 6 to 8)."""
+    """Undo :func:`spline`: of each bin's quadratic the root that does not cancel (Eq. 6 to 8)."""
     inner = z.clamp(value[0], value[-1])
     x0, w, z0, h, d0, d1 = _bins(inner, value, knot, value, log_slope)
     s, rise = h / w, inner - z0

@@ -244,8 +244,8 @@ class _SquaredLength(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
+    def backward(ctx, *gradients: Tensor) -> Tensor:
+        (x,), (gradient,) = ctx.saved_tensors, gradients
         return (2 * gradient).unsqueeze(1) * x
 
 
@@ -263,15 +263,19 @@ def sample_components(fa: FactorAnalyzers, index: Tensor, generator: torch.Gener
     Raises:
         FloatingPointError: If a sample leaves the range of floating-point numbers.
     """
-    kwargs = {"generator": generator, "dtype": fa.mean.dtype, "device": fa.mean.device}
-    factors = torch.randn(len(index), fa.n_factors, 1, **kwargs)
-    noise = torch.randn(len(index), fa.n_features, **kwargs)
+    like = fa.mean
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=like.dtype, device=like.device)
+
+    factors = normal(len(index), fa.n_factors, 1)
+    noise = normal(len(index), fa.n_features)
     deviation = torch.exp(0.5 * fa.log_diagonal[index]) * noise
     x = fa.mean[index] + (fa.loading[index] @ factors).squeeze(-1) + deviation
     if not bool(torch.isfinite(x).all()):
         raise FloatingPointError(
-            f"{int((~torch.isfinite(x)).sum())} of {x.numel()} sampled values are not finite: largest "
-            f"log-variance {fa.log_diagonal.max().item():.3g}; the run has diverged: lower "
+            f"{int((~torch.isfinite(x)).sum())} of {x.numel()} sampled values are not finite: "
+            f"largest log-variance {fa.log_diagonal.max().item():.3g}; the run has diverged: lower "
             "cpmm.learning_rate, cpmm.initial_rate_factor or cpmm.gradient_clip"
         )
     return x

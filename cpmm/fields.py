@@ -44,6 +44,8 @@ def make_activation(name: str) -> nn.Module:
 class TimeFeatures(nn.Module):
     """Time as ``1 + 2 n`` numbers: t itself, and n sines and cosines of growing frequency."""
 
+    frequencies: Tensor
+
     def __init__(self, n_frequencies: int = 0) -> None:
         super().__init__()
         self.register_buffer(
@@ -106,7 +108,7 @@ class MLPField(nn.Module):
 
 @dataclass(frozen=True)
 class Blocks:
-    """Another order of stacked images: square blocks of pixels become channels (RealNVP's squeezing).
+    """Another order of stacked images: square blocks of pixels become channels (as in RealNVP).
 
     Attributes:
         height: Of an image.
@@ -126,8 +128,8 @@ class Blocks:
         """
         if self.side < 1 or self.height % self.side or self.width % self.side:
             raise ValueError(
-                f"field.squeeze is {self.side}: expected a divisor of the image's sides, {self.height} and "
-                f"{self.width}"
+                f"field.squeeze is {self.side}: expected a divisor of the image's sides, "
+                f"{self.height} and {self.width}"
             )
 
     @property
@@ -136,7 +138,7 @@ class Blocks:
         return self.height // self.side, self.width // self.side
 
     def fold(self, h: Tensor) -> Tensor:
-        """Reorder stacks of images, (..., S); those of each image stay together, so stacks may be cut."""
+        """Reorder stacks of images, (..., S); each image stays together, so stacks may be cut."""
         image = h.unflatten(-1, (-1, self.height, self.width))
         return nn.functional.pixel_unshuffle(image, self.side).flatten(-3)
 
@@ -162,6 +164,8 @@ class ConvField(nn.Module):
             its end: 2 takes a quarter of the places, so half the time or less for the same width,
             with twice the reach.
     """
+
+    grid: Tensor
 
     def __init__(
         self,
@@ -227,15 +231,17 @@ class SeparateFields(nn.Module):
 
 
 class VaryingField(nn.Module):
-    """A field whose weights vary with time: linearly between knots that are evenly spaced over [0, 1].
+    """A field whose weights vary with time, linearly between evenly spaced knots of [0, 1].
 
-    A neural ODE of varying depth (Massaroli et al., 2020, "Dissecting neural ODEs", section 3.1, here with
-    hat functions as the basis). The paper's field has one set of weights for all pseudotimes; with n sets a
-    call costs little more, and there are n times as many weights to tell the components of a trajectory
-    apart. All knots start from the weights of ``field``, so that training starts as it does without them.
+    A neural ODE of varying depth (Massaroli et al., 2020, "Dissecting neural ODEs", section 3.1,
+    here with hat functions as the basis). The paper's field has one set of weights for all
+    pseudotimes; with n sets a call costs little more, and there are n times as many weights to tell
+    the components of a trajectory apart. All knots start from the weights of ``field``, so that
+    training starts as it does without them.
 
-    Each set is one vector, so that a call interpolates all weights at once: a tensor for each layer would be half
-    as many operations of a training step again, small ones, and on a GPU their number is the step's time.
+    Each set is one vector, so that a call interpolates all weights at once: a tensor for each layer
+    would be half as many operations of a training step again, small ones, and on a GPU their number
+    is the step's time.
 
     Args:
         field: Gives the kind of field and the start of its weights.
@@ -262,7 +268,8 @@ class VaryingField(nn.Module):
         """
         if t.ndim:
             raise ValueError(
-                f"weights that vary with time are those of one time: got times of shape {tuple(t.shape)}"
+                "weights that vary with time are those of one time: got times of shape "
+                f"{tuple(t.shape)}"
             )
         position = min(max(float(t.detach()), 0.0), 1.0) * (len(self.knots) - 1)
         left = min(int(position), len(self.knots) - 2)

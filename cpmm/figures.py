@@ -474,8 +474,8 @@ class _Plane:
         axes = vectors[:, [-1, -2]]
         axes = axes * np.sign(axes[np.abs(axes).argmax(0), [0, 1]])  # eigh leaves signs open
         part = variance[[-1, -2]] / max(variance.sum(), 1e-300)
-        names = [f"PC {i + 1} ({100 * p:.0f} %)" for i, p in enumerate(part)]
-        return cls(origin, axes, tuple(names))
+        names = f"PC 1 ({100 * part[0]:.0f} %)", f"PC 2 ({100 * part[1]:.0f} %)"
+        return cls(origin, axes, names)
 
     @property
     def n_features(self) -> int:
@@ -526,10 +526,11 @@ def _marker(group: int) -> str:
     return "x" if group < 0 else MARKERS[int(group) // len(PALETTE) % len(MARKERS)]
 
 
-def _shade(colour: str, t: float) -> np.ndarray:
+def _shade(colour: str, t: float) -> tuple[float, float, float]:
     """Lighten a colour at pseudotime 0, darken it at 1."""
     rgb = np.array(to_rgb(colour))
-    return rgb + (1 - rgb) * 0.7 * (1 - 2 * t) if t < 0.5 else rgb * (1 - 0.5 * (2 * t - 1))
+    rgb = rgb + (1 - rgb) * 0.7 * (1 - 2 * t) if t < 0.5 else rgb * (1 - 0.5 * (2 * t - 1))
+    return float(rgb[0]), float(rgb[1]), float(rgb[2])
 
 
 def _pseudotimes(n: int) -> np.ndarray:
@@ -595,14 +596,14 @@ def _name_axes(axes: Axes, plane: _Plane) -> None:
 
 def _key(figure: Figure, groups: list[tuple[str, str]]) -> None:
     """Explain colours, (text, colour), if they are few, and the shades of pseudotime."""
-    line = {"ls": "", "marker": "o", "ms": 7}
+
+    def entry(text: str, colour: str | tuple[float, float, float]) -> Line2D:
+        return Line2D([], [], color=colour, label=text, ls="", marker="o", ms=7)
+
     blank = Line2D([], [], ls="", label=" ")
     shown = groups if len(groups) <= N_LEGEND else []
-    entries = [Line2D([], [], color=c, label=_plain(text), **line) for text, c in shown]
-    times = [
-        Line2D([], [], color=_shade("#808080", t), label=f"t = {t:g}", **line)
-        for t in (0.0, 0.5, 1.0)
-    ]
+    entries = [entry(_plain(text), colour) for text, colour in shown]
+    times = [entry(f"t = {t:g}", _shade("#808080", t)) for t in (0.0, 0.5, 1.0)]
     column = 0.55 + 0.075 * max((len(text) for text, _ in shown), default=0)  # inches, about
     most = int(np.clip((WIDTH - 0.9) // column, 1, 3))  # columns of clusters
     n_rows = max(len(times), -(-len(entries) // most))
@@ -774,25 +775,9 @@ def plot_costs(
     for axes, (title, values) in zip(panels, costs.items(), strict=True):
         x = np.asarray(values, float)
         shown = np.flatnonzero(np.isfinite(density) & np.isfinite(x) & (x > 0))
-        for k in shown:
-            colour, marker = PALETTE[kind[k] % len(PALETTE)], MARKERS[kind[k] % len(MARKERS)]
-            bar = np.nan_to_num(spread[k])
-            axes.errorbar(
-                x[k], density[k], yerr=bar, color=colour, marker=marker, ms=6, mec="white",
-                mew=0.6, lw=1, zorder=3,
-            )  # fmt: skip
-        if len(shown):
-            axes.set_xscale("log")
-        else:
-            axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", fontsize=9)
-            axes.set_xticks([])
-        axes.margins(x=0.15, y=0.15)
+        _draw_costs(axes, x[shown], density[shown], spread[shown], kind[shown])
         axes.set_xlabel(title, fontsize=9)
         axes.set_ylabel(unit, fontsize=9)
-        axes.tick_params(labelsize=8)
-        axes.grid(color="#eeeeee", linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
         drawn.append((axes, x, shown))
     # Darker than the points, so that the lighter colours can be read.
     ink = [to_hex(_shade(PALETTE[i % len(PALETTE)], 0.8)) for i in kind]
@@ -815,10 +800,32 @@ def plot_costs(
     return figure
 
 
+def _draw_costs(
+    axes: Axes, x: np.ndarray, density: np.ndarray, spread: np.ndarray, kind: np.ndarray
+) -> None:
+    """Draw the points of one panel of :func:`plot_costs`, a bar through each; no labels yet."""
+    for k, i in enumerate(kind):
+        colour, marker = PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)]
+        axes.errorbar(
+            x[k], density[k], yerr=np.nan_to_num(spread[k]), color=colour, marker=marker, ms=6,
+            mec="white", mew=0.6, lw=1, zorder=3,
+        )  # fmt: skip
+    if len(x):
+        axes.set_xscale("log")
+    else:
+        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", fontsize=9)
+        axes.set_xticks([])
+    axes.margins(x=0.15, y=0.15)
+    axes.tick_params(labelsize=8)
+    axes.grid(color="#eeeeee", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def _label_points(
     axes: Axes, labels: Sequence[tuple[str, str]], x: np.ndarray, y: np.ndarray, bar: np.ndarray
 ) -> None:
-    """Write labels, text and colour, beside their points, where they cover each other and points the least.
+    """Write labels, (text, colour), beside their points, where they cover the least.
 
     Each label in turn takes the best of many places around its point, given those of the others,
     in a few rounds: no chance is in it. One that had to move away gets a line to its point.
@@ -827,7 +834,7 @@ def _label_points(
         return
     size, reach = 7, 3.5  # points, as are all lengths below; of the type and half of a marker
     scale = 72 / axes.figure.dpi
-    frame = axes.get_window_extent().extents * scale
+    frame = np.array(axes.get_window_extent().extents) * scale
     low, middle, high = (
         axes.transData.transform(np.column_stack([x, y + sign * bar])) * scale
         for sign in (-1, 0, 1)

@@ -60,8 +60,8 @@ class FittedMixture:
             shape, names = header["image_shape"], tuple(header["feature_names"])
         except (KeyError, TypeError) as error:
             raise ValueError(
-                f"{folder} holds a mixture without its preprocessing ({error}): use cpmm.mixture.Mixture, "
-                "whose points are in the mixture's own space"
+                f"{folder} holds a mixture without its preprocessing ({error}): use "
+                "cpmm.mixture.Mixture, whose points are in the mixture's own space"
             ) from error
         if not mixture.n_features == preprocessing.n_features == len(names):
             raise ValueError(
@@ -96,8 +96,8 @@ class FittedMixture:
         """
         if raw.ndim != 2 or raw.shape[1] != self.n_features:
             raise ValueError(
-                f"the mixture has {self.n_features} features: expected points (N, {self.n_features}), "
-                f"got shape {tuple(raw.shape)}"
+                f"the mixture has {self.n_features} features: expected points (N, "
+                f"{self.n_features}), got shape {tuple(raw.shape)}"
             )
         if len(raw) == 0:
             raise ValueError("no points: expected one or more")
@@ -112,8 +112,8 @@ class FittedMixture:
                 if self.preprocessing.levels is not None:
                     kind = f"a whole grey level of 0 to {self.preprocessing.levels - 1}"
                 raise ValueError(
-                    f"feature {self.feature_names[column]!r} of point {row + 1} is {raw[row, column].item()}: "
-                    f"expected {kind}"
+                    f"feature {self.feature_names[column]!r} of point {row + 1} is "
+                    f"{raw[row, column].item()}: expected {kind}"
                 )
         z, log_det = self.preprocessing.forward(self.preprocessing.dequantize(raw, generator))
         like = self.mixture.components.mean

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -174,8 +175,8 @@ def kmeans(
 def _require_distinct(n_clusters: int, n_found: int, n: int) -> None:
     if n_found < n_clusters:
         raise ValueError(
-            f"k-means needs {n_clusters} distinct points, found {n_found} among {n}: lower the number of "
-            "clusters, cpmm.n_clusters (of a direct mixture: times mixture.n_pseudotimes)"
+            f"k-means needs {n_clusters} distinct points, found {n_found} among {n}: lower the "
+            "number of clusters, cpmm.n_clusters (of a direct mixture: times mixture.n_pseudotimes)"
         )
 
 
@@ -203,8 +204,9 @@ def linkage_groups(x: Tensor, n_groups: int, outlier_share: float, n_neighbors: 
     dense = distance <= np.quantile(distance, 1 - outlier_share)
     if dense.sum() < max(2, n_groups):
         raise ValueError(
-            f"linkage needs {max(2, n_groups)} points that are no outliers, outlier_share {outlier_share} "
-            f"leaves {dense.sum()} of {len(x)}: lower cpmm.initialization.outlier_share"
+            f"linkage needs {max(2, n_groups)} points that are no outliers, outlier_share "
+            f"{outlier_share} leaves {dense.sum()} of {len(x)}: lower "
+            "cpmm.initialization.outlier_share"
         )
     label = AgglomerativeClustering(n_groups, linkage="single").fit_predict(points[dense])
     with warnings.catch_warnings():  # many groups may be a regression, thinks scikit-learn
@@ -231,8 +233,8 @@ def local_analyzer_groups(
     Returns:
         (N,), integers in [0, C).
     """
-    best, best_value = None, -torch.inf
-    for _ in range(restarts):
+
+    def start() -> tuple[float, Tensor]:
         label = kmeans(x, n_groups, generator, n_init=1)
         for _ in range(50):
             fa = local_factor_analyzers(
@@ -243,9 +245,9 @@ def local_analyzer_groups(
             if len(proposal.unique()) < n_groups or bool((proposal == label).all()):
                 break
             label = proposal
-        value = float(joint.logsumexp(1).mean())
-        if value > best_value:
-            best, best_value = label, value
+        return float(joint.logsumexp(1).mean()), label
+
+    _, best = max((start() for _ in range(restarts)), key=itemgetter(0))
     return best
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -18,37 +19,11 @@ NARROWEST = 1e-4  # bin, in units of the range
 Listener = Callable[[dict[str, float]], None]
 
 
-def fit_elementwise_map(
-    raw: Tensor,
-    validation: Tensor,
-    levels: int | None,
-    alpha: float | None,
-    standardize: str,
-    n_bins: int,
-    n_points: int,
-    n_components: int,
-    n_factors: int,
-    log_diagonal_floor: float,
-    n_steps: int,
-    batch_size: int,
-    learning_rate: float,
-    map_rate_factor: float,
-    generator: torch.Generator,
-    listener: Listener | None = None,
-) -> ElementwiseMap:
-    """Fit the map that makes grey levels likeliest under a mixture of factor analyzers behind it.
+@dataclass(frozen=True)
+class MapOptions:
+    """How the map is fitted.
 
-    The density is that of the data, the map's derivative included. The mixture lives in the space
-    that ``standardize`` makes of the map's values, whose shift and scale follow the map exactly, step
-    by step: so the floor of log d means there what it means later, and an affine change of the map
-    changes nothing.
-
-    Args:
-        raw: Grey levels of the training split, (N, M).
-        validation: Of the validation split; a tenth of ``n_points`` chooses the best state.
-        levels: Number of grey levels.
-        alpha: Margin of the logit.
-        standardize: As for :meth:`Preprocessing.fit`.
+    Attributes:
         n_bins: B, bins of the spline.
         n_points: Training points that are used, drawn at random.
         n_components: K of the mixture.
@@ -58,6 +33,43 @@ def fit_elementwise_map(
         batch_size: Points of a step.
         learning_rate: Of the mixture.
         map_rate_factor: Learning rate of the map in units of the mixture's.
+    """
+
+    n_bins: int
+    n_points: int
+    n_components: int
+    n_factors: int
+    log_diagonal_floor: float
+    n_steps: int
+    batch_size: int
+    learning_rate: float
+    map_rate_factor: float
+
+
+def fit_elementwise_map(
+    raw: Tensor,
+    validation: Tensor,
+    levels: int | None,
+    alpha: float | None,
+    standardize: str,
+    options: MapOptions,
+    generator: torch.Generator,
+    listener: Listener | None = None,
+) -> ElementwiseMap:
+    """Fit the map that makes grey levels likeliest under a mixture of factor analyzers behind it.
+
+    The density is that of the data, the map's derivative included. The mixture lives in the space
+    that ``standardize`` makes of the map's values, whose shift and scale follow the map exactly,
+    step by step: so the floor of log d means there what it means later, and an affine change of the
+    map changes nothing.
+
+    Args:
+        raw: Grey levels of the training split, (N, M).
+        validation: Of the validation split; a tenth of ``n_points`` chooses the best state.
+        levels: Number of grey levels.
+        alpha: Margin of the logit.
+        standardize: As for :meth:`Preprocessing.fit`.
+        options: Sizes and steps of the fit.
         generator: Source of every draw.
         listener: Called twenty times with step, n_steps, and the losses train and validation,
             nats per dimension of x in [0, 1].
@@ -71,8 +83,8 @@ def fit_elementwise_map(
     """
     if levels is None:
         raise ValueError(
-            "data.map.kind is spline, but the data are real-valued: the map follows the logit of grey "
-            "levels; set data.map.kind to none"
+            "data.map.kind is spline, but the data are real-valued: the map follows the logit of "
+            "grey levels; set data.map.kind to none"
         )
     n_features = raw.shape[1]
     logit = Preprocessing(levels, alpha, (0.0,) * n_features, (1.0,) * n_features)
@@ -81,61 +93,90 @@ def fit_elementwise_map(
         x, log_det = logit.forward(logit.dequantize(part, generator))
         return x.float(), log_det.float()
 
-    raw = raw[torch.randperm(len(raw), generator=generator)[:n_points]]
-    order = torch.randperm(len(validation), generator=generator)[: max(2, n_points // 10)]
-    parts = (rows.split(batch_size) for rows in points(validation[order]))
-    held_out = list(zip(*parts, strict=True))
-    if n_components > len(raw):
+    raw = raw[torch.randperm(len(raw), generator=generator)[: options.n_points]]
+    n_held_out = max(2, options.n_points // 10)
+    order = torch.randperm(len(validation), generator=generator)[:n_held_out]
+    x, log_det = points(validation[order])
+    held_out = list(
+        zip(x.split(options.batch_size), log_det.split(options.batch_size), strict=True)
+    )
+    if options.n_components > len(raw):
         raise ValueError(
-            f"data.map.n_components is {n_components}: expected at most {len(raw)}, the number of points "
-            "that the map is fitted to"
+            f"data.map.n_components is {options.n_components}: expected at most {len(raw)}, the "
+            "number of points that the map is fitted to"
         )
     x, _ = points(raw)
-    learned = LearnedMap(initial_knots(x[:500], raw[:500], logit, n_bins))
-    space = Space(raw, logit, standardize)
+    learned = LearnedMap(initial_knots(x[:500], raw[:500], logit, options.n_bins))
+    joint = _start(learned, Space(raw, logit, standardize), x, options, generator)
+
+    def draw() -> tuple[Tensor, Tensor]:
+        return points(raw[torch.randint(len(raw), (options.batch_size,), generator=generator)])
+
+    return _fit(joint, draw, held_out, options, listener)
+
+
+def _start(
+    learned: LearnedMap, space: Space, x: Tensor, options: MapOptions, generator: torch.Generator
+) -> MappedMixture:
+    """Start the mixture behind the map by k-means and local factor analysis of logits ``x``."""
     with torch.no_grad():
         z, _ = space.forward(learned, x)
-    group = kmeans(z, n_components, generator, n_init=1)
-    start = local_factor_analyzers(z, group, n_components, n_factors, log_diagonal_floor)
-    joint = MappedMixture(learned, DirectMixture(start, log_diagonal_floor), space)
-    optimizer, schedule = joint.optimizer(learning_rate, map_rate_factor, n_steps)
-    best, best_value, seen = None, math.inf, []
+    k, floor = options.n_components, options.log_diagonal_floor
+    group = kmeans(z, k, generator, n_init=1)
+    start = local_factor_analyzers(z, group, k, options.n_factors, floor)
+    return MappedMixture(learned, DirectMixture(start, floor), space)
+
+
+def _fit(
+    joint: MappedMixture,
+    draw: Callable[[], tuple[Tensor, Tensor]],
+    held_out: list[tuple[Tensor, Tensor]],
+    options: MapOptions,
+    listener: Listener | None,
+) -> ElementwiseMap:
+    """Take the steps; return the map of the best of the twenty states that are validated.
+
+    Args:
+        joint: Map and mixture, trained in place.
+        draw: Gives the logits of a batch and their log-determinants.
+        held_out: The same of validation points, in parts.
+        options: Of the steps.
+        listener: As for :func:`fit_elementwise_map`.
+    """
+    n_steps = options.n_steps
+    optimizer, schedule = joint.optimizer(options.learning_rate, options.map_rate_factor, n_steps)
+    best, best_value, seen = joint.learned.freeze(), math.inf, []
     checks = {math.ceil(n_steps * (i + 1) / 20) for i in range(20)}
     for step in range(1, n_steps + 1):
-        batch = raw[torch.randint(len(raw), (batch_size,), generator=generator)]
-        value = math.inf
         try:
-            loss = joint(*points(batch)).mean()
+            loss = joint(*draw()).mean()
             optimizer.zero_grad()
             loss.backward()
             if not bool(torch.isfinite(nn.utils.clip_grad_norm_(joint.parameters(), 1.0))):
-                raise _diverged(step, n_steps)
+                raise FloatingPointError("the gradient is not finite")
             optimizer.step()
             schedule.step()
             seen.append(float(loss.detach()))
-            if step in checks:
-                with torch.no_grad():
-                    value = float(torch.cat([joint(*part) for part in held_out]).double().mean())
-                if value < best_value:
-                    best, best_value = learned.freeze(), value
-        # A covariance that broke, or a spline: they would name other options.
-        except (FloatingPointError, ValueError) as error:
-            raise _diverged(step, n_steps) from error
-        if step in checks:
+            if step not in checks:
+                continue
+            with torch.no_grad():
+                value = float(torch.cat([joint(*part) for part in held_out]).double().mean())
             if not math.isfinite(value):
-                raise _diverged(step, n_steps)
-            if listener is not None:
-                train = sum(seen) / len(seen)
-                listener({"step": step, "n_steps": n_steps, "train": train, "validation": value})
-            seen.clear()
+                raise FloatingPointError(f"the validation loss is {value}")
+            if value < best_value:
+                best, best_value = joint.learned.freeze(), value
+        # A covariance that broke, a gradient, or a spline: they would name other options.
+        except (FloatingPointError, ValueError) as error:
+            raise FloatingPointError(
+                f"the fit of the elementwise map diverged (step {step}/{n_steps}): lower "
+                "data.map.learning_rate or data.map.map_rate_factor, or raise "
+                "data.map.log_diagonal_floor"
+            ) from error
+        if listener is not None:
+            train = sum(seen) / len(seen)
+            listener({"step": step, "n_steps": n_steps, "train": train, "validation": value})
+        seen.clear()
     return best
-
-
-def _diverged(step: int, n_steps: int) -> FloatingPointError:
-    return FloatingPointError(
-        f"the fit of the elementwise map diverged (step {step}/{n_steps}): lower data.map.learning_rate or "
-        "data.map.map_rate_factor, or raise data.map.log_diagonal_floor"
-    )
 
 
 class LearnedMap(nn.Module):
@@ -184,6 +225,7 @@ class Space:
     """
 
     def __init__(self, raw: Tensor, logit: Preprocessing, standardize: str) -> None:
+        assert logit.levels is not None
         levels = torch.arange(logit.levels)
         self.standardize = standardize
         self.share = torch.stack([(raw == level).float().mean(0) for level in levels], 1)
@@ -271,8 +313,8 @@ def initial_knots(x: Tensor, raw: Tensor, logit: Preprocessing, n_bins: int) -> 
     low, high = ends[0][:, 0].float()
     if not bool(torch.isfinite(high - low)):
         raise ValueError(
-            f"data.alpha is {logit.alpha:g}, the logit of a white pixel is {float(high):g}: raise it, to 1e-9 "
-            "for instance; the map needs a range"
+            f"data.alpha is {logit.alpha:g}, the logit of a white pixel is {float(high):g}: raise "
+            "it, to 1e-9 for instance; the map needs a range"
         )
     bright = x[raw > 0]
     bright = bright if len(bright) else x.flatten()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def nats_per_dimension(log_prob: Tensor, log_det: Tensor, n_features: int) -> Tensor:
-    r"""Negative log-density in units of the data, nats per feature, (N,) (rule 1 of the evaluation).
+    r"""Minus log-density in units of the data, nats per feature, (N,) (rule 1 of the evaluation).
 
     .. math:: -(\log p(z) + \log |dz/dx|) / M
 

@@ -30,9 +30,9 @@ def neighbour_groups(
     r"""Group images by spectral clustering of a graph that knows which changes do not matter.
 
     The distance from one image to another is the smallest to any of the other's views, in principal
-    components of the grey levels. A random part of the images makes the graph, in which each is tied to
-    its nearest neighbours and normalized cuts find the groups (Shi & Malik, 2000); every other
-    image joins the group that most of its nearest neighbours in the graph have.
+    components of the grey levels. A random part of the images makes the graph, in which each is
+    tied to its nearest neighbours and normalized cuts find the groups (Shi & Malik, 2000); every
+    other image joins the group that most of its nearest neighbours in the graph have.
 
     Args:
         raw: Whole grey levels, (N, M).
@@ -53,8 +53,9 @@ def neighbour_groups(
     n_points = min(n_points, len(raw))
     if n_points <= max(n_neighbours, n_groups):
         raise ValueError(
-            f"a graph of {n_points} images is too small for {n_groups} groups and {n_neighbours} neighbours: "
-            "raise cpmm.initialization.n_points, or lower cpmm.initialization.n_neighbours"
+            f"a graph of {n_points} images is too small for {n_groups} groups and {n_neighbours} "
+            "neighbours: raise cpmm.initialization.n_points, or lower "
+            "cpmm.initialization.n_neighbours"
         )
     seed = int(torch.randint(2**31, (1,), generator=generator))
     chosen = torch.randperm(len(raw), generator=generator)[:n_points]
@@ -99,9 +100,9 @@ def _nearest(points: Tensor, seen: list[Tensor], n: int) -> Tensor:
     """Indices of the ``n`` images nearest to each point by their nearest view, (N, n)."""
     parts = []
     for part in points.split(PART):
-        least = None
-        for view in seen:
-            distance = torch.addmm(view.square().sum(1), part, view.T, alpha=-2)
-            least = distance if least is None else torch.minimum(least, distance, out=least)
+        distances = (torch.addmm(v.square().sum(1), part, v.T, alpha=-2) for v in seen)
+        least = next(distances)
+        for distance in distances:
+            torch.minimum(least, distance, out=least)
         parts.append(least.topk(n, largest=False).indices)
     return torch.cat(parts)

@@ -108,8 +108,9 @@ class Solver:
         if self.gradient == "checkpoint" and torch.is_grad_enabled():
             field = _Checkpointed(field)
         if self.method in FIXED_STEP and self.gradient != "adjoint" and torch.is_grad_enabled():
-            # torchdiffeq writes each state into one tensor of all, and the gradient of each write goes
-            # through all of that tensor: a fifth of a training step. So only the ends are asked for.
+            # torchdiffeq writes each state into one tensor of all, and the gradient of each write
+            # goes through all of that tensor: a fifth of a training step. So only the ends are
+            # asked for.
             steps = _Remembered(field)
             grid = {"grid_constructor": lambda *_: knots}
             end = odeint(steps, initial, knots[[0, -1]], method=self.method, options=grid)[-1]

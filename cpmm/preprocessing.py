@@ -1,9 +1,10 @@
 r"""Maps between data as it comes and the space that densities are modelled in.
 
 Grey levels k are dequantized, :math:`x = (k + u) / \text{levels}`, and squeezed through the logit,
-:math:`z = \operatorname{logit}(\alpha + (1 - 2 \alpha) x)`; a learned monotone map may follow, the same
-for all pixels. Real-valued tables are taken as they are. An affine map may come last: of each feature by
-itself, or one that whitens them together. Every log-determinant is kept, so densities of any space can be compared in units of the data.
+:math:`z = \operatorname{logit}(\alpha + (1 - 2 \alpha) x)`; a learned monotone map may follow, the
+same for all pixels. Real-valued tables are taken as they are. An affine map may come last: of each
+feature by itself, or one that whitens them together. Every log-determinant is kept, so densities of
+any space can be compared in units of the data.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ WHITENING = "preprocessing.whitening"  # its name among the tensors of an artifa
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """An invertible map from data to the model's space, fitted on training data; elementwise, but for whitening.
+    """An invertible map from data to the model's space, elementwise but for the whitening.
 
     Attributes:
         levels: Number of grey levels of dequantized data; None for real-valued tables.
@@ -34,8 +35,8 @@ class Preprocessing:
         scale: Divided by after that, M positive numbers.
         map: Applied after the logit, before shift and scale; None leaves the plain logit.
         whitening: Multiplied by last, the symmetric root of the inverse covariance of the training
-            points, (M, M), float64; None leaves the features to themselves. Factor analyzers behind it
-            share what covariance all points have (semi-tied covariances; Gales, 1999).
+            points, (M, M), float64; None leaves the features to themselves. Factor analyzers behind
+            it share what covariance all points have (semi-tied covariances; Gales, 1999).
     """
 
     levels: int | None
@@ -53,13 +54,13 @@ class Preprocessing:
         """
         if self.levels is not None and (self.alpha is None or not 0 < self.alpha < 0.5):
             raise ValueError(
-                f"data.alpha, the margin of the logit, is {self.alpha}: grey levels need 0 < alpha < 0.5, such "
-                "as 1e-6, the paper's, or 0.01"
+                f"data.alpha, the margin of the logit, is {self.alpha}: grey levels need 0 < alpha "
+                "< 0.5, such as 1e-6, the paper's, or 0.01"
             )
         if self.levels is None and self.map is not None:
             raise ValueError(
-                "real-valued data take no elementwise map, which follows the logit of grey levels: set "
-                "data.map.kind to none"
+                "real-valued data take no elementwise map, which follows the logit of grey levels: "
+                "set data.map.kind to none"
             )
 
     @classmethod
@@ -80,15 +81,15 @@ class Preprocessing:
             levels: Number of grey levels, None for real-valued data.
             alpha: Margin of the logit, in [0, 0.5); None for real-valued data.
             standardize: "none"; "feature", zero mean and unit deviation for each feature; "shared",
-                the mean of each feature and one deviation for all; "whitened", as shared, and then the
-                symmetric root of the inverse covariance, so that it is the identity.
+                the mean of each feature and one deviation for all; "whitened", as shared, and then
+                the symmetric root of the inverse covariance, so that it is the identity.
             generator: Source of the dequantization noise.
             feature_names: Used in messages.
             map: Comes between the logit and the affine part.
 
         Raises:
-            ValueError: If an option is unknown or out of range, a feature has no variance or is not finite,
-                or the covariance that is to be whitened is singular.
+            ValueError: If an option is unknown or out of range, a feature has no variance or is not
+                finite, or the covariance that is to be whitened is singular.
         """
         if standardize not in STANDARDIZATIONS:
             raise ValueError(
@@ -121,6 +122,12 @@ class Preprocessing:
         return len(self.shift)
 
     @property
+    def _margin(self) -> float:
+        """``alpha`` of grey levels."""
+        assert self.alpha is not None  # checked above
+        return self.alpha
+
+    @property
     def density_unit(self) -> tuple[str, float, float]:
         """Unit of reported densities, and the factor and offset from nats per dimension."""
         if self.levels is None:
@@ -139,8 +146,8 @@ class Preprocessing:
         if self.map is None:
             return f"z = {logit}, {affine}"
         return (
-            f"z = f({logit}), f a monotone rational-quadratic spline of {self.map.n_bins} bins shared by "
-            f"all features, fitted to training data by likelihood, {affine}"
+            f"z = f({logit}), f a monotone rational-quadratic spline of {self.map.n_bins} bins "
+            f"shared by all features, fitted to training data by likelihood, {affine}"
         )
 
     def dequantize(self, raw: Tensor, generator: torch.Generator) -> Tensor:
@@ -174,8 +181,8 @@ class Preprocessing:
         .. math:: \log |dz/dx| = \sum \log(1 - 2\alpha) - \log s - \log(1 - s)
             + \log f'(\operatorname{logit} s) - \log \text{scale} + \log |W|
 
-        with :math:`s = \alpha + (1 - 2\alpha) x` (rule 1 of the evaluation), the map f and the whitening W,
-        if any.
+        with :math:`s = \alpha + (1 - 2\alpha) x` (rule 1 of the evaluation), the map f and the
+        whitening W, if any.
 
         Args:
             x: In [0, 1] for grey levels, real values otherwise, (N, M).
@@ -189,8 +196,8 @@ class Preprocessing:
         self._require_features(x)
         log_det = -x.new_tensor(self.scale).log().sum().expand(len(x))
         if self.levels is not None:
-            s = self.alpha + (1 - 2 * self.alpha) * x
-            log_det = log_det + (math.log1p(-2 * self.alpha) - s.log() - torch.log1p(-s)).sum(1)
+            s = self._margin + (1 - 2 * self._margin) * x
+            log_det = log_det + (math.log1p(-2 * self._margin) - s.log() - torch.log1p(-s)).sum(1)
             x = torch.logit(s)
         if self.map is not None:
             x, log_slope = self.map.forward(x)
@@ -203,7 +210,7 @@ class Preprocessing:
         """Map as :meth:`forward` does, without the log-determinant, in half the time: z, (N, M)."""
         self._require_features(x)
         if self.levels is not None:
-            x = torch.logit(self.alpha + (1 - 2 * self.alpha) * x)
+            x = torch.logit(self._margin + (1 - 2 * self._margin) * x)
         if self.map is not None:
             x = self.map.transform(x)
         return self._align(x)
@@ -216,12 +223,12 @@ class Preprocessing:
             )
 
     def _align(self, x: Tensor) -> Tensor:
-        """Shift and scale each feature, and whiten if asked for: the last, linear part of the way."""
+        """Shift and scale each feature, and whiten if asked for: the last, linear part."""
         x = (x - x.new_tensor(self.shift)) / x.new_tensor(self.scale)
         return x if self.whitening is None else x @ self.whitening.to(x)
 
     def unwhiten(self, z: Tensor) -> Tensor:
-        """Undo the whitening alone, (N, M): where Euclidean distances tell groups of the data apart."""
+        """Undo the whitening alone, (N, M): there Euclidean distances tell groups apart."""
         return z if self.whitening is None else z @ self._coloring.to(z)
 
     @cached_property
@@ -236,10 +243,10 @@ class Preprocessing:
             return x
         if self.map is not None:
             x = self.map.inverse(x)
-        return ((torch.sigmoid(x) - self.alpha) / (1 - 2 * self.alpha)).clamp(0, 1)
+        return ((torch.sigmoid(x) - self._margin) / (1 - 2 * self._margin)).clamp(0, 1)
 
     def to_dict(self) -> dict:
-        """Return what JSON can hold; with :attr:`tensors` it is all that :meth:`from_dict` needs."""
+        """Return what JSON can hold; with :attr:`tensors` it is all :meth:`from_dict` needs."""
         return {
             "levels": self.levels,
             "alpha": self.alpha,
@@ -289,8 +296,8 @@ def _inverse_root(covariance: Tensor) -> Tensor:
     if not bool(value[0] > 1e-10 * value[-1]):
         raise ValueError(
             f"the covariance of the training points has eigenvalues from {value[0]:.3g} to "
-            f"{value[-1]:.3g} and cannot be whitened: take more training points than features, drop "
-            "features that follow from others, or set data.standardize to shared"
+            f"{value[-1]:.3g} and cannot be whitened: take more training points than features, "
+            "drop features that follow from others, or set data.standardize to shared"
         )
     return (vector * value.rsqrt()) @ vector.T
 
@@ -334,21 +341,23 @@ class Augmentation:
         if self.noise and raw.is_floating_point():
             noise = torch.randn(raw.shape, generator=generator, dtype=raw.dtype, device=raw.device)
             raw = raw + self.noise * spread.to(raw) * noise
-        if self.flip:
+        if self.flip and self.image_shape:
             image = raw.unflatten(1, self.image_shape)
             mirror = torch.rand(len(raw), generator=generator, device=raw.device) < 0.5
             raw = torch.where(mirror[:, None, None, None], image.flip(-1), image).flatten(1)
-        if self.translate:
-            raw = self._translate(raw, generator)
+        if self.translate and self.image_shape:
+            raw = self._translate(raw, self.image_shape, generator)
         return raw
 
-    def _translate(self, raw: Tensor, generator: torch.Generator) -> Tensor:
-        _, height, width = self.image_shape
+    def _translate(
+        self, raw: Tensor, image_shape: tuple[int, int, int], generator: torch.Generator
+    ) -> Tensor:
+        _, height, width = image_shape
         d = self.translate
         offsets = torch.randint(-d, d + 1, (2, len(raw)), generator=generator, device=raw.device)
         rows = (torch.arange(height, device=raw.device) + offsets[0, :, None]).clamp(0, height - 1)
         columns = (torch.arange(width, device=raw.device) + offsets[1, :, None]).clamp(0, width - 1)
-        image = raw.unflatten(1, self.image_shape)
+        image = raw.unflatten(1, image_shape)
         n = torch.arange(len(raw), device=raw.device)[:, None, None]
         shifted = image.movedim(1, -1)[n, rows[:, :, None], columns[:, None, :]]
         return shifted.movedim(-1, 1).flatten(1)

@@ -115,7 +115,7 @@ class _WithTrace(nn.Module):
             return self.field(v, points)
 
         def product(direction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            g, jvp = torch.func.jvp(velocity, (u,), (direction.expand_as(u),))
+            g, jvp = torch.func.jvp(velocity, (u,), (direction.expand_as(u),))[:2]
             return g, (jvp * direction).sum(1), jvp.square().sum(1)
 
         if self.probe is not None:

@@ -140,8 +140,8 @@ class Trajectories(nn.Module):
         initial: Initial states at pseudotime 0, (C, S).
         solver: How the ODE is solved.
         learned_cluster_weight: Whether the weights eta of Eq. 7 are learned or uniform.
-        blocks: Order of the state in which the field is defined; None: that of the layout. The whole
-            solve is in that order, so that not every call of the field reorders it.
+        blocks: Order of the state in which the field is defined; None: that of the layout. The
+            whole solve is in that order, so that not every call of the field reorders it.
     """
 
     def __init__(
@@ -222,8 +222,9 @@ def pseudotime_grid(n: int, like: Tensor | None = None) -> Tensor:
     """
     if n < 1:
         raise ValueError(f"the number of pseudotimes (G) must be at least 1: got {n}")
-    options = {} if like is None else {"dtype": like.dtype, "device": like.device}
-    return torch.linspace(0, 1, n, **options) if n > 1 else torch.full((1,), 0.5, **options)
+    dtype, device = (None, None) if like is None else (like.dtype, like.device)
+    start, end = (0, 1) if n > 1 else (0.5, 0.5)
+    return torch.linspace(start, end, n, dtype=dtype, device=device)
 
 
 def draw_pseudotimes(kind: str, n: int, generator: torch.Generator) -> Tensor:

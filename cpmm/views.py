@@ -59,6 +59,7 @@ class AffineViews:
         Raises:
             ValueError: If ``raw`` holds real values, or images of another size.
         """
+        assert self.image_shape is not None  # checked above
         most = raw.new_tensor(
             [self.rotate, self.shear, self.scale, self.translate, self.translate],
             dtype=torch.float32,
@@ -103,13 +104,13 @@ def warp_images(
     channels, height, width = image_shape
     if raw.is_floating_point():
         raise ValueError(
-            f"views are of images with whole grey levels: got {str(raw.dtype).removeprefix('torch.')}, "
-            "real values of a table"
+            "views are of images with whole grey levels: got "
+            f"{str(raw.dtype).removeprefix('torch.')}, real values of a table"
         )
     if raw.ndim != 2 or raw.shape[1] != channels * height * width:
         raise ValueError(
-            f"views of {channels} x {height} x {width} images need (N, {channels * height * width}): "
-            f"got shape {tuple(raw.shape)}"
+            f"views of {channels} x {height} x {width} images need (N, "
+            f"{channels * height * width}): got shape {tuple(raw.shape)}"
         )
     angle, slope = rotate * (math.pi / 180), torch.tan(shear * (math.pi / 180))
     cos, sin, size = angle.cos(), angle.sin(), 1 + scale

@@ -119,7 +119,7 @@ def best_accuracy(label: np.ndarray, cluster: np.ndarray, n_classes: int, n_clus
 
 
 class SubnormalNumbers(TorchDispatchMode):
-    """While it is entered, collects the names of operations with a subnormal number in their result."""
+    """While entered, collects the names of operations with a subnormal number in their result."""
 
     def __init__(self) -> None:
         super().__init__()

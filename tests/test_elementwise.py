@@ -75,7 +75,8 @@ def test_the_derivative_is_that_of_autograd_and_of_zukos_spline(rough):
     z, log_slope = rough.forward(x)
     (expected,) = torch.autograd.grad(z.sum(), x)
     np.testing.assert_allclose(log_slope.detach(), expected.log(), atol=1e-9)
-    # Zuko's is made of softmaxes of widths and heights between two equal bounds, its end slopes are 1.
+    # Zuko's is made of softmaxes of widths and heights between two equal bounds, its end slopes are
+    # 1.
     width, height, slope = torch.randn(3, 6, generator=torch.Generator().manual_seed(3)).double()
     other = MonotonicRQSTransform(width, height, slope[:5], bound=END)
     knot, value, derivative = other.horizontal, other.vertical, other.derivatives

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,16 +11,16 @@ from torch import Tensor
 
 from cpmm.elementwise import ElementwiseMap
 from cpmm.initialization import kmeans, local_factor_analyzers
-from cpmm.map_fitting import LearnedMap, Space, fit_elementwise_map, initial_knots
+from cpmm.map_fitting import LearnedMap, MapOptions, Space, fit_elementwise_map, initial_knots
 from cpmm.mixture import Mixture
 from cpmm.preprocessing import STANDARDIZATIONS, Preprocessing
 
 ALPHA = 1e-6
-OPTIONS = {
-    "levels": 256, "alpha": ALPHA, "standardize": "shared", "n_bins": 16, "n_points": 500, "n_components": 4,
-    "n_factors": 2, "log_diagonal_floor": -6.0, "n_steps": 120, "batch_size": 100, "learning_rate": 0.01,
-    "map_rate_factor": 5.0,
-}  # fmt: skip
+SPACE = {"levels": 256, "alpha": ALPHA, "standardize": "shared"}
+OPTIONS = MapOptions(
+    n_bins=16, n_points=500, n_components=4, n_factors=2, log_diagonal_floor=-6.0, n_steps=120,
+    batch_size=100, learning_rate=0.01, map_rate_factor=5.0,
+)  # fmt: skip
 
 
 def mostly_black(n: int, generator: torch.Generator) -> Tensor:
@@ -39,8 +40,9 @@ def pictures() -> dict[str, Tensor]:
 
 
 def fitted(pictures, seed=1, listener=None, **changes) -> ElementwiseMap:
+    space = {name: changes.pop(name, value) for name, value in SPACE.items()}
     return fit_elementwise_map(
-        pictures["train"], pictures["validation"], **(OPTIONS | changes),
+        pictures["train"], pictures["validation"], **space, options=replace(OPTIONS, **changes),
         generator=torch.Generator().manual_seed(seed), listener=listener,
     )  # fmt: skip
 
@@ -85,7 +87,7 @@ def test_every_number_of_steps_ends_with_a_check(pictures, n_steps):
 
 @pytest.mark.parametrize("standardize", STANDARDIZATIONS)
 def test_the_space_of_the_fit_is_that_of_the_preprocessing(pictures, generator, standardize):
-    """What standardization makes of any map, without a pass over the data, is what it makes of samples."""
+    """Standardization without a pass over the data is that of samples, whatever the map."""
     raw = pictures["train"].repeat(20, 1)
     logit = Preprocessing(256, ALPHA, (0.0,) * 12, (1.0,) * 12)
     learned = LearnedMap(torch.linspace(-13.8155, 13.8155, 9))

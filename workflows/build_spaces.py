@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,68 +18,45 @@ from cpmm.pipeline.config.fingerprints import (
     fingerprint_teacher,
     needs_teacher,
 )
+from cpmm.pipeline.progress import ProgressLine, duration
 from cpmm.pipeline.stage import publish, run_stage, scratch_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from cpmm.data import DataSplits
-    from cpmm.pipeline.artifacts.store import Extraction
+    from cpmm.pipeline.artifacts.spaces import Extraction
     from cpmm.teacher import Flow
 
-SECONDS = 15.0  # between two lines where there is no terminal
 PROBE = 256  # rows that are carried on trial, to say how long all will take
 
 
 def main(folder: Path, config: Config) -> str:
     """Write ``spaces`` for a preset, one space after the other, resuming after the last one."""
-    from cpmm.pipeline.artifacts.store import (
-        clear_partial,
-        create_spaces,
-        load_extraction,
-        load_model,
-        load_prepared,
-        measure_spaces,
-        save_extraction,
-        seal_spaces,
-        write_space,
-    )
-    from cpmm.pipeline.models.flows import make_teacher
-    from cpmm.pipeline.models.mixtures import SPACES
-    from cpmm.pipeline.models.runtime import choose, compute_device
+    import pandas as pd
+
+    from cpmm.pipeline.artifacts.spaces import save_extraction, seal_spaces, write_space
+    from cpmm.pipeline.artifacts.store import load_prepared
     from cpmm.spaces import space_positions
 
     data = load_prepared(folder / "prepared", fingerprint_prepared(config))
-    options, seed = config["spaces"], config["seed"]
-    choose("spaces.kind", options["kind"], {kind: kind for kind in SPACES})
-    teacher = None
-    if needs_teacher(config):
-        teacher = make_teacher(config["teacher"], data, seed)
-        load_model(folder / "teacher", "teacher", teacher, fingerprint_teacher(config))
-        teacher = teacher.to(compute_device(config["trainer"]))
+    options = config["spaces"]
+    teacher = _load_teacher(folder, config, data)
     fingerprint = fingerprint_spaces(config)
     scratch = scratch_folder(folder, "build_spaces", fingerprint)
     # The flow starts at the input, v = 0, so the last space is written first.
     positions = space_positions(options["n_spaces"])
     ascending = positions.flip(0).tolist()
-    drawn = _draw(data, options, seed, with_noise=teacher is None)
-    rows = drawn.rows
-
-    store = scratch / "spaces"
-    clear_partial(scratch)
-    extraction = load_extraction(scratch)
-    if not extraction.done:
-        create_spaces(
-            store, positions, drawn.n_train, len(rows) - drawn.n_train, data.n_features,
-            options["dtype"], options["chunk_rows"], drawn.train_index,
-        )  # fmt: skip
+    drawn = _draw(data, options, config["seed"], with_noise=teacher is None)
+    store, n_rows = scratch / "spaces", len(drawn.rows)
+    extraction = _go_on(scratch, positions, drawn, options)
     n_left = len(positions) - max(extraction.done, 0 if teacher is None else 1)
     seconds = None  # noise costs next to nothing beside the disk
     if teacher is not None and n_left:
-        probe = rows[:PROBE] if extraction.state is None else extraction.state[:PROBE]
-        seconds = len(rows) * n_left * _seconds_per_row(teacher, probe, ascending[:2])
-    _announce(store, rows, *measure_spaces(store), extraction.done, len(positions), seconds)
-    progress = _Progress(len(positions), len(rows), n_left)
+        probe = (drawn.rows if extraction.state is None else extraction.state)[:PROBE]
+        seconds = n_rows * n_left * _seconds_per_row(teacher, probe, ascending[:2])
+    _announce(store, drawn.rows, extraction.done, len(positions), seconds)
+    progress = _Progress(len(positions), n_rows, n_left)
 
     def keep(state: Tensor) -> None:
         space = extraction.done
@@ -88,23 +65,56 @@ def main(folder: Path, config: Config) -> str:
         extraction.done, extraction.state = space + 1, None if teacher is None else state
         save_extraction(scratch, extraction)
         if teacher is None:
-            progress.of_space(space)(len(rows))
+            progress.tell(space, n_rows)
+
+    def carried(space: int, n: int) -> None:
+        keeper.check()
+        progress.tell(space, n)
 
     with _Keeper(keep) as keeper:
-        progress.check = keeper.check
-        batch_size = options["batch_size"]
-        for state in _states(teacher, drawn, extraction, ascending, batch_size, progress):
+        for state in _states(teacher, drawn, extraction, ascending, options["batch_size"], carried):
             keeper.put(state)
-    import pandas as pd
-
     pd.DataFrame(extraction.statistics[::-1]).to_csv(store / "statistics.csv", index=False)
     seal_spaces(store, fingerprint, extraction.shards)
     publish(scratch, "spaces", folder / "spaces")
     latent = extraction.statistics[-1]
     return (
-        f"{len(positions)} spaces of {len(rows)} rows, latent mean {latent['mean']:+.3f} and "
+        f"{len(positions)} spaces of {n_rows} rows, latent mean {latent['mean']:+.3f} and "
         f"deviation {latent['deviation']:.3f} -> {folder / 'spaces'}"
     )
+
+
+def _load_teacher(folder: Path, config: Config, data: DataSplits) -> Flow | None:
+    """Load the teacher onto the device that computes; None for spaces of noise."""
+    from cpmm.pipeline.artifacts.store import load_model
+    from cpmm.pipeline.models.flows import make_teacher
+    from cpmm.pipeline.models.mixtures import SPACES
+    from cpmm.pipeline.models.runtime import choose, compute_device
+
+    choose("spaces.kind", config["spaces"]["kind"], {kind: kind for kind in SPACES})
+    if not needs_teacher(config):
+        return None
+    teacher = make_teacher(config["teacher"], data, config["seed"])
+    load_model(folder / "teacher", "teacher", teacher, fingerprint_teacher(config))
+    return teacher.to(compute_device(config["trainer"]))
+
+
+def _go_on(
+    scratch: Path, positions: Tensor, drawn: _Drawn, options: Mapping[str, Any]
+) -> Extraction:
+    """Say how far the extraction has got; begin with an empty store if it has not."""
+    from cpmm.pipeline.artifacts.spaces import create_spaces, load_extraction
+
+    for path in scratch.rglob("*.partial"):  # what a killed write left
+        path.unlink()
+    extraction = load_extraction(scratch)
+    if not extraction.done:
+        n_rows, n_features = drawn.rows.shape
+        create_spaces(
+            scratch / "spaces", positions, drawn.n_train, n_rows - drawn.n_train, n_features,
+            options["dtype"], options["chunk_rows"], drawn.train_index,
+        )  # fmt: skip
+    return extraction
 
 
 @dataclass(frozen=True)
@@ -146,7 +156,7 @@ def _draw(data: DataSplits, options: Mapping[str, Any], seed: int, with_noise: b
 
 
 class _Keeper:
-    """Keeps one state after the other in a thread, each while the next is computed; no more than one waits.
+    """Keeps states in a thread, each while the next is computed; no more than one waits.
 
     Args:
         keep: Does it with one state.
@@ -161,7 +171,7 @@ class _Keeper:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Wait until all is kept; if something else went wrong too, that error is noted on the other."""
+        """Wait until all is kept; if that fails after another error, note it on that one."""
         self._thread.shutdown()
         failed = self._last and self._last.exception()
         if error is None and failed:
@@ -187,9 +197,12 @@ def _states(
     extraction: Extraction,
     positions: list[float],
     batch_size: int,
-    progress: _Progress,
+    told: Callable[[int, int], None],
 ) -> Iterator[Tensor]:
-    """The rows at each position that is not done yet, the first of which is the input."""
+    """The rows at each position that is not done yet, the first of which is the input.
+
+    Each batch that a teacher has carried is told: its space, and how many rows it had.
+    """
     import torch
 
     left, state = range(extraction.done, len(positions)), extraction.state
@@ -200,8 +213,8 @@ def _states(
         if space == 0:
             state = drawn.rows
         else:
-            told = progress.of_space(space)
-            state = _carry(teacher, state, *positions[space - 1 : space + 1], batch_size, told)
+            ends = positions[space - 1 : space + 1]
+            state = _carry(teacher, state, *ends, batch_size, partial(told, space))
         yield state
 
 
@@ -246,16 +259,11 @@ def _statistics(v: float, state: Tensor) -> dict[str, float]:
     }
 
 
-def _announce(
-    store: Path,
-    rows: Tensor,
-    size: int,
-    n_files: int,
-    done: int,
-    n_spaces: int,
-    seconds: float | None,
-) -> None:
-    """Say what is to come: how many bytes and files, and how long it will take, None if nobody knows."""
+def _announce(store: Path, rows: Tensor, done: int, n_spaces: int, seconds: float | None) -> None:
+    """Say what is to come: bytes, files, and how many seconds, None if nobody knows."""
+    from cpmm.pipeline.artifacts.spaces import measure_spaces
+
+    size, n_files = measure_spaces(store)
     if done:
         print(f"build_spaces | resuming after space {done}/{n_spaces}", flush=True)
     parts = [
@@ -263,7 +271,7 @@ def _announce(
         f"{_bytes(size)} in {n_files} files",
     ]
     if seconds is not None:
-        parts.append(f"about {_duration(seconds)} to go")
+        parts.append(f"about {duration(seconds)} to go")
     free = shutil.disk_usage(store).free
     if free < size * (n_spaces - done) / n_spaces:
         parts.append(f"but only {_bytes(free)} are free there")
@@ -271,7 +279,7 @@ def _announce(
 
 
 class _Progress:
-    """One line that a person can follow, rewritten on a terminal, now and then printed elsewhere.
+    """Counts the rows of the spaces for the progress line.
 
     Args:
         n_spaces: V.
@@ -280,44 +288,26 @@ class _Progress:
     """
 
     def __init__(self, n_spaces: int, n_rows: int, n_left: int) -> None:
-        self.n_spaces, self.n_rows = n_spaces, n_rows
-        self.n_left = n_left * n_rows
-        self.n_carried = 0
-        self.terminal = sys.stdout.isatty()
-        self.every = 0.2 if self.terminal else SECONDS
-        self.check: Callable[[], None] = lambda: None  # called with each batch
-        self.started = self.printed = time.monotonic()
+        self.line = ProgressLine("build_spaces")
+        self.n_spaces, self.n_rows, self.n_all = n_spaces, n_rows, n_left * n_rows
+        self.n_done = 0
 
-    def of_space(self, space: int) -> Callable[[int], None]:
-        """Give what is to be called with the size of each batch of a space, 0 for the input."""
-        n_before = self.n_carried
-
-        def told(n: int) -> None:
-            self.check()
-            self.n_carried += n
-            now = time.monotonic()
-            last = self.n_carried == self.n_left
-            if now - self.printed < self.every and not last:
-                return
-            self.printed = now
-            rate = self.n_carried / max(1e-9, now - self.started)
-            line = (
-                f"build_spaces | space {space + 1}/{self.n_spaces} | "
-                f"row {self.n_carried - n_before}/{self.n_rows} | {rate:.0f} rows/s | "
-                f"eta {_duration((self.n_left - self.n_carried) / rate)}"
+    def tell(self, space: int, n: int) -> None:
+        """Count ``n`` more rows of a space."""
+        self.n_done += n
+        last = self.n_done == self.n_all
+        if last or self.line.is_due():
+            row = (self.n_done - 1) % self.n_rows + 1
+            self.line.show(
+                f"space {space + 1}/{self.n_spaces}",
+                f"row {row}/{self.n_rows}",
+                *self.line.pace(self.n_done, self.n_all, "rows"),
+                last=last,
             )
-            end = "\n" if last or not self.terminal else "\r"
-            print(f"\x1b[2K{line}" if self.terminal else line, end=end, flush=True)
-
-        return told
 
 
 def _bytes(n: int) -> str:
     return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 60:.1f}m" if seconds < 7200 else f"{seconds / 3600:.1f}h"
 
 
 if __name__ == "__main__":

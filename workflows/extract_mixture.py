@@ -12,7 +12,7 @@ from cpmm.pipeline.stage import publish, run_stage, scratch_folder
 def main(folder: Path, config: Config) -> str:
     """Write ``mixture`` for a preset."""
     from cpmm.pipeline.artifacts.store import load_prepared
-    from cpmm.pipeline.models.mixtures import extract, load_trajectories, mixture_header
+    from cpmm.pipeline.models.trajectories import extract, load_trajectories, mixture_header
 
     data = load_prepared(folder / "prepared", fingerprint_prepared(config))
     trajectories = load_trajectories(folder, config, data)

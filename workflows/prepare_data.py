@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import time
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cpmm.pipeline.config import Config, pick
 from cpmm.pipeline.config.fingerprints import check_digests, fingerprint_prepared
+from cpmm.pipeline.progress import ProgressLine
 from cpmm.pipeline.stage import publish, run_stage, scratch_folder
 
 if TYPE_CHECKING:
@@ -31,9 +32,11 @@ def main(folder: Path, config: Config) -> str:
     check_digests(options, "data", f"config@{config['name']}")
     raw = torch.from_numpy(source.x)
     index = split_indices(
-        len(raw), **pick(options, "n_train", "n_validation", "n_test"), official_test=source.official_test,
+        len(raw),
+        **pick(options, "n_train", "n_validation", "n_test"),
+        official_test=source.official_test,
         seed=options["split_seed"],
-    )  # fmt: skip
+    )
     learned = _fit_map(raw[index["train"]], raw[index["validation"]], source.levels, options)
     data = DataSplits(
         raw={split: raw[index[split]] for split in SPLITS},
@@ -66,34 +69,33 @@ def _fit_map(
     raw: Tensor, validation: Tensor, levels: int | None, options: Config
 ) -> ElementwiseMap | None:
     """Fit the elementwise map that is asked for, with a progress line; None for the plain logit."""
-    import math
-
     from cpmm.data import SPLITS
-    from cpmm.map_fitting import fit_elementwise_map
+    from cpmm.map_fitting import MapOptions, fit_elementwise_map
     from cpmm.seeds import seeded_generator
 
     if options["map"]["kind"] == "none":
         return None
-    started = time.monotonic()
+    line = ProgressLine("prepare_data")
 
     def show(row: dict[str, float]) -> None:
-        rate = row["step"] / (time.monotonic() - started)
         bits = " ".join(
             f"{short} {row[name] / math.log(2) + math.log2(levels):.4f}"
             for short, name in (("train", "train"), ("val", "validation"))
         )
-        print(
-            f"prepare_data | step {row['step']}/{row['n_steps']} | elementwise map | {bits} bits/dim | "
-            f"{rate:.1f} it/s | eta {(row['n_steps'] - row['step']) / rate / 60:.1f}m",
-            flush=True,
-        )
+        step, n_steps = row["step"], row["n_steps"]
+        if step == n_steps or line.is_due():
+            line.show(
+                f"step {step}/{n_steps}", "elementwise map", f"{bits} bits/dim",
+                *line.pace(step, n_steps), last=step == n_steps,
+            )  # fmt: skip
 
     return fit_elementwise_map(
         raw,
         validation,
         levels,
-        **pick(options, "alpha", "standardize"),
-        **{name: value for name, value in options["map"].items() if name != "kind"},
+        options["alpha"],
+        options["standardize"],
+        MapOptions(**{name: value for name, value in options["map"].items() if name != "kind"}),
         generator=seeded_generator(options["noise_seed"], len(SPLITS) + 1),
         listener=show,
     )

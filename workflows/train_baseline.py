@@ -7,6 +7,7 @@ from pathlib import Path
 from cpmm.pipeline.config import Config
 from cpmm.pipeline.config.fingerprints import (
     fingerprint_baseline,
+    fingerprint_mixture,
     fingerprint_prepared,
     fingerprint_spaces,
     needs_spaces,
@@ -20,23 +21,28 @@ def main(folder: Path, config: Config, row: str) -> str:
         known = ", ".join(config["baselines"])
         raise ValueError(f"there is no baseline {row!r}: choose one of conf/baselines/: {known}")
 
-    from cpmm.pipeline.artifacts.store import load_prepared, open_spaces, write_json
-    from cpmm.pipeline.models.baselines import save_baseline, score_baseline, train_baseline
+    from cpmm.mixture import Mixture
+    from cpmm.pipeline.artifacts.files import write_json
+    from cpmm.pipeline.artifacts.spaces import open_spaces
+    from cpmm.pipeline.artifacts.store import load_prepared
+    from cpmm.pipeline.models.baselines import train_baseline
+    from cpmm.pipeline.models.fitted import save_baseline, score_baseline
     from cpmm.pipeline.scores.ood import read_ood
     from cpmm.pipeline.scores.scorer import Scorer
 
     data = load_prepared(folder / "prepared", fingerprint_prepared(config))
-    spaces = None
+    spaces = extracted = None
     if needs_spaces(config, row):
         spaces = open_spaces(folder / "spaces", fingerprint_spaces(config))
+    if config["baselines"][row]["kind"] == "refined":
+        extracted = Mixture.load(folder / "mixture", fingerprint=fingerprint_mixture(config))
     ood = config["evaluation"]["ood"]
     ood = None if ood is None else read_ood(ood, data)
     fingerprint = fingerprint_baseline(config, row)
     scratch = scratch_folder(folder, "train_baseline", fingerprint, row)
-    fitted = train_baseline(row, config, data, spaces, scratch / "training")
-    score = Scorer(data, "test", fitted.n_points, config["evaluation"]["teacher_points"])
-    scores = score_baseline(fitted, score, config["cpmm"]["n_clusters"], ood)
-    scores.pop("seconds_10k", None)  # results are the same every time, times are not
+    fitted = train_baseline(row, config, data, spaces, scratch / "training", extracted=extracted)
+    score = Scorer(data, fitted.split, fitted.n_points, config["evaluation"]["teacher_points"])
+    scores = score_baseline(fitted, score, config["cpmm"]["n_clusters"], ood, timed=False)
     out = scratch / row
     out.mkdir(exist_ok=True)
     write_json(
@@ -45,7 +51,8 @@ def main(folder: Path, config: Config, row: str) -> str:
     save_baseline(row, fitted, out, config, data, fingerprint)
     publish(scratch, row, folder / "baselines" / row)
     said = [f"{name} {scores[name]:.3f}" for name in ("density", "accuracy") if name in scores]
-    return f"{row}: test {', '.join(said)} -> {folder / 'baselines' / row}"
+    what = f"{fitted.split} {', '.join(said)}" if said else fitted.missing or "nothing to score"
+    return f"{row}: {what} -> {folder / 'baselines' / row}"
 
 
 if __name__ == "__main__":

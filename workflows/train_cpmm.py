@@ -15,10 +15,9 @@ from cpmm.pipeline.stage import publish, run_stage, scratch_folder
 
 def main(folder: Path, config: Config) -> str:
     """Write ``cpmm`` for a preset."""
-    import pandas as pd
-
-    from cpmm.pipeline.artifacts.store import load_prepared, open_spaces, save_model
-    from cpmm.pipeline.models.fit import fit
+    from cpmm.pipeline.artifacts.spaces import open_spaces
+    from cpmm.pipeline.artifacts.store import load_prepared
+    from cpmm.pipeline.models.fit import fit, save_trained
     from cpmm.pipeline.models.mixtures import make_mixture_training
 
     data = load_prepared(folder / "prepared", fingerprint_prepared(config))
@@ -30,11 +29,7 @@ def main(folder: Path, config: Config) -> str:
     scratch = scratch_folder(folder, "train_cpmm", fingerprint)
     module, rows = make_mixture_training(options, config["mixture"], data, spaces)
     fit("train_cpmm", module, rows, config["trainer"], scratch, options["gradient_clip"])
-    out = scratch / "cpmm"
-    header = {"fingerprint": fingerprint, "best": module.best_summary()}
-    out.mkdir(exist_ok=True)
-    pd.DataFrame(module.history).to_csv(out / "history.csv", index=False)
-    save_model(out, "cpmm", module.model, header)
+    save_trained(scratch / "cpmm", "cpmm", module, fingerprint)
     publish(scratch, "cpmm", folder / "cpmm")
     return (
         f"best validation {module.best['value']:.4f} nats/dim of the model's space after epoch "

@@ -15,13 +15,11 @@ from cpmm.pipeline.stage import publish, run_stage, scratch_folder
 
 def main(folder: Path, config: Config) -> str:
     """Write ``teacher`` for a preset."""
-    import pandas as pd
-
     from cpmm.artifact import save_artifact
-    from cpmm.pipeline.artifacts.store import load_prepared, save_model
-    from cpmm.pipeline.models.fit import fit
-    from cpmm.pipeline.models.flows import drawn_rows, make_teacher
-    from cpmm.training import TeacherTraining
+    from cpmm.pipeline.artifacts.store import load_prepared
+    from cpmm.pipeline.models.fit import drawn_rows, fit, save_trained
+    from cpmm.pipeline.models.flows import make_teacher
+    from cpmm.training.teacher import TeacherTraining
 
     if not needs_teacher(config):
         save_artifact(folder / "teacher", "teacher", {}, {"fingerprint": None, "trained": False})
@@ -33,18 +31,14 @@ def main(folder: Path, config: Config) -> str:
     module = TeacherTraining(
         make_teacher(options, data, seed),
         **pick(
-            options, "flow_matching_epochs", "likelihood_epochs", "kinetic_weight", "jacobian_weight",
-            "learning_rate", "n_warmup_epochs",
+            options, "flow_matching_epochs", "likelihood_epochs", "kinetic_weight",
+            "jacobian_weight", "learning_rate", "n_warmup_epochs",
         ),
         seed=seed,
     )  # fmt: skip
     rows = drawn_rows(data, **pick(options, "n_draws", "batch_size"), seed=seed)
     fit("train_teacher", module, rows, config["trainer"], scratch, options["gradient_clip"])
-    out = scratch / "teacher"
-    header = {"fingerprint": fingerprint, "best": module.best_summary()}
-    out.mkdir(exist_ok=True)
-    pd.DataFrame(module.history).to_csv(out / "history.csv", index=False)
-    save_model(out, "teacher", module.model, header)
+    save_trained(scratch / "teacher", "teacher", module, fingerprint)
     publish(scratch, "teacher", folder / "teacher")
     return f"best validation loss {module.best['value']:.4f} -> {folder / 'teacher'}"
 

@@ -10,12 +10,10 @@ import argparse
 import errno
 import json
 import os
-import sys
 from pathlib import Path
 
 from cpmm.pipeline.config import pick
-from cpmm.pipeline.errors import EXPECTED_ERRORS, describe
-from cpmm.pipeline.errors import explain as explain_error
+from cpmm.pipeline.errors import command
 from cpmm.pipeline.sweeps.trial import FOLDERS, read_ood_if_there, run_trial, summarize, trial_code
 
 
@@ -31,25 +29,14 @@ def main() -> None:
         "--out", type=Path, help="where record, checkpoint and mixture go; data/<preset>/trial"
     )
     arguments = parser.parse_intermixed_args()
-    try:
+    with command("trial", arguments.out):
         _run(arguments.overrides, arguments.out)
-    except EXPECTED_ERRORS as error:
-        print(f"trial: error: {describe(error)}", file=sys.stderr)
-        raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        print("trial: interrupted; run it again to go on", file=sys.stderr)
-        raise SystemExit(130) from None
-    except Exception as error:
-        if (said := explain_error(error)) is None:
-            raise
-        print(f"trial: error: {said}", file=sys.stderr)
-        raise SystemExit(1) from None
 
 
 def _run(overrides: list[str], out: Path | None) -> None:
     import shutil
 
-    from cpmm.pipeline.artifacts.store import write_json
+    from cpmm.pipeline.artifacts.files import write_json
     from cpmm.pipeline.config.compose import compose_preset, split_preset
     from cpmm.pipeline.config.root import ROOT
     from cpmm.pipeline.sweeps.inputs import locate_inputs, open_inputs
@@ -85,8 +72,8 @@ def _make_room(out: Path) -> None:
     held = [name for name in FOLDERS if (out / name).exists()]
     if held and not (out / "record.json").exists():
         raise ValueError(
-            f"{out} has a {held[0]} and no record.json of a trial, whose place it would take: choose another "
-            "folder with --out"
+            f"{out} has a {held[0]} and no record.json of a trial, whose place it would take: "
+            "choose another folder with --out"
         )
     if not os.access(out, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(out))

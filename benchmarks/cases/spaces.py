@@ -17,7 +17,7 @@ from cases.timing import Row, time_in_turns
 from cpmm.artifact import file_digest
 from cpmm.fields import ConvField
 from cpmm.odes import Solver
-from cpmm.pipeline.artifacts.store import create_spaces, open_spaces, seal_spaces, write_space
+from cpmm.pipeline.artifacts.spaces import create_spaces, open_spaces, seal_spaces, write_space
 from cpmm.spaces import space_positions
 from cpmm.teacher import Flow
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,9 @@ class Autoencoder(nn.Module):
         hidden: Units of the encoder's hidden layers, ReLU; the decoder has them in reverse. Without
             any both are linear.
         code_size: d.
-        likelihood: Of a point given its code. "gaussian": a linear output and the mean squared error,
-            for points in any range; "bernoulli": a sigmoid and the cross-entropy, for grey levels in
-            [0, 1].
+        likelihood: Of a point given its code. "gaussian": a linear output and the mean squared
+            error, for points in any range; "bernoulli": a sigmoid and the cross-entropy, for grey
+            levels in [0, 1].
         generator: Source of the initial weights (He et al., 2015), on the CPU.
 
     Raises:
@@ -75,7 +76,7 @@ class Autoencoder(nn.Module):
 
         Args:
             x: Points, (N, M).
-            generator: Not used; :class:`cpmm.training.LossTraining` hands one to every model.
+            generator: Not used; :class:`cpmm.training.loss.LossTraining` hands one to every model.
 
         Returns:
             The squared error in units of ``x``, or nats of cross-entropy.
@@ -96,8 +97,8 @@ class Autoencoder(nn.Module):
         bad = int((~torch.isfinite(codes).all(1)).sum())
         if bad:
             raise FloatingPointError(
-                f"the codes of {bad} of {len(x)} points are not finite: the autoencoder has diverged; "
-                "lower the learning rate or the gradient clip"
+                f"the codes of {bad} of {len(x)} points are not finite: the autoencoder has "
+                "diverged; lower the learning rate or the gradient clip"
             )
         return codes
 
@@ -130,20 +131,21 @@ class Autoencoder(nn.Module):
         """
         if x.ndim != 2 or x.shape[1] != self.n_features:
             raise ValueError(
-                f"x has shape {tuple(x.shape)}: expected (N, {self.n_features}), the autoencoder's features"
+                f"x has shape {tuple(x.shape)}: expected (N, {self.n_features}), the autoencoder's "
+                "features"
             )
         if x.dtype != self.output.weight.dtype:
             raise ValueError(
-                f"x is {x.dtype}, the autoencoder {self.output.weight.dtype}: convert it (whole grey levels "
-                "are divided by the largest, 255)"
+                f"x is {x.dtype}, the autoencoder {self.output.weight.dtype}: convert it (whole "
+                "grey levels are divided by the largest, 255)"
             )
         if self.likelihood == "bernoulli":
             outside = ~((x >= 0) & (x <= 1))  # so that NaN is outside
             if bool(outside.any()):
                 raise ValueError(
-                    f"{int(outside.sum())} of {x.numel()} values of x are outside [0, 1], which the Bernoulli "
-                    "likelihood needs: divide grey levels by the largest and add no noise, or make the "
-                    'autoencoder with likelihood "gaussian"'
+                    f"{int(outside.sum())} of {x.numel()} values of x are outside [0, 1], which "
+                    "the Bernoulli likelihood needs: divide grey levels by the largest and add no "
+                    'noise, or make the autoencoder with likelihood "gaussian"'
                 )
         return x
 
@@ -155,6 +157,8 @@ class CodeClusters(nn.Module):
         autoencoder: Gives the codes; it is held, not copied.
         centre: Of each cluster, in codes, (C, d).
     """
+
+    centre: Tensor
 
     def __init__(self, autoencoder: Autoencoder, centre: Tensor) -> None:
         super().__init__()
@@ -187,7 +191,9 @@ def _hidden_layers(sizes: Sequence[int], generator: torch.Generator) -> nn.Seque
     )
 
 
-def _linear(inputs: int, outputs: int, follows: str, generator: torch.Generator) -> nn.Linear:
+def _linear(
+    inputs: int, outputs: int, follows: Literal["linear", "relu"], generator: torch.Generator
+) -> nn.Linear:
     """Make a layer that keeps the variance of what goes through, given what ``follows`` it."""
     layer = nn.utils.skip_init(nn.Linear, inputs, outputs)  # torch's own draws have no generator
     nn.init.kaiming_normal_(layer.weight, nonlinearity=follows, generator=generator)

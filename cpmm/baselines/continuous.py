@@ -85,8 +85,8 @@ class ConvDecoder(nn.Module):
         block = 2**n_doublings
         if n_doublings < 0 or height % block or columns % block:
             raise ValueError(
-                f"a decoder of {n_doublings} doublings needs an image whose sides are multiples of {block}: "
-                f"got {height} and {columns}"
+                f"a decoder of {n_doublings} doublings needs an image whose sides are multiples of "
+                f"{block}: got {height} and {columns}"
             )
         if width < 1:
             raise ValueError(f"a decoder needs width >= 1: got {width}")
@@ -117,9 +117,9 @@ class ConvDecoder(nn.Module):
 class ContinuousMixture(nn.Module):
     """Factor analyzers decoded from a latent Gaussian, integrated out numerically.
 
-    Trained by :class:`cpmm.training.LossTraining` on its own loss, which draws the points anew at every
-    step and validates on those that the extracted mixture has. Data should have about unit variances,
-    as those of ``cpmm.data`` do: the decoder starts with such outputs.
+    Trained by :class:`cpmm.training.loss.LossTraining` on its own loss, which draws the points anew
+    at every step and validates on those that the extracted mixture has. Data should have about unit
+    variances, as those of ``cpmm.data`` do: the decoder starts with such outputs.
 
     Args:
         decoder: From latent points, (B, d), to states relative to ``initial``, (B, S).
@@ -143,8 +143,9 @@ class ContinuousMixture(nn.Module):
         super().__init__()
         if layout.n_maps != layout.n_factors + 2:
             raise ValueError(
-                "a continuous mixture has no augmented state and equal weights: expected a layout with "
-                f"augmentation 0 and no learned_weight, got {layout.augmentation} and {layout.learned_weight}"
+                "a continuous mixture has no augmented state and equal weights: expected a layout "
+                f"with augmentation 0 and no learned_weight, got {layout.augmentation} and "
+                f"{layout.learned_weight}"
             )
         if initial.shape != (layout.size,):
             raise ValueError(f"initial must be ({layout.size},): got {tuple(initial.shape)}")
@@ -168,8 +169,8 @@ class ContinuousMixture(nn.Module):
     def loss(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """Negative log-density, nats per dimension, a scalar.
 
-        While training that of ``n_points`` freshly rotated points: its expectation bounds that of the
-        integral from above. Otherwise that of the extracted mixture, whatever the generator.
+        While training that of ``n_points`` freshly rotated points: its expectation bounds that of
+        the integral from above. Otherwise that of the extracted mixture, whatever the generator.
 
         Args:
             x: Points, (N, M).
@@ -200,9 +201,10 @@ class ContinuousMixture(nn.Module):
 def integration_points(n: int, n_latent: int, shift: Tensor) -> Tensor:
     """Quasi-Monte Carlo points of a standard Gaussian: Hammersley's set, rotated.
 
-    The first coordinate is evenly spaced, for any ``n``; the others are Sobol's. All lie in the middle
-    of their cells, are rotated around the unit cube (Cranley & Patterson, 1976), which makes every
-    point uniform if the shift is, and go through the inverse of the normal distribution function.
+    The first coordinate is evenly spaced, for any ``n``; the others are Sobol's. All lie in the
+    middle of their cells, are rotated around the unit cube (Cranley & Patterson, 1976), which makes
+    every point uniform if the shift is, and go through the inverse of the normal distribution
+    function.
 
     Args:
         n: Number of points.

@@ -1,4 +1,4 @@
-r"""An einsum network with Gaussian leaves (Peharz et al., ICML 2020): the deep mixture among the baselines.
+r"""An einsum network with Gaussian leaves (Peharz et al., ICML 2020): the deep mixture here.
 
 Each replica cuts the M features along a balanced binary tree into 2^depth leaf regions. A leaf
 region has I components, products of Gaussians of its features; a region p above it has K sums over
@@ -7,14 +7,15 @@ all pairs of its halves' components, and the replicas are mixed at the root:
 .. math:: p_{pk}(x) = \sum_{ij} w_{pkij}\, p_{left(p), i}(x)\, p_{right(p), j}(x), \quad
     \sum_{ij} w_{pkij} = 1
 
-Trees are balanced, so a level of all replicas is one tensor and one product of matrices. The letters
-of this file beside N and M:
+Trees are balanced, so a level of all replicas is one tensor and one product of matrices. The
+letters of this file beside N and M:
 
     B  replicas      P  regions of a level, in all replicas      Q  features of a leaf region
     I  components of a leaf region, or of each half of a region      K  sums of a region
 
-Written here because nothing at hand fits: libcirkit is GPL, pyjuice needs Triton and thus a GPU, and
-SPFlow's Einet takes torch's global generator, cuts images at random and has no floor of variances.
+Written here because nothing at hand fits: libcirkit is GPL, pyjuice needs Triton and thus a GPU,
+and SPFlow's Einet takes torch's global generator, cuts images at random and has no floor of
+variances.
 """
 
 from __future__ import annotations
@@ -60,6 +61,8 @@ class EinsumNetwork(nn.Module):
     Raises:
         ValueError: If a size is out of range or the image has not M pixels.
     """
+
+    index: Tensor
 
     def __init__(
         self,
@@ -111,7 +114,7 @@ class EinsumNetwork(nn.Module):
         generator: torch.Generator,
         depth: int | None = None,
     ) -> EinsumNetwork:
-        """Make a network with about as many parameters as another model has, see :func:`match_sizes`.
+        """Make a network with about as many parameters as another model, see :func:`match_sizes`.
 
         Args:
             n_parameters: The most that it may have.
@@ -382,8 +385,8 @@ def match_sizes(n_parameters: int, n_features: int, n_replicas: int, depth: int)
         depth: Cuts between the root and a leaf region.
 
     Returns:
-        ``n_sums`` and ``n_leaves``, neither more than twice the other where both count; below depth 2
-        there are no sums but the top's, and ``n_sums`` is 1.
+        ``n_sums`` and ``n_leaves``, neither more than twice the other where both count; below depth
+        2 there are no sums but the top's, and ``n_sums`` is 1.
 
     Raises:
         ValueError: If a size is out of range, or even one component a region has more parameters.
@@ -444,8 +447,9 @@ def _sum_products(value: Tensor, weight: Tensor) -> Tensor:
     """
     pair = value.unflatten(0, (-1, 2))
     peak = pair.detach().amax(2, keepdim=True)  # it cancels, and so does its gradient
-    # Halves whose square is subnormal are zero, for a CPU is many times slower over such numbers. The
-    # likeliest pair has a weight of SMOOTHING / I^2 or more: they are below the last digit of the sum.
+    # Halves whose square is subnormal are zero, for a CPU is many times slower over such numbers.
+    # The likeliest pair has a weight of SMOOTHING / I^2 or more: they are below the last digit of
+    # the sum.
     least = 0.5 * math.log(torch.finfo(value.dtype).tiny)
     left, right = nn.functional.threshold(pair - peak, least, -math.inf).exp().unbind(1)
     product = (left.unsqueeze(2) * right.unsqueeze(1)).flatten(1, 2)  # (P, I * I, N)

@@ -73,8 +73,9 @@ def fit_by_em(
     where that lies below. The step is thus the exact optimum under the floor.
 
     A component that answers for less than R + 1 points, the unknowns of one feature's regression,
-    keeps its mean and covariance and moves its weight only, which lowers no likelihood; it is fitted
-    again once it has the points. A loading of zeros stays so: that factor's start must not be zero.
+    keeps its mean and covariance and moves its weight only, which lowers no likelihood; it is
+    fitted again once it has the points. A loading of zeros stays so: that factor's start must not
+    be zero.
 
     The products over points are in the type of ``x``, their sums and the regressions in float64. In
     float32 a variance is as exact as 1e-6 times the squared distance of its points to the centre of
@@ -151,9 +152,9 @@ def _iterate(
         log_prob, moments = _expect(fa, x, batch_size)
     except FloatingPointError as error:  # whose advice is for gradient ascent
         raise FloatingPointError(
-            f"the components of iteration {len(run.history)} have no density in {fa.mean.dtype}: raise "
-            f"log_diagonal_floor (now {log_diagonal_floor:g}), lower R (now {fa.n_factors}) or give "
-            f"float64. {error}"
+            f"the components of iteration {len(run.history)} have no density in {fa.mean.dtype}: "
+            f"raise log_diagonal_floor (now {log_diagonal_floor:g}), lower R (now {fa.n_factors}) "
+            f"or give float64. {error}"
         ) from error
     validation_log_prob = Mixture(fa, (fa.n_components,), batch_size).log_prob(validation)
     measured = {
@@ -237,8 +238,8 @@ def _maximize(fa: FactorAnalyzers, moments: _Moments, log_diagonal_floor: float)
     if not bool(solved.all()):
         raise FloatingPointError(
             f"{int((~solved).sum())} of {fa.n_components} components have no finite regression on "
-            f"their factors: smallest log-variance {fa.log_diagonal.min().item():.3g}, largest loading "
-            f"{fa.loading.abs().max().item():.3g}; raise log_diagonal_floor (now "
+            f"their factors: smallest log-variance {fa.log_diagonal.min().item():.3g}, largest "
+            f"loading {fa.loading.abs().max().item():.3g}; raise log_diagonal_floor (now "
             f"{log_diagonal_floor:g}), lower R (now {fa.n_factors}) or give float64"
         )
     # A weight of zero has no finite logarithm, and mixtures are kept with finite values only.
@@ -288,8 +289,8 @@ def _check_components(fa: FactorAnalyzers, log_diagonal_floor: float) -> None:
         raise ValueError(f"log_diagonal_floor is {log_diagonal_floor}: expected a number")
     if bool((fa.log_diagonal < log_diagonal_floor).any()):
         raise ValueError(
-            f"start.log_diagonal must not lie below log_diagonal_floor = {log_diagonal_floor:g}: got "
-            f"{fa.log_diagonal.min().item():.3g}"
+            f"start.log_diagonal must not lie below log_diagonal_floor = {log_diagonal_floor:g}: "
+            f"got {fa.log_diagonal.min().item():.3g}"
         )
 
 

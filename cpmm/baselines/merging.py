@@ -1,9 +1,9 @@
 r"""Merge the components of a mixture into clusters: "GMM w/ S.Clust." of Table 1 (section 5.2).
 
-Spectral clustering takes the components as its nodes. What ties two of them is either how near their
-Gaussians are, by the Fréchet distance of Dowson & Landau (1982) as in the paper, or how often they
-answer for the same points. The paper does not say how it turns distances into affinities; both usual
-ways are here, see :func:`gaussian_affinity`. No label is used.
+Spectral clustering takes the components as its nodes. What ties two of them is either how near
+their Gaussians are, by the Fréchet distance of Dowson & Landau (1982) as in the paper, or how often
+they answer for the same points. The paper does not say how it turns distances into affinities; both
+usual ways are here, see :func:`gaussian_affinity`. No label is used.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def merge_components(
 ) -> Mixture:
     """Merge components into C clusters by normalized cuts of their affinities (Shi & Malik, 2000).
 
-    The paper attributes a point to its likeliest component and this to its cluster; the mixture's own
-    ``predict`` adds up the components of a cluster first (Eq. 7).
+    The paper attributes a point to its likeliest component and this to its cluster; the mixture's
+    own ``predict`` adds up the components of a cluster first (Eq. 7).
 
     Args:
         mixture: K components; the clusters that they are in do not matter.
@@ -63,7 +63,8 @@ def merge_components(
 def _check_affinity(affinity: Tensor, k: int) -> None:
     if affinity.shape != (k, k):
         raise ValueError(
-            f"affinity must be ({k}, {k}), the mixture has {k} components: got {tuple(affinity.shape)}"
+            f"affinity must be ({k}, {k}), the mixture has {k} components: got "
+            f"{tuple(affinity.shape)}"
         )
     if not bool(torch.isfinite(affinity).all()) or float(affinity.min()) < 0:
         bad = int((~(torch.isfinite(affinity) & (affinity >= 0))).sum())
@@ -79,9 +80,9 @@ def _normalized_cuts(affinity: Tensor, n_clusters: int, generator: torch.Generat
     )
     if n_parts > n_clusters:
         raise ValueError(
-            f"the affinity falls into {n_parts} parts that nothing ties, more than the {n_clusters} clusters "
-            "asked for, and which to merge is left open: raise the temperature of the overlap, the "
-            "bandwidth of the distances, or the number of clusters"
+            f"the affinity falls into {n_parts} parts that nothing ties, more than the "
+            f"{n_clusters} clusters asked for, and which to merge is left open: raise the "
+            "temperature of the overlap, the bandwidth of the distances, or the number of clusters"
         )
     seed = int(torch.randint(2**31, (1,), generator=generator))
     if n_clusters in (1, len(affinity)):
@@ -100,9 +101,9 @@ def overlap_affinity(mixture: Mixture, x: Tensor, temperature: float = 1.0) -> T
     .. math:: \frac{\sum_n r_{nj} r_{nk}}{\sqrt{\sum_n r_{nj}^2 \sum_n r_{nk}^2}}, \quad
         r_{nk} \propto (\pi_k N(x_n; \mu_k, \Sigma_k))^{1/T}
 
-    In hundreds of dimensions log-odds are hundreds of nats; at T = 1 each point has one component and
-    hardly any two overlap. Each component's responsibilities are taken relative to its largest, so
-    those of one that is nowhere the likeliest count as well.
+    In hundreds of dimensions log-odds are hundreds of nats; at T = 1 each point has one component
+    and hardly any two overlap. Each component's responsibilities are taken relative to its largest,
+    so those of one that is nowhere the likeliest count as well.
 
     Args:
         mixture: K components.
@@ -152,7 +153,8 @@ def gaussian_affinity(distance: Tensor, neighbour: int | None = None) -> Tensor:
     distance, k = distance.double(), len(distance)
     if k < 2 or not 1 <= (neighbour or 1) < k:
         raise ValueError(
-            f"distances of {k} components have no neighbour number {neighbour or 1}: expected from 1 to {k - 1}"
+            f"distances of {k} components have no neighbour number {neighbour or 1}: expected from "
+            f"1 to {k - 1}"
         )
     if neighbour is None:
         row, column = torch.triu_indices(k, k, 1, device=distance.device)
@@ -169,18 +171,21 @@ def frechet_distances(fa: FactorAnalyzers, tolerance: float = 1e-12) -> Tensor:
     .. math:: d_{jk}^2 = \|\mu_j - \mu_k\|^2 + \operatorname{tr}(\Sigma_j + \Sigma_k)
         - 2 \operatorname{tr} (\Sigma_j \Sigma_k)^{1/2}
 
-    The eigenvalues x of the product are positive, and :math:`\pi \sqrt x = \int_0^\infty \log(1 + x /
-    s^2) ds`. Applied to those of :math:`\Sigma_j \Sigma_k` and of :math:`D_j D_k`, the difference of
-    the log-determinants is that of a real matrix of 2R x 2R (Sylvester),
+    The eigenvalues x of the product are positive, and :math:`\pi \sqrt x = \int_0^\infty \log(1 + x
+    / s^2) ds`. Applied to those of :math:`\Sigma_j \Sigma_k` and of :math:`D_j D_k`, the difference
+    of the log-determinants is that of a real matrix of 2R x 2R (Sylvester),
 
-    .. math:: \pi \operatorname{tr} (\Sigma_j \Sigma_k)^{1/2} = \pi \operatorname{tr} (D_j D_k)^{1/2}
+    .. math:: \pi \operatorname{tr} (\Sigma_j \Sigma_k)^{1/2}
+        = \pi \operatorname{tr} (D_j D_k)^{1/2}
         + \int_0^\infty \log \det \begin{pmatrix} I + A_j^\top D_k E A_j & s A_j^\top E A_k \\
-        -s A_k^\top E A_j & I + A_k^\top D_j E A_k \end{pmatrix} ds, \quad E = (D_j D_k + s^2 I)^{-1}
+        -s A_k^\top E A_j & I + A_k^\top D_j E A_k \end{pmatrix} ds,
+        \quad E = (D_j D_k + s^2 I)^{-1}
 
-    The integral is smooth, and after the elliptic substitution of Hale, Higham & Trefethen (2008) the
-    midpoint rule converges geometrically, at a rate known from bounds of the eigenvalues: the same
-    nodes, 20 to 60, do for all pairs, as exact as dense roots. Costs O(K^2 M R^2) for each node; 100
-    components of 784 features and 6 factors took 4 s on one core, dense eigenvalues would take 400.
+    The integral is smooth, and after the elliptic substitution of Hale, Higham & Trefethen (2008)
+    the midpoint rule converges geometrically, at a rate known from bounds of the eigenvalues: the
+    same nodes, 20 to 60, do for all pairs, as exact as dense roots. Costs O(K^2 M R^2) for each
+    node; 100 components of 784 features and 6 factors took 4 s on one core, dense eigenvalues would
+    take 400.
 
     Args:
         fa: K factor analyzers.
@@ -244,13 +249,15 @@ def frechet_distances(fa: FactorAnalyzers, tolerance: float = 1e-12) -> Tensor:
 
 
 def _root_quadrature(smallest: float, largest: float, tolerance: float) -> tuple[Tensor, Tensor]:
-    r"""Nodes s and weights w with :math:`\sqrt x - \sqrt y \approx \sum w \log((x + s^2) / (y + s^2))`.
+    r"""Nodes s and weights w of a quadrature for the difference of two square roots.
+
+    .. math:: \sqrt x - \sqrt y \approx \sum w \log((x + s^2) / (y + s^2))
 
     For all x and y between ``smallest`` and ``largest``, m and M. With :math:`s = \sqrt m \,
-    \mathrm{sc}(v, k')` and :math:`k^2 = m / M` the integrand is analytic for :math:`|\Im v| < K(k)`, even
-    and of period 2 K(k'), so N midpoints err by :math:`\exp(-2 \pi N K / K')`. The function is a
-    quotient of theta series, as 1 - k^2 may round to 1; near its pole these would cancel, so the
-    upper half of the nodes mirrors the lower, :math:`s \to \sqrt{m M} / s`.
+    \mathrm{sc}(v, k')` and :math:`k^2 = m / M` the integrand is analytic for :math:`|\Im v| <
+    K(k)`, even and of period 2 K(k'), so N midpoints err by :math:`\exp(-2 \pi N K / K')`. The
+    function is a quotient of theta series, as 1 - k^2 may round to 1; near its pole these would
+    cancel, so the upper half of the nodes mirrors the lower, :math:`s \to \sqrt{m M} / s`.
 
     Returns:
         Each (n,), float64.

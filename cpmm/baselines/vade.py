@@ -1,4 +1,4 @@
-r"""Variational deep embedding (Jiang et al., IJCAI 2017): a VAE whose prior is a mixture of Gaussians.
+r"""Variational deep embedding (Jiang et al., IJCAI 2017): a VAE with a Gaussian mixture as prior.
 
 Equation numbers with "VaDE" are those of arXiv:1611.05148v3. The model (VaDE Eqs. 3-6) is
 
@@ -8,17 +8,18 @@ Equation numbers with "VaDE" are those of arXiv:1611.05148v3. The model (VaDE Eq
 
 and it is fitted by the evidence lower bound with q(z, c | x) = q(z | x) q(c | x).
 
-**What the ELBO is a bound of.** With the Gaussian likelihood, of the log-density of x in the space that x
-is given in: with the log-determinant of the map to that space, -ELBO bounds nats or bits per dimension
-from above. With the Bernoulli likelihood x is a probability of white, not a value: the ELBO of grey
-levels bounds the expected log-probability of the black-and-white images b drawn with b_i ~ Ber(x_i),
+**What the ELBO is a bound of.** With the Gaussian likelihood, of the log-density of x in the space
+that x is given in: with the log-determinant of the map to that space, -ELBO bounds nats or bits per
+dimension from above. With the Bernoulli likelihood x is a probability of white, not a value: the
+ELBO of grey levels bounds the expected log-probability of the black-and-white images b drawn with
+b_i ~ Ber(x_i),
 
 .. math:: \mathrm{ELBO}(x) \le E_b \log p(b), \quad
     \text{since } x_i \log \mu_i + (1 - x_i) \log(1 - \mu_i) = E_b \log \mathrm{Ber}(b_i; \mu_i)
 
-It is no bound of a density of the grey levels, as the Bernoulli's "density" does not integrate to one over
-[0, 1], and it must not stand beside bits per dimension of dequantized images. A VaDE of this likelihood has
-clusters and samples to report, and no density.
+It is no bound of a density of the grey levels, as the Bernoulli's "density" does not integrate to
+one over [0, 1], and it must not stand beside bits per dimension of dequantized images. A VaDE of
+this likelihood has clusters and samples to report, and no density.
 """
 
 from __future__ import annotations
@@ -43,15 +44,15 @@ LOG_2PI = math.log(2 * math.pi)
 class VaDE(nn.Module):
     """A variational autoencoder with a mixture of C Gaussians as the prior of its codes.
 
-    Built directly, it is a shell for ``load_state_dict``: all clusters are the standard Gaussian, and
-    nothing would ever tell them apart. :meth:`from_autoencoder` makes one to train.
+    Built directly, it is a shell for ``load_state_dict``: all clusters are the standard Gaussian,
+    and nothing would ever tell them apart. :meth:`from_autoencoder` makes one to train.
 
     Args:
-        autoencoder: Its encoder gives the mean of q(z | x), its decoder that of x; held, not copied. Its
-            ``likelihood`` is that of the model.
+        autoencoder: Its encoder gives the mean of q(z | x), its decoder that of x; held, not
+            copied. Its ``likelihood`` is that of the model.
         n_clusters: C.
-        log_variance_floor: Soft lower bound of log sigma_x^2 of the Gaussian likelihood, without which a
-            constant feature has an infinite density.
+        log_variance_floor: Soft lower bound of log sigma_x^2 of the Gaussian likelihood, without
+            which a constant feature has an infinite density.
     """
 
     def __init__(
@@ -81,9 +82,10 @@ class VaDE(nn.Module):
     ) -> VaDE:
         """Start from a trained autoencoder and the likeliest Gaussian mixture of its codes.
 
-        As the authors' program does, but that several starts of EM are compared, by their likelihood;
-        that pi is the mixture's instead of uniform; and that the variances which the autoencoder has
-        not, those of q(z | x) and of x given z, start as constants instead of at random.
+        As the authors' program does, but that several starts of EM are compared, by their
+        likelihood; that pi is the mixture's instead of uniform; and that the variances which the
+        autoencoder has not, those of q(z | x) and of x given z, start as constants instead of at
+        random.
 
         Args:
             autoencoder: Trained; its weights are copied.
@@ -92,8 +94,8 @@ class VaDE(nn.Module):
             generator: Source of every draw, on the CPU.
             n_init: Starts of EM, each from k-means.
             code_variance: Variance of q(z | x) at the start, as a share of that within clusters.
-            log_variance_floor: See the class; a Gaussian likelihood starts at the variances that the
-                autoencoder leaves over, or at the floor.
+            log_variance_floor: See the class; a Gaussian likelihood starts at the variances that
+                the autoencoder leaves over, or at the floor.
 
         Raises:
             ValueError: If there are fewer points, or distinct codes, than clusters.
@@ -103,8 +105,9 @@ class VaDE(nn.Module):
         n_distinct = len(codes.unique(dim=0))
         if n_distinct < n_clusters:
             raise ValueError(
-                f"a mixture of {n_clusters} clusters needs as many distinct codes, found {n_distinct} among "
-                f"{len(x)} points: train the autoencoder longer, or lower the number of clusters"
+                f"a mixture of {n_clusters} clusters needs as many distinct codes, found "
+                f"{n_distinct} among {len(x)} points: train the autoencoder longer, or lower the "
+                "number of clusters"
             )
         seed = int(torch.randint(2**31, (1,), generator=generator))
         mixture = GaussianMixture(
@@ -156,9 +159,9 @@ class VaDE(nn.Module):
             + \frac{1}{2} \sum_j (1 + \log \tilde\sigma_j^2)
 
         with q(z | x) = N(mean and variance of the encoder, written with a tilde; VaDE Eq. 11) and
-        gamma = q(c | x) of Eq. 16 from the same L draws. Everything but the first term is exact given
-        gamma. Any gamma gives a bound, so the expectation is one for every L; what it bounds is said at
-        the top of this module.
+        gamma = q(c | x) of Eq. 16 from the same L draws. Everything but the first term is exact
+        given gamma. Any gamma gives a bound, so the expectation is one for every L; what it bounds
+        is said at the top of this module.
 
         Args:
             x: Points, (N, M).
@@ -177,12 +180,13 @@ class VaDE(nn.Module):
         r"""Posterior of the clusters given the points, (N, C), rows sum to one (VaDE Eq. 16).
 
         .. math:: q(c | x) = E_{q(z | x)} [p(c | z)], \quad
-            p(c | z) = \frac{\pi_c N(z; \mu_c, \sigma_c^2)}{\sum_{c'} \pi_{c'} N(z; \mu_{c'}, \sigma_{c'}^2)}
+            p(c | z) = \frac{\pi_c N(z; \mu_c, \sigma_c^2)}
+            {\sum_{c'} \pi_{c'} N(z; \mu_{c'}, \sigma_{c'}^2)}
 
         Args:
             x: Points, (N, M).
-            generator: Of draws of z, on the device of ``x``. None takes p(c | z) at the mean of q(z | x),
-                which is the same at every call.
+            generator: Of draws of z, on the device of ``x``. None takes p(c | z) at the
+                mean of q(z | x), which is the same at every call.
             n_draws: Draws that the expectation is estimated from.
         """
 
@@ -208,8 +212,9 @@ class VaDE(nn.Module):
             generator: On the device of the model.
 
         Returns:
-            Points, (n, M), and clusters, (n,). With the Bernoulli likelihood a point is its mean given z,
-            grey levels in (0, 1) as in VaDE's figures; a draw itself would be black and white.
+            Points, (n, M), and clusters, (n,). With the Bernoulli likelihood a point is its mean
+            given z, grey levels in (0, 1) as in VaDE's figures; a draw itself would be black and
+            white.
         """
         weight = self.logit.softmax(0)
         cluster = torch.multinomial(weight, n, replacement=True, generator=generator)

@@ -10,28 +10,33 @@ from pathlib import Path
 from cpmm.pipeline.artifacts.files import temporary_files_in
 
 PREFIX = "dvc+"
-FORM = "dvc+REPOSITORY[@REVISION]#PATH, such as dvc+https://host/project.git@v1#data/digits/mixture or dvc+.@v1#data/digits/mixture"
+FORM = (
+    "dvc+REPOSITORY[@REVISION]#PATH, such as dvc+https://host/project.git@v1#data/digits/mixture "
+    "or dvc+.@v1#data/digits/mixture"
+)
 
 
 @contextmanager
 def mixture_folder(address: str) -> Iterator[Path]:
-    """Yield the folder of a mixture, fetched for as long as it is needed if it lies elsewhere.
+    """Yield the folder of a mixture; one that lies elsewhere is fetched and then deleted.
 
     Args:
-        address: A folder, a file in it, or ``dvc+REPOSITORY[@REVISION]#PATH`` in the manner of pip's
-            addresses; the repository is a path or what git takes, its DVC remote holds the files.
+        address: A folder, a file in it, or ``dvc+REPOSITORY[@REVISION]#PATH`` in the manner of
+            pip's addresses; the repository is a path or what git takes, its DVC remote holds the
+            files.
 
     Raises:
         FileNotFoundError: If there is no such folder.
-        ValueError: If the address is malformed, or the repository, revision or path cannot be had.
+        ValueError: If the address is malformed, DVC is not installed, or the repository, revision
+            or path cannot be had.
     """
     if not address.startswith(PREFIX):
         path = Path(address)
         path = path.parent if path.suffix in (".json", ".safetensors") else path
         if not path.is_dir():
             raise FileNotFoundError(
-                f"there is no mixture {address}: give its folder, such as data/digits/mixture (`dvc pull` or `dvc "
-                f"repro` brings what git does not hold), or {FORM}"
+                f"there is no mixture {address}: give its folder, such as data/digits/mixture "
+                f"(`dvc pull` or `dvc repro` brings what git does not hold), or {FORM}"
             )
         if not (path / "mixture.json").exists():
             inside = sorted(found.parent for found in path.glob("*/mixture.json"))
@@ -57,7 +62,7 @@ def split_address(address: str) -> tuple[str, str | None, str]:
     """
     rest, _, path = address.removeprefix(PREFIX).partition("#")
     scheme, separator, place = rest.rpartition("://")
-    # An @ before the path is a user, as in ssh://git@host/project: a revision follows the last slash.
+    # An @ before the path is a user, as in ssh://git@host: a revision follows the last slash.
     head, slash, tail = place.rpartition("/")
     tail, _, revision = tail.partition("@")
     repository = f"{scheme}{separator}{head}{slash}{tail}"

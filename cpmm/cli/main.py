@@ -7,8 +7,8 @@
     cpmm plot data/digits/mixture --kind samples --out samples.png
     cpmm info dvc+https://host/project.git@v1#data/digits/mixture
 
-`cpmm` and `python -m cpmm` are the same. MIXTURE is a folder, or dvc+REPOSITORY[@REVISION]#PATH. Points
-are data as they come, grey levels or real values: the mixture knows its preprocessing.
+`cpmm` and `python -m cpmm` are the same. MIXTURE is a folder, or dvc+REPOSITORY[@REVISION]#PATH.
+Points are data as they come, grey levels or real values: the mixture knows its preprocessing.
 """
 
 from __future__ import annotations
@@ -23,9 +23,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpmm.cli.address import mixture_folder
-from cpmm.pipeline.errors import EXPECTED_ERRORS, describe
+from cpmm.pipeline.errors import command
 
 if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    from matplotlib.figure import Figure
+
     from cpmm.fitted import FittedMixture
 
 BATCH_SIZE = 4096
@@ -35,21 +39,16 @@ KINDS = ("means", "samples", "components")
 def main() -> None:
     """Run a command."""
     arguments = _parser().parse_args()
-    try:
-        with mixture_folder(arguments.mixture) as folder:
-            from cpmm.fitted import FittedMixture
+    with command("cpmm", getattr(arguments, "out", None), resumes=False):
+        try:
+            with mixture_folder(arguments.mixture) as folder:
+                from cpmm.fitted import FittedMixture
 
-            _check_device(arguments.device)
-            arguments.command(FittedMixture.load(folder, arguments.device), arguments)
-            sys.stdout.flush()
-    except BrokenPipeError:  # of `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except EXPECTED_ERRORS as error:
-        print(f"cpmm: error: {describe(error)}", file=sys.stderr)
-        raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        print("cpmm: interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+                _check_device(arguments.device)
+                arguments.run(FittedMixture.load(folder, arguments.device), arguments)
+                sys.stdout.flush()
+        except BrokenPipeError:  # of `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def show_info(fitted: FittedMixture, arguments: argparse.Namespace) -> None:
@@ -58,7 +57,8 @@ def show_info(fitted: FittedMixture, arguments: argparse.Namespace) -> None:
     pre, sizes = fitted.preprocessing, fitted.mixture.cluster_sizes
     data = "a table of real values"
     if pre.levels is not None:
-        data = f"images {fitted.image_shape}, {pre.levels} grey levels, logit with margin {pre.alpha:g}"
+        levels = f"{pre.levels} grey levels, logit with margin {pre.alpha:g}"
+        data = f"images {fitted.image_shape}, {levels}"
     values = {
         "preset": header.get("preset"),
         "components": fa.n_components,
@@ -85,30 +85,37 @@ def score(fitted: FittedMixture, arguments: argparse.Namespace) -> None:
     """Write the log-density of each point, and its density per dimension."""
     import pandas as pd
 
-    column = fitted.unit.replace(" ", "_")
-    total, n = 0.0, 0
-    with _output(arguments) as append:
+    from cpmm.cli.points import write_csv
+
+    _check_out(arguments.out, [".csv"], arguments.points)
+    column, sums = fitted.unit.replace(" ", "_"), []
+
+    def tables() -> Iterator[pd.DataFrame]:
         for log_prob in _apply(fitted, arguments, fitted.log_prob):
             density = fitted.density(log_prob)
-            append(
-                pd.DataFrame({"log_prob": log_prob.cpu().numpy(), column: density.cpu().numpy()})
-            )
-            total, n = total + float(density.sum()), n + len(density)
-    _say(arguments, f"{n} points, mean {total / n:.6g} {fitted.unit}")
+            sums.append(float(density.sum()))
+            yield pd.DataFrame({"log_prob": log_prob.cpu().numpy(), column: density.cpu().numpy()})
+
+    n = write_csv(arguments.out, tables())
+    _say(arguments, f"{n} points, mean {sum(sums) / n:.6g} {fitted.unit}")
 
 
 def predict(fitted: FittedMixture, arguments: argparse.Namespace) -> None:
     """Write the likeliest cluster of each point, and how likely each one is."""
     import pandas as pd
 
-    n = 0
-    with _output(arguments) as append:
+    from cpmm.cli.points import write_csv
+
+    _check_out(arguments.out, [".csv"], arguments.points)
+
+    def tables() -> Iterator[pd.DataFrame]:
         for responsibilities in _apply(fitted, arguments, fitted.cluster_responsibilities):
             share = responsibilities.cpu().numpy()
             table = pd.DataFrame(share, columns=[f"p{c}" for c in range(share.shape[1])])
             table.insert(0, "cluster", share.argmax(1))
-            append(table)
-            n += len(share)
+            yield table
+
+    n = write_csv(arguments.out, tables())
     _say(arguments, f"{n} points in {fitted.mixture.n_clusters} clusters")
 
 
@@ -117,81 +124,87 @@ def sample(fitted: FittedMixture, arguments: argparse.Namespace) -> None:
     import numpy as np
     import pandas as pd
 
-    from cpmm.cli.points import npy_writer, progress_bar
+    from cpmm.cli.points import progress_bar, write_csv, write_npy
     from cpmm.seeds import seeded_generator
 
-    n = arguments.n
+    n, out = arguments.n, arguments.out
     if n < 1:
         raise ValueError(f"-n is {n}: expected 1 or more")
-    to_npy = arguments.out is not None and arguments.out.suffix == ".npy"
-    if to_npy:
-        _check_out(arguments.out, [".npy"])
+    _check_out(out, [".csv", ".npy"])
+    generator = seeded_generator(arguments.seed, device=arguments.device)
+
+    def drawn() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        with progress_bar("drawing", n) as advance:
+            for start in range(0, n, BATCH_SIZE):
+                x, cluster = fitted.sample(min(BATCH_SIZE, n - start), generator)
+                yield x.cpu().numpy(), cluster.cpu().numpy()
+                advance(start + len(x))
+
+    if out is not None and out.suffix == ".npy":
         shape = fitted.image_shape or (fitted.n_features,)
         shape = shape[1:] if fitted.image_shape and shape[0] == 1 else shape
         dtype = np.dtype(np.float64 if fitted.preprocessing.levels is None else np.uint8)
-        writer = npy_writer(arguments.out, n, shape, dtype)
+        write_npy(out, (n, *shape), dtype, (x for x, _ in drawn()))
     else:
-        writer = _output(arguments)
-    generator = seeded_generator(arguments.seed, device=arguments.device)
-    with writer as append, progress_bar("drawing", n) as advance:
-        for start in range(0, n, BATCH_SIZE):
-            x, cluster = fitted.sample(min(BATCH_SIZE, n - start), generator)
-            if to_npy:
-                append(x.cpu().numpy())
-            else:
-                table = pd.DataFrame(x.cpu().numpy(), columns=list(fitted.feature_names))
-                append(table.assign(cluster=cluster.cpu().numpy()))
-            advance(start + len(x))
+        names = list(fitted.feature_names)
+        write_csv(out, (pd.DataFrame(x, columns=names).assign(cluster=c) for x, c in drawn()))
     _say(arguments, f"{n} points")
 
 
 def plot(fitted: FittedMixture, arguments: argparse.Namespace) -> None:
     """Draw the means along the trajectories, samples, or the components in the plane."""
-    import torch
     from matplotlib import rc_context
+
+    from cpmm.files import replace_file
+
+    out = arguments.out
+    _check_out(out, [".png", ".svg", ".pdf"])
+    figure = _figure(fitted, arguments.kind, arguments.seed)
+    metadata = {"Date": None} if out.suffix == ".svg" else None
+    with rc_context({"svg.hashsalt": "cpmm"}):
+        replace_file(
+            out,
+            lambda temporary: figure.savefig(
+                temporary, format=out.suffix[1:], metadata=metadata, dpi=150
+            ),
+        )
+    _say(arguments, arguments.kind)
+
+
+def _figure(fitted: FittedMixture, kind: str, seed: int) -> Figure:
+    import torch
 
     from cpmm import figures
     from cpmm.seeds import seeded_generator
 
-    _check_out(arguments.out, [".png", ".svg", ".pdf"])
     mixture = fitted.mixture.to("cpu")
     shape, pre = fitted.image_shape, fitted.preprocessing
-    z, component = mixture.sample(2000, seeded_generator(arguments.seed))
+    z, component = mixture.sample(2000, seeded_generator(seed))
 
     def shown(points: Any) -> Any:
         return pre.inverse(points).numpy()
 
-    if arguments.kind == "means":
+    if kind == "means":
         if len(set(mixture.cluster_sizes)) > 1:
             raise ValueError(
-                "its idle components were dropped, so the trajectories have no common pseudotimes: take "
-                "--kind samples"
+                "its idle components were dropped, so the trajectories have no common "
+                "pseudotimes: take --kind samples"
             )
         mean = shown(mixture.components.mean).reshape(mixture.n_clusters, -1, fitted.n_features)
-        figure = figures.plot_trajectory_means(mean, shape, data=shown(z))
-    elif arguments.kind == "samples":
-        cluster = mixture.cluster[component].numpy()
-        figure = figures.plot_samples(None, shown(z), None, cluster, shape)
-    else:
-        if fitted.n_features != 2:
-            raise ValueError(
-                f"--kind components needs 2 features, the mixture has {fitted.n_features}: take means or samples"
-            )
-        mean = mixture.components.mean
-        linear = pre.unwhiten(torch.eye(len(pre.scale)).to(mean)) * mean.new_tensor(pre.scale)
-        covariance = linear.mT @ mixture.components.covariance() @ linear
-        figure = figures.plot_components(
-            shown(mixture.components.mean), covariance.numpy(), mixture.cluster.numpy(), shown(z)
+        return figures.plot_trajectory_means(mean, shape, data=shown(z))
+    if kind == "samples":
+        return figures.plot_samples(None, shown(z), None, mixture.cluster[component].numpy(), shape)
+    if fitted.n_features != 2:
+        raise ValueError(
+            f"--kind components needs 2 features, the mixture has {fitted.n_features}: take means "
+            "or samples"
         )
-    partial = arguments.out.with_name(f".{arguments.out.stem}.partial{arguments.out.suffix}")
-    try:
-        with rc_context({"svg.hashsalt": "cpmm"}):
-            metadata = {"Date": None} if arguments.out.suffix == ".svg" else None
-            figure.savefig(partial, metadata=metadata, dpi=150)
-        os.replace(partial, arguments.out)
-    finally:
-        partial.unlink(missing_ok=True)
-    _say(arguments, arguments.kind)
+    mean = mixture.components.mean
+    linear = pre.unwhiten(torch.eye(len(pre.scale)).to(mean)) * mean.new_tensor(pre.scale)
+    covariance = linear.mT @ mixture.components.covariance() @ linear
+    return figures.plot_components(
+        shown(mixture.components.mean), covariance.numpy(), mixture.cluster.numpy(), shown(z)
+    )
 
 
 def _apply(fitted: FittedMixture, arguments: argparse.Namespace, function: Any) -> Iterator[Any]:
@@ -231,14 +244,6 @@ def _check_device(name: str) -> None:
         raise ValueError(f"--device {name} cannot be used here: {reason}") from error
 
 
-def _output(arguments: argparse.Namespace) -> Any:
-    from cpmm.cli.points import csv_writer
-
-    endings = [".csv", ".npy"] if arguments.name == "sample" else [".csv"]
-    _check_out(arguments.out, endings, getattr(arguments, "points", None))
-    return csv_writer(arguments.out)
-
-
 def _check_out(out: Path | None, endings: Sequence[str], points: Path | None = None) -> None:
     """Refuse a file that cannot be written, or whose place is that of the input."""
     if out is None:
@@ -265,20 +270,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"cpmm {metadata.version('cpmm')}")
     commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
 
-    def add(name: str, command: Any, text: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=text, description=command.__doc__)
-        added.set_defaults(command=command)
+    def add(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=run.__doc__)
+        added.set_defaults(run=run)
         added.add_argument("mixture", metavar="MIXTURE", help="folder, or dvc+REPO[@REV]#PATH")
         added.add_argument("--device", default="cpu", help="cpu or cuda; default cpu")
         return added
 
     info = add("info", show_info, "what it is")
     info.add_argument("--json", action="store_true", help="as JSON")
-    for name, command, text in (
+    for name, run, text in (
         ("score", score, "log-density of points, for example to find outliers"),
         ("predict", predict, "cluster of each point"),
     ):
-        added = add(name, command, text)
+        added = add(name, run, text)
         added.add_argument("points", type=Path, help="a .csv with the features, or a .npy file")
         added.add_argument("--out", type=Path, help="a .csv file; standard output if not given")
         added.add_argument("--seed", type=_seed, default=0, help="of the dequantization; default 0")

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import pandas as pd
 
-from cpmm.pipeline.artifacts.sources import whole_npy
+from cpmm.files import replace_file
+from cpmm.pipeline.artifacts.npy import whole_npy
 
 
 class PointReader:
@@ -59,8 +59,8 @@ class PointReader:
         m = len(self.names)
         if array.dtype.kind not in "fiu" or array.ndim < 2 or np.prod(array.shape[1:]) != m:
             raise ValueError(
-                f"{self.path} must hold numbers of {m} features, (N, {m}) or images of as many pixels: got "
-                f"{array.dtype} of shape {array.shape}"
+                f"{self.path} must hold numbers of {m} features, (N, {m}) or images of as many "
+                f"pixels: got {array.dtype} of shape {array.shape}"
             )
         if not len(array):
             raise ValueError(f"{self.path} has no rows: expected at least one")
@@ -84,10 +84,9 @@ class PointReader:
             raise ValueError(f"{self.path} is not UTF-8 text with a header: {error}") from error
         lacking = [name for name in self.names if name not in names]
         if lacking:
-            shown = ", ".join(lacking[:5]) + (", ..." if len(lacking) > 5 else "")
             raise ValueError(
-                f"{self.path} lacks {len(lacking)} of the mixture's {len(self.names)} features: {shown}; its "
-                f"header has {', '.join(names[:5])}{', ...' if len(names) > 5 else ''} (delimiter {self.delimiter!r})"
+                f"{self.path} lacks {len(lacking)} of the mixture's {len(self.names)} features: "
+                f"{_first(lacking)}; its header has {_first(names)} (delimiter {self.delimiter!r})"
             )
         return self.path.stat().st_size
 
@@ -95,7 +94,7 @@ class PointReader:
         return {"sep": self.delimiter, "skipinitialspace": True, "engine": "c"}
 
     def _read_csv(self) -> Iterator[tuple[np.ndarray, int]]:
-        # As text first: a cell that is no number is named, and none is taken for one that is missing.
+        # As text first: a cell that is no number is named, and none passes for a missing one.
         n_before = 0
         try:
             with self.path.open("rb") as file, warnings.catch_warnings():
@@ -110,8 +109,8 @@ class PointReader:
                     n_before += len(table)
         except (pd.errors.ParserError, pd.errors.ParserWarning, UnicodeDecodeError) as error:
             raise ValueError(
-                f"{self.path} is not UTF-8 text with as many fields in every row as in its header, after row "
-                f"{n_before}: {str(error).strip()}"
+                f"{self.path} is not UTF-8 text with as many fields in every row as in its header, "
+                f"after row {n_before}: {str(error).strip()}"
             ) from error
         if not n_before:
             raise ValueError(f"{self.path} has a header and no rows: expected at least one")
@@ -125,66 +124,67 @@ class PointReader:
                 row = int(bad.argmax())
                 raise ValueError(
                     f"column {name!r} of {self.path} must hold finite numbers: got "
-                    f"{table[name].iloc[row]!r} in row {n_before + row + 1} (row 1 follows the header)"
+                    f"{table[name].iloc[row]!r} in row {n_before + row + 1} (row 1 follows the "
+                    "header)"
                 )
             x[:, m] = number
         return x
 
 
-@contextmanager
-def csv_writer(path: Path | None) -> Iterator[Any]:
-    """Yield a function that appends tables to a CSV file; None is the standard output.
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
-    The file appears under its name once it is whole.
+
+def write_csv(path: Path | None, tables: Iterable[pd.DataFrame]) -> int:
+    """Write tables below each other, to the standard output if ``path`` is None.
+
+    A file appears under its name once it is whole.
+
+    Returns:
+        The number of rows.
     """
+    n_rows = 0
+
+    def append_all(file: TextIO) -> None:
+        nonlocal n_rows
+        for table in tables:
+            table.to_csv(file, index=False, header=not n_rows, lineterminator="\n")
+            n_rows += len(table)
+        file.flush()
+
+    def write(temporary: Path) -> None:
+        with temporary.open("w", newline="") as file:
+            append_all(file)
+
     if path is None:
-        yield _appender(sys.stdout)
-        sys.stdout.flush()
-        return
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("w", newline="") as file:
-            yield _appender(file)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        append_all(sys.stdout)
+    else:
+        replace_file(path, write)
+    return n_rows
 
 
-def _appender(file: Any) -> Any:
-    first = True
-
-    def append(table: pd.DataFrame) -> None:
-        nonlocal first
-        table.to_csv(file, index=False, header=first, lineterminator="\n")
-        first = False
-
-    return append
-
-
-@contextmanager
-def npy_writer(path: Path, n: int, shape: tuple[int, ...], dtype: np.dtype) -> Iterator[Any]:
-    """Yield a function that appends rows to a .npy file of shape (n, *shape).
-
-    The file appears under its name once it is whole.
-    """
-    partial = path.with_name(path.name + ".partial")
+def write_npy(
+    path: Path, shape: tuple[int, ...], dtype: np.dtype, parts: Iterable[np.ndarray]
+) -> None:
+    """Write the parts of an array of this shape; the file appears once it is whole."""
     header = {
         "descr": np.lib.format.dtype_to_descr(dtype),
         "fortran_order": False,
-        "shape": (n, *shape),
+        "shape": shape,
     }
-    try:
-        with partial.open("wb") as file:
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
             np.lib.format.write_array_header_1_0(file, header)
-            yield lambda rows: file.write(np.ascontiguousarray(rows, dtype).tobytes())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+            for part in parts:
+                file.write(np.ascontiguousarray(part, dtype).tobytes())
+
+    replace_file(path, write)
 
 
 @contextmanager
 def progress_bar(what: str, total: int) -> Iterator[Any]:
-    """Yield a function that sets how much of ``total`` is done; a bar on a terminal, else nothing."""
+    """Yield a function that sets how much of ``total`` is done: a bar, if on a terminal."""
     from rich.console import Console
     from rich.progress import Progress
 

@@ -1,15 +1,15 @@
-"""Print where the report of each preset is, and its three main figures."""
+"""Print where the report of each preset is, its three main figures, and what git calls modified."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
+import subprocess
 from pathlib import Path
 
-import yaml
-
 from cpmm.pipeline.config.root import ROOT
+from cpmm.pipeline.errors import command
+from cpmm.pipeline.stage import listed_presets
 
 
 def summarize(folder: Path) -> str:
@@ -17,11 +17,18 @@ def summarize(folder: Path) -> str:
 
     Raises:
         FileNotFoundError: If the preset has not been evaluated.
+        ValueError: If its metrics are damaged.
     """
     path = folder / "metrics.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: run `make repro` first")
-    metrics = json.loads(path.read_text())
+    try:
+        return _summary(json.loads(path.read_text()), folder)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): run `make repro` again") from error
+
+
+def _summary(metrics: dict, folder: Path) -> str:
     models = metrics["models"]
     cpmm = models["cpmm"]
     peers = {"direct": "direct mixture", "gaussian": "full Gaussian"}
@@ -30,7 +37,8 @@ def summarize(folder: Path) -> str:
     )
     lines = [
         f"{metrics['preset']}: {folder / 'report.html'}",
-        f"  test density     {cpmm['density']:.3f} {metrics['unit']} (lower is better; {densities})",
+        f"  test density     {cpmm['density']:.3f} {metrics['unit']} (lower is better; "
+        f"{densities})",
     ]
     if "accuracy" in cpmm:
         other = models.get("kmeans", {}).get("accuracy")
@@ -42,18 +50,34 @@ def summarize(folder: Path) -> str:
     return "\n".join(lines)
 
 
+def explain_changes(root: Path) -> str:
+    """Say in two lines why git calls results modified and what to do; nothing if it calls none so."""
+    command = ["git", "status", "--porcelain", "--untracked-files=no", "--", "dvc.lock", "data"]
+    try:
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    except OSError:  # no git
+        return ""
+    names = [line[3:] for line in done.stdout.splitlines()]
+    if not names:
+        return ""
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return (
+        f"Modified, says git: {shown}. Last digits differ on another processor, results with your own "
+        "params.yaml or code.\n`git checkout dvc.lock data` brings the committed ones back; "
+        "commit yours if you changed something on purpose."
+    )
+
+
 def main() -> None:
     """Summarize the presets of params.yaml."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("presets", nargs="*", help="folders of data/; those of params.yaml if none")
     presets = parser.parse_args().presets
-    try:
-        presets = presets or yaml.safe_load((ROOT / "params.yaml").read_text())["presets"]
-        for preset in presets:
+    with command("summary"):
+        for preset in presets or listed_presets():
             print(summarize(Path("data") / preset))
-    except (OSError, ValueError, KeyError) as error:
-        print(f"summary: error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        if changes := explain_changes(ROOT):
+            print(changes)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
-"""What a command says when it fails: one line where the input is at fault."""
+"""How a command ends: in one line where the input or the machine is at fault."""
 
 from __future__ import annotations
 
 import errno
 import os
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 EXPECTED_ERRORS = (ValueError, FloatingPointError, OSError, MemoryError)
-
 
 REMEDIES = {
     errno.ENOSPC: "make space there, and run it again",
@@ -18,9 +21,65 @@ REMEDIES = {
     errno.EPERM: "see to its permissions, and run it again",
 }
 
-
 # In what torch says of it, a RuntimeError like any bug.
 NO_MEMORY = ("allocate memory", "out of memory", "Storage size calculation overflowed")
+
+# The extra of cpmm that brings a module which not every installation has.
+EXTRAS = {
+    "cli": ("matplotlib", "pandas", "rich"),
+    "train": ("pytorch_lightning", "scipy", "sklearn", "torchdiffeq"),
+    "workflow": ("dvc", "hydra", "jinja2", "omegaconf", "psutil", "yaml", "zarr"),
+    "sweep": ("optuna", "pyarrow", "ray"),
+}
+
+
+@contextmanager
+def command(name: str, place: Path | None = None, resumes: bool = True) -> Iterator[None]:
+    """End in one line where the input is at fault, in a traceback where we are.
+
+    With ``CPMM_TRACEBACK`` set in the environment, every error shows its traceback.
+
+    Args:
+        name: How the command calls itself.
+        place: Where it works, for errors that name no file.
+        resumes: Whether it goes on where it was interrupted if it is run again.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        fail(name, "interrupted" + ("; run it again to go on" if resumes else ""), 130)
+    except Exception as error:
+        line = user_message(error, place)
+        if line is None or os.environ.get("CPMM_TRACEBACK"):
+            raise
+        fail(name, f"error: {line}")
+
+
+def fail(name: str, line: str, status: int = 1) -> NoReturn:
+    """Print the last line of a command that failed, and exit."""
+    print(f"{name}: {line}", file=sys.stderr, flush=True)
+    raise SystemExit(status) from None
+
+
+def user_message(error: Exception, place: Path | None = None) -> str | None:
+    """Say in one line what is wrong with the input, the machine or what is installed.
+
+    None for a bug of ours.
+    """
+    if isinstance(error, EXPECTED_ERRORS) or system_error(error) is not None:
+        return describe(error, place)
+    text = str(error).splitlines()[0] if str(error) else ""
+    if isinstance(error, ModuleNotFoundError):
+        module = (error.name or "").partition(".")[0]
+        extra = next((extra for extra, modules in EXTRAS.items() if module in modules), None)
+        return extra and f"{module} is not installed: pip install 'cpmm[{extra}]'"
+    if isinstance(error, RuntimeError) and any(words in text for words in NO_MEMORY):
+        sizes = "n_clusters, n_pseudotimes, a field's width, a batch_size or n_draws"
+        return f"too little memory ({text[:200]}): lower what the stage multiplies: {sizes}"
+    if type(error).__name__ == "MisconfigurationException":  # Lightning's, imported where it trains
+        remedy = "Set trainer.accelerator and trainer.devices to what this machine has."
+        return f"{text[:200]} {remedy}"
+    return None
 
 
 def describe(error: BaseException, place: Path | None = None) -> str:
@@ -40,22 +99,11 @@ def describe(error: BaseException, place: Path | None = None) -> str:
 
 
 def system_error(error: BaseException) -> OSError | None:
-    """The operating system's error that ``error`` is, or wraps: safetensors only tells its number."""
+    """The system's error that ``error`` is, or wraps: safetensors only tells its number."""
     if isinstance(error, OSError):
         return error if error.strerror else None
     if isinstance(error, EXPECTED_ERRORS):
         return None
     if found := re.search(r"\(os error (\d+)\)", str(error)):
         return OSError(int(found[1]), os.strerror(int(found[1])))
-    return None
-
-
-def explain(error: Exception) -> str | None:
-    """Say what to do about an error of a library that no check of ours can foresee; None for a bug."""
-    text = str(error).splitlines()[0] if str(error) else ""
-    if isinstance(error, RuntimeError) and any(words in text for words in NO_MEMORY):
-        sizes = "n_clusters, n_pseudotimes, a field's width, a batch_size or n_draws"
-        return f"too little memory ({text[:200]}): lower what the stage multiplies: {sizes}"
-    if type(error).__name__ == "MisconfigurationException":  # Lightning's, imported where it trains
-        return f"{text[:200]} Set trainer.accelerator and trainer.devices to what this machine has."
     return None

@@ -1,4 +1,4 @@
-"""What every stage shares: its command line, its configuration, its errors and its scratch folder."""
+"""What every stage shares: its command line, its configuration and its scratch folder."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cpmm.pipeline.artifacts.files import temporary_files_in
 from cpmm.pipeline.config import Config
 from cpmm.pipeline.config.code import SCRIPTS, code_fingerprint
 from cpmm.pipeline.config.fingerprints import hash_of
-from cpmm.pipeline.errors import EXPECTED_ERRORS, describe, explain, system_error
+from cpmm.pipeline.config.root import ROOT
+from cpmm.pipeline.errors import command
 
 
 def run_stage(main: Callable[..., str], description: str, *arguments: str) -> None:
@@ -43,30 +42,20 @@ def run_stage(main: Callable[..., str], description: str, *arguments: str) -> No
     parsed = parser.parse_args()
     path, further = parsed.config, [getattr(parsed, argument) for argument in arguments]
     name = Path(sys.argv[0]).stem
-    end_with_dvc()
-    try:
+    temporary = "-".join([name, *([hash_of(further)] if further else [])])
+    with command(name, path.parent):
+        end_with_dvc()
         config = load_config(path)
-        temporary = "-".join([name, *([hash_of(further)] if further else [])])
         with (
             threads_of(config),
             temporary_files_in(path.parent / ".scratch" / f"{temporary}.tmp"),
         ):
             print(f"{name}: {main(path.parent, config, *further)}", flush=True)
-    except Exception as error:
-        expected = isinstance(error, EXPECTED_ERRORS) or system_error(error) is not None
-        line = describe(error, path.parent) if expected else explain(error)
-        if line is None:
-            raise
-        print(f"{name}: error: {line}", file=sys.stderr, flush=True)
-        raise SystemExit(1) from error if os.environ.get("CPMM_TRACEBACK") else None
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted; run it again to go on", file=sys.stderr, flush=True)
-        raise SystemExit(130) from None
 
 
 @contextmanager
 def threads_of(config: Config) -> Iterator[None]:
-    """Compute with the threads of torch that ``trainer.threads`` says; null leaves torch its choice.
+    """Compute with as many threads as ``trainer.threads`` says; null leaves torch its choice.
 
     Their number decides in which order sums are taken, so the last digits of what is made, too.
     """
@@ -141,6 +130,8 @@ def load_config(path: Path) -> Config:
         FileNotFoundError: If there is none.
         ValueError: If it is not a YAML mapping.
     """
+    import yaml
+
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: `dvc repro` composes it from conf/")
     try:
@@ -155,6 +146,22 @@ def load_config(path: Path) -> Config:
             f"{path} is no configuration: expected a mapping, got {type(config).__name__}"
         )
     return config
+
+
+def listed_presets() -> list[str]:
+    """Read which presets params.yaml lists.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it lists none.
+    """
+    import yaml
+
+    path = ROOT / "params.yaml"
+    try:
+        return list(yaml.safe_load(path.read_bytes())["presets"])
+    except (yaml.YAMLError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} lists no presets: {' '.join(str(error).split())}") from error
 
 
 def scratch_folder(folder: Path, stage: str, fingerprint: str, part: str = "") -> Path:

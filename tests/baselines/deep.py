@@ -1,4 +1,4 @@
-"""What the tests of the deep baselines share: blobs, and the loop that trains a model's own loss."""
+"""What tests of the deep baselines share: blobs, and the loop that trains a model's own loss."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import Tensor
 from cpmm.baselines.autoencoder import Autoencoder
 from cpmm.baselines.vade import VaDE
 from cpmm.pipeline.models.fit import fit
-from cpmm.training import EpochData, LossTraining, Rows
+from cpmm.training.epochs import EpochData, Rows
+from cpmm.training.loss import LossTraining
 
 TRAINER = {
     "accelerator": "cpu",
@@ -22,7 +23,7 @@ TRAINER = {
 
 
 def blobs(likelihood: str, generator: torch.Generator, n: int = 300) -> tuple[Tensor, Tensor]:
-    """Three well separated groups of points, (n, 6), in the range of the likelihood; their labels."""
+    """Three well separated groups of points, (n, 6), in the likelihood's range; their labels."""
     label = torch.arange(n) % 3
     centre = torch.tensor([[1.0, 1, 0, 0, 0, 0], [0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 1, 1]])
     noise = torch.randn(n, 6, generator=generator)

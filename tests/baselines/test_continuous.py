@@ -14,7 +14,8 @@ from cpmm.baselines.continuous import (
     initial_state,
     integration_points,
 )
-from cpmm.training import EpochData, LossTraining, Recorded, Rows
+from cpmm.training.epochs import EpochData, Recorded, Rows
+from cpmm.training.loss import LossTraining
 from cpmm.trajectory import StateLayout
 from tests.oracles import torch_mixture
 

@@ -22,7 +22,8 @@ from cpmm.baselines.einet import (
 )
 from cpmm.pipeline.models.fit import fit
 from cpmm.seeds import seeded_generator
-from cpmm.training import EpochData, LossTraining, Rows
+from cpmm.training.epochs import EpochData, Rows
+from cpmm.training.loss import LossTraining
 from tests.oracles import SubnormalNumbers, assert_moments
 
 FLOOR = -6.0

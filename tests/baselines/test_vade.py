@@ -159,7 +159,7 @@ def test_the_elbo_is_below_the_log_density(likelihood, generator):
 
 
 def linear_vade(generator: torch.Generator) -> tuple[VaDE, np.ndarray, np.ndarray]:
-    """Linear both ways, orthogonal loadings, one cluster: its q(z | x) can be the exact posterior."""
+    """Linear both ways, orthogonal loadings, one cluster: q(z | x) can be the exact posterior."""
     model = VaDE(Autoencoder(4, (), 2, "gaussian", generator), 1).double()
     loading = torch.linalg.qr(torch.randn(4, 2, generator=generator, dtype=torch.float64)).Q
     bias, mean = torch.randn(4, generator=generator).double(), torch.tensor([[0.3, -1.0]]).double()

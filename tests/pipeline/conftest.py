@@ -12,6 +12,7 @@ import yaml
 
 import cpmm.pipeline.stage
 from cpmm.pipeline.config.compose import compose_preset
+from cpmm.pipeline.config.fingerprints import EVALUATED
 from cpmm.pipeline.sweeps.inputs import locate_inputs, open_inputs
 from cpmm.pipeline.sweeps.trial import run_trial
 
@@ -22,6 +23,7 @@ STAGES = (
     "build_spaces",
     "train_cpmm",
     "extract_mixture",
+    "train_baseline",
     "evaluate",
     "report",
 )
@@ -43,8 +45,8 @@ TINY = [
     "cpmm.n_draws=1",
     "cpmm.n_pseudotimes=3",
     "mixture.n_pseudotimes=3",
-    "evaluation.direct.epochs=2",
-    "evaluation.direct.n_draws=1",
+    "baselines.direct.epochs=2",
+    "baselines.direct.n_draws=1",
     "evaluation.discretizations=[3,5]",
     "evaluation.teacher_solver.method=rk4",
 ]
@@ -64,20 +66,66 @@ def make_folder(tmp_path):
     return make
 
 
-def stage_command(stage, folder):
-    return [sys.executable, str(ROOT / "workflows" / f"{stage}.py"), str(folder / "config.yaml")]
+def stage_command(stage, folder, *arguments):
+    script = ROOT / "workflows" / f"{stage}.py"
+    return [sys.executable, str(script), str(folder / "config.yaml"), *arguments]
+
+
+def train_evaluated(folder):
+    """Train the rows of conf/baselines/ that evaluate reads, in this process."""
+    config = cpmm.pipeline.stage.load_config(folder / "config.yaml")
+    with cpmm.pipeline.stage.threads_of(config):
+        for row in EVALUATED:
+            importlib.import_module("workflows.train_baseline").main(folder, config, row)
+
+
+def run_commands(folder):
+    """Run the whole pipeline of a preset by its commands; return what each stage printed.
+
+    But the baselines, for time, are trained in this process.
+    """
+    printed = {}
+    for stage in STAGES:
+        if stage == "train_baseline":
+            train_evaluated(folder)
+            continue
+        done = subprocess.run(
+            stage_command(stage, folder), capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, f"{stage}: {done.stderr}"
+        printed[stage] = done.stdout
+    return printed
+
+
+def clone_project(folder):
+    """Clone what git holds of the project, whatever was made or edited in the work tree since."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("this copy of the project has no git: nothing says what it should hold")
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(folder)], check=True)
+    return folder
+
+
+def read_committed(name):
+    """Read a file as git holds it; as it is, where there is no git."""
+    if not (ROOT / ".git").exists():
+        return (ROOT / name).read_text()
+    command = ["git", "show", f"HEAD:{name}"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def copy_code(folder):
+    """Copy the code and conf/ as they are, committed or not, and nothing that a run has made."""
+    (folder / ".dvc").mkdir(parents=True, exist_ok=True)
+    for name in (".dvc/config", ".dvcignore", ".gitattributes", ".gitignore", "dvc.yaml"):
+        shutil.copy(ROOT / name, folder / name)
+    for name in ("conf", "cpmm", "workflows"):
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, folder / name, ignore=ignore, dirs_exist_ok=True)
 
 
 def copy_project(folder, overrides):
     """Copy the project, without what it has made, with overrides of its own in params.yaml."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    for file in listed.stdout.splitlines():
-        if file != "dvc.lock" and not file.startswith("data/") and (ROOT / file).is_file():
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / file, folder / file)
+    copy_code(folder)
     subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
     nested = {}
     for item in overrides:
@@ -122,17 +170,27 @@ def check_last_step(module):
 
 @pytest.fixture
 def run_stage(capsys, monkeypatch):
-    """Run a stage as its command does, in this process; return its exit status and what it printed."""
+    """Run a stage as its command does, in this process; return its exit status and what it printed.
 
-    def run(stage, folder):
+    ``train_baseline`` trains the row that is given, or each that evaluate reads.
+    """
+
+    def run(stage, folder, *rows):
         module = importlib.import_module(f"workflows.{stage}")
-        monkeypatch.setattr(sys, "argv", [f"{stage}.py", str(folder / "config.yaml")])
+        baseline = stage == "train_baseline"
         capsys.readouterr()
-        try:
-            cpmm.pipeline.stage.run_stage(module.main, module.__doc__)
-            status = 0
-        except SystemExit as end:
-            status = end.code
+        status = 0
+        for row in (rows or EVALUATED) if baseline else [None]:
+            arguments = [str(folder / "config.yaml"), *([row] if row else [])]
+            monkeypatch.setattr(sys, "argv", [f"{stage}.py", *arguments])
+            try:
+                cpmm.pipeline.stage.run_stage(
+                    module.main, module.__doc__, *(["row"] if baseline else [])
+                )
+            except SystemExit as end:
+                status = end.code
+            if status:
+                break
         return status, *capsys.readouterr()
 
     return run

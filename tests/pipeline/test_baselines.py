@@ -25,26 +25,29 @@ from cpmm.pipeline.artifacts import verify
 from cpmm.pipeline.config import fingerprints
 from cpmm.pipeline.config.compose import compose_preset, known_presets
 from cpmm.pipeline.models import baselines
-from cpmm.pipeline.models.baselines import Fitted, train_baseline
+from cpmm.pipeline.models import fitted as fitted_models
+from cpmm.pipeline.models.baselines import train_baseline
 from cpmm.pipeline.models.direct import start_direct
+from cpmm.pipeline.models.fitted import KEPT, Fitted, load_baseline, score_baseline
 from cpmm.pipeline.scores.ood import OodPoints
 from cpmm.pipeline.scores.scorer import Scorer
 from cpmm.pipeline.sweeps.inputs import locate_inputs, open_inputs
-from cpmm.pipeline.sweeps.plan import set_option
+from cpmm.pipeline.sweeps.plan import make_trial, set_option
 from cpmm.pipeline.sweeps.trial import run_trial, summarize
 from cpmm.seeds import seeded_generator
 from workflows import build_spaces, prepare_data
 from workflows import train_baseline as stage
 
-ROWS = sorted(path.stem for path in (ROOT / "conf" / "baselines").glob("*.yaml"))
-MIXTURES = {"matched", "spectral_overlap", "spectral_frechet", "curriculum", "continuous"}
+ALL = sorted(path.stem for path in (ROOT / "conf" / "baselines").glob("*.yaml"))
+ROWS = sorted({*ALL} - {"refined", "groups"})  # those that a trial can train
+MIXTURES = {"direct", "matched", "spectral_overlap", "spectral_frechet", "curriculum", "continuous"}
 NO_DENSITY = {"autoencoder", "vade", "kmeans"}
-NO_CLUSTERS = {"einet_matched", "einet_large", "cnf_mlp", "cnf_conv", "gaussian"}
+NO_CLUSTERS = {"direct", "einet_matched", "einet_large", "cnf_mlp", "cnf_conv", "gaussian"}
 SMALL = [
     *TINY, "spaces=noise", "data.n_train=150", "data.n_validation=80", "data.n_test=80",
     "spaces.n_spaces=3", "cpmm.initialization.restarts=1", "cpmm.batch_size=64",
-    "evaluation.direct.kmeans_restarts=1", "evaluation.direct.shrinkages=[20]",
-    "evaluation.kmeans_restarts=1", "evaluation.teacher_points=20", "evaluation.gaussian_draws=2",
+    "baselines.direct.kmeans_restarts=1", "baselines.direct.shrinkages=[20]",
+    "baselines.kmeans.n_starts=1", "evaluation.teacher_points=20", "baselines.gaussian.n_draws=2",
     "baselines.matched.em_iterations=3",
     *(f"baselines.{row}.{option}" for row in ("cnf_mlp", "cnf_conv") for option in (
         "field.width=8", "field.depth=1", "field.squeeze=1", "flow_matching_epochs=2",
@@ -55,7 +58,7 @@ SMALL = [
       for option in ("hidden=[16,12]", "code_size=4", "n_starts=2", "autoencoder_epochs=2")),
     "baselines.vade.n_epochs=3",
     *(f"baselines.continuous.{option}" for option in (
-        "n_epochs=2", "n_draws=1", "n_points=16", "n_latent=2", "decoder.width=4")),
+        "n_epochs=2", "n_draws=1", "n_integration_points=16", "n_latent=2", "decoder.width=4")),
     *(f"baselines.{row}.{option}" for row in ("gmm_full", "gmm_diagonal")
       for option in ("n_iterations=5", "added_variances=[0.01,0.1]")),
 ]  # fmt: skip
@@ -118,6 +121,52 @@ def fit(home, tmp_path):
     return fit
 
 
+@pytest.mark.parametrize("row", sorted(KEPT))
+def test_what_is_kept_of_a_row_scores_as_it_was_trained(row, home, tmp_path):
+    config = composed()
+    inputs = open_inputs(locate_inputs(config, home))
+    stage.main(link_inputs(home, tmp_path), config, row)
+    trained = train_baseline(row, config, *inputs, tmp_path / "scratch", quiet=True)
+    loaded = load_baseline(row, tmp_path, config, inputs[0])
+    assert loaded.missing is trained.missing is None
+    scores = [
+        score_baseline(found, Scorer(inputs[0], found.split), 10, timed=False)
+        for found in (trained, loaded)
+    ]
+    assert scores[0] == scores[1]
+    assert {"density", "accuracy"} & scores[0].keys()
+
+
+def test_a_row_that_cannot_be_scored_again_is_refused(home, tmp_path):
+    config = composed()
+    stage.main(link_inputs(home, tmp_path), config, "gmm_diagonal")
+    data = open_inputs(locate_inputs(config, home))[0]
+    with pytest.raises(
+        ValueError, match=r"baselines\.gmm_diagonal\.kind, .* 'sklearn': choose one"
+    ):
+        load_baseline("gmm_diagonal", tmp_path, config, data)
+
+
+@pytest.mark.parametrize("row", ["refined", "groups"])
+def test_no_trial_trains_what_needs_more_than_a_trial_has(row):
+    config = composed()
+    with pytest.raises(ValueError, match=f"model is '{row}', which no trial trains: .*{row}`$"):
+        make_trial("digits", (), 0, [], config | {"model": row}, "code")
+
+
+def test_the_refined_mixture_needs_the_extracted_one(home, tmp_path):
+    config = composed()
+    inputs = open_inputs(locate_inputs(config, home))
+    with pytest.raises(ValueError, match="starts from the mixture that the pipeline extracts"):
+        train_baseline("refined", config, *inputs, tmp_path, quiet=True)
+
+
+def link_inputs(home, folder):
+    for name in ("prepared", "spaces"):
+        (folder / name).symlink_to(home / name)
+    return folder
+
+
 def n_numbers(header):
     shapes = [shape for dtype, shape in header["tensors"].values() if dtype.startswith("float")]
     return sum(map(prod, shapes))  # whole numbers say which features are a region's
@@ -131,7 +180,7 @@ def density(fitted, data, split="test"):
 
 def test_every_row_is_in_the_configuration_and_every_kind_has_a_row():
     config = composed()
-    assert sorted(config["baselines"]) == ROWS
+    assert sorted(config["baselines"]) == ALL
     assert {options["kind"] for options in config["baselines"].values()} == set(baselines.KINDS)
 
 
@@ -150,7 +199,7 @@ def test_every_row_is_trained_and_scored(row, trials):
         assert record["seconds_10k"] > 0
         assert f"test {test['density']:.4f} bits" in summarize(record, "bits")
     assert ("accuracy" in test) == (row not in NO_CLUSTERS)
-    assert ("n_components" in test) == (row in MIXTURES)
+    assert ("n_components" in test) == (row in MIXTURES | {"gaussian"})
     trained = config["baselines"][row]["kind"] not in ("gaussian", "sklearn", "kmeans")
     assert (record["steps"] is not None) == (record["best_epoch"] is not None) == trained
     assert {path.name for path in scratch.iterdir() if path.is_dir()} >= {"baseline"}
@@ -222,11 +271,13 @@ def test_a_mixture_is_kept_as_the_pipelines_own(row, trials):
     config, (data, _), record, scratch = trials(row)
     kept = scratch / "baseline" / "mixture"
     mixture = Mixture.load(kept).to(torch.float64)
-    assert mixture.n_clusters == config["cpmm"]["n_clusters"]
+    assert (mixture.n_clusters == config["cpmm"]["n_clusters"]) == (row not in NO_CLUSTERS)
     # The artifact is in float32, as the extracted CPMM is.
-    got = Scorer(data, "test", n_first=20).mixture(mixture)
+    loaded = fitted_models.of_mixture(mixture, data, config["cpmm"]["n_clusters"], {})
+    got = score_baseline(loaded, Scorer(data, "test", n_first=20), 10, timed=False)
     assert got == pytest.approx(record["test"], rel=1e-6)
-    assert {name: got[name] for name in ("accuracy", "nmi")}.items() <= record["test"].items()
+    exact = ("accuracy", "nmi") if row not in NO_CLUSTERS else ()
+    assert {name: got[name] for name in exact}.items() <= record["test"].items()
     fitted = FittedMixture.load(kept)
     nats = fitted.log_prob(data.raw["test"], seeded_generator(data.noise_seed, 2))
     assert float(fitted.density(nats).mean()) == pytest.approx(record["test"]["density"], rel=1e-6)
@@ -299,7 +350,7 @@ def test_labels_score_clusters_and_nothing_else(fit):
         for split, value in data.label.items()
     }
     scores, of_others, without = (
-        baselines.score_baseline(fitted, Scorer(replace(data, label=of), "test"), 10)
+        score_baseline(fitted, Scorer(replace(data, label=of), "test"), 10)
         for of in (data.label, label, None)
     )
     assert scores["density"] == of_others["density"] == without["density"]
@@ -310,7 +361,7 @@ def test_labels_score_clusters_and_nothing_else(fit):
 @pytest.mark.parametrize(("step", "n_calls"), [(2.0, 1), (0.1, 5)])
 def test_a_density_that_takes_long_is_computed_once(step, n_calls, rings, monkeypatch):
     clock = count(0, step)
-    monkeypatch.setattr(baselines, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(fitted_models, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     seen = []
 
     def log_prob(z):
@@ -321,7 +372,7 @@ def test_a_density_that_takes_long_is_computed_once(step, n_calls, rings, monkey
     score = Scorer(rings, "test", 20)
     z, log_det = rings.points("validation")
     ood = OodPoints("other", 2 * z, log_det)
-    got = baselines.score_baseline(fitted, score, 2, ood)
+    got = score_baseline(fitted, score, 2, ood)
     assert [len(z) for z in seen] == [20] * (n_calls + 1)
     assert torch.equal(seen[-1], ood.z[:20])
     inside, there = (-z.square().sum(1) for z in (score.z, ood.z[:20]))
@@ -457,7 +508,7 @@ def test_autoencoders_take_a_table_as_it_is_and_images_as_grey_levels(rings, tri
     _, (data, _), _, scratch = trials("vade")
     tensors, _ = load_artifact(scratch / "baseline", "baseline")
     assert not any("output_log_variance" in name for name in tensors)
-    run = baselines.Run("vade", composed(), data, None, tmp_path, {}, {}, lambda: None)
+    run = baselines.Run("vade", composed(), data, None, None, tmp_path, {}, {}, lambda: None)
     points, likelihood = baselines._grey(run)
     assert likelihood == "bernoulli"
     assert torch.equal(points("test") * 16, data.raw["test"].float())
@@ -607,7 +658,7 @@ def test_an_unknown_row_ends_in_one_line(command, preset):
     assert (status, out) == (1, "")
     (line,) = err.splitlines()
     assert line.startswith("train_baseline: error: there is no baseline 'matche': choose one of ")
-    assert all(row in line for row in ROWS)
+    assert all(row in line for row in ALL)
     assert not (preset / "baselines").exists()
 
 
@@ -617,27 +668,27 @@ def config():
 
 
 OPTIONS = {
-    "direct": ("epochs", 3), "curriculum": ("shrinkage", 3), "continuous": ("n_points", 9),
+    "direct": ("epochs", 3), "refined": ("epochs", 3), "groups": ("kind", "other"), "curriculum": ("shrinkage", 3), "continuous": ("n_integration_points", 9),
     "einet": ("n_replicas", 2), "flow": ("likelihood_epochs", 9), "autoencoder": ("code_size", 3),
-    "vade": ("n_epochs", 9), "gaussian": ("kind", "other"), "sklearn": ("n_iterations", 9),
+    "vade": ("n_epochs", 9), "gaussian": ("n_draws", 3), "sklearn": ("n_iterations", 9),
     "kmeans": ("n_starts", 9),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", ALL)
 def test_a_mark_is_that_of_the_rows_own_options(row, config):
     option, value = OPTIONS[config["baselines"][row]["kind"]]
     changed = set_option(config, f"baselines.{row}.{option}", value)
     before, after = (
-        {name: fingerprints.fingerprint_baseline(c, name) for name in ROWS}
+        {name: fingerprints.fingerprint_baseline(c, name) for name in ALL}
         for c in (config, changed)
     )
     # A row of one kind is told from another by its options, so there are no two the same.
-    assert len(set(before.values())) == len(ROWS)
-    assert {name for name in ROWS if before[name] != after[name]} == {row}
+    assert len(set(before.values())) == len(ALL)
+    assert {name for name in ALL if before[name] != after[name]} == {row}
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", ALL)
 def test_a_mark_changes_with_the_sizes_and_data_that_cpmm_has(row, config):
     for option, value in (
         ("cpmm.n_clusters", 7), ("cpmm.n_factors", 2), ("cpmm.log_diagonal_floor", -9),
@@ -648,7 +699,7 @@ def test_a_mark_changes_with_the_sizes_and_data_that_cpmm_has(row, config):
         assert fingerprints.fingerprint_baseline(changed, row) != fingerprints.fingerprint_baseline(
             config, row
         ), option
-    for option, value in (("trainer.threads", 3), ("evaluation.kmeans_restarts", 3)):
+    for option, value in (("trainer.threads", 3), ("evaluation.discretizations", [3])):
         changed = set_option(config, option, value)
         assert fingerprints.fingerprint_baseline(changed, row) == fingerprints.fingerprint_baseline(
             config, row
@@ -656,18 +707,18 @@ def test_a_mark_changes_with_the_sizes_and_data_that_cpmm_has(row, config):
 
 
 @pytest.mark.parametrize("guided", [True, False])
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", ALL)
 def test_only_the_rows_that_cpmms_options_train_change_with_them(row, guided, config):
     config = set_option(config, "cpmm.curriculum", guided)
     changed = set_option(config, "cpmm.noise", 0.37)
     same = fingerprints.fingerprint_baseline(changed, row) == fingerprints.fingerprint_baseline(
         config, row
     )
-    assert same == (row != "curriculum")
+    assert same == (row not in ("curriculum", "refined", "groups"))
 
 
 def test_only_curriculum_and_cpmm_need_spaces(config):
-    for model in ("cpmm", *ROWS):
+    for model in ("cpmm", *ALL):
         of_model = config | {"model": model}
         prepared, spaces = fingerprints.fingerprint_inputs(of_model)
         assert prepared == fingerprints.fingerprint_prepared(config)

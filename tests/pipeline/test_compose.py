@@ -1,5 +1,6 @@
 import hashlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ from conftest import ROOT
 
 from cpmm.initialization import GROUPINGS
 from cpmm.odes import FIXED_STEP
+from cpmm.pipeline.config import compose as config_compose
 from cpmm.pipeline.config import schema
 from cpmm.pipeline.config.compose import (
     compose_preset,
@@ -79,6 +81,46 @@ def test_a_file_that_was_edited_is_another_configuration(tmp_path):
 def test_what_options_say_together_is_checked_when_they_are_composed(overrides, said):
     with pytest.raises(ValueError, match=said):
         compose_preset("digits", overrides)
+
+
+def test_a_new_baseline_is_a_file_and_nothing_else(tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "conf", tmp_path / "conf")
+    file = tmp_path / "conf" / "baselines" / "new.yaml"
+    file.write_text("kind: newest\nn_epochs: 3\nsharpness: 0.5\nbits: [1, 2]\nsecret: null\n")
+    small = tmp_path / "conf" / "preset" / "rings.yaml"
+    small.write_text(small.read_text() + "baselines: {new: {n_epochs: 2}, vade: {n_epochs: 7}}\n")
+    monkeypatch.setattr(config_compose, "ROOT", tmp_path)
+    composed = compose_preset("rings", ["baselines.new.sharpness=2", "model=new"])
+    own = {"kind": "newest", "n_epochs": 2, "sharpness": 2, "bits": [1, 2], "secret": None}
+    assert composed["baselines"]["new"] == own
+    assert composed["baselines"]["vade"]["n_epochs"] == 7
+    for override, said in (
+        ("baselines.new.n_epochs=0", "is 0: expected a whole number of at least 1"),
+        ("baselines.new.n_epochs=2.5", "is 2.5: expected a whole number of at least 1"),
+        ("baselines.new.sharpness=much", "is 'much': expected a number"),
+        ("baselines.new.bits=[1,a]", "is [1, 'a']: expected a list of values such as 1"),
+        ("baselines.new.secret=1", "is 1: expected None, as in its file"),
+        ("baselines.new.kind=vade", "is 'vade': choose one of newest"),
+        ("+baselines.new.sharpnes=1", "is 1, but it is no option of conf/"),
+        ("~baselines.new.bits", "is missing: it cannot be left out (in conf/ it is [1, 2])"),
+    ):
+        name = override.lstrip("+~").split("=")[0]
+        with pytest.raises(ValueError, match=f"^{re.escape(f'{name} {said}')}"):
+            compose_preset("rings", [override])
+    file.write_text("n_epochs: 3\n")
+    config_compose.option_rules.cache_clear()
+    config_compose._compose_plain.cache_clear()
+    with pytest.raises(ValueError, match=r"^conf/baselines/new\.yaml has no kind"):
+        compose_preset("rings", [])
+
+
+def test_a_presets_typo_in_a_row_is_named(tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "conf", tmp_path / "conf")
+    with (tmp_path / "conf" / "preset" / "rings.yaml").open("a") as file:
+        file.write("baselines: {vade: {n_epoch: 2}}\n")
+    monkeypatch.setattr(config_compose, "ROOT", tmp_path)
+    with pytest.raises(ValueError, match=r"^baselines\.vade\.n_epoch is 2, but it is no option"):
+        compose_preset("rings", [])
 
 
 def test_the_table_of_options_knows_the_methods_names():

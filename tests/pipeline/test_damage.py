@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import STAGES, TINY, copy_project, project_environment
+from conftest import STAGES, TINY, copy_project, project_environment, train_evaluated
 
 from cpmm.artifact import seal_folder
 from cpmm.pipeline import stage
@@ -36,10 +36,12 @@ READERS = {
     "spaces": ("train_cpmm", "cpmm"),
     "cpmm": ("extract_mixture", "mixture"),
     "mixture": ("evaluate", "evaluation"),
+    "baselines/refined": ("evaluate", "evaluation"),
+    "baselines/groups": ("evaluate", "evaluation"),
     "evaluation": ("report", "report.html"),
     "metrics.json": ("report", "report.html"),
 }
-RINGS = [*TINY, "data.options.n=2200", "teacher.solver.n_steps=2", "evaluation.direct.epochs=1"]
+RINGS = [*TINY, "data.options.n=2200", "teacher.solver.n_steps=2", "baselines.direct.epochs=1"]
 MARKER = Path(tempfile.gettempdir()) / f"executed-{os.getpid()}"
 
 
@@ -87,7 +89,10 @@ def made(tmp_path_factory):
         config = compose_preset("rings", [*RINGS, f"data.options.seed={seed}"])
         (root / name / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
         for step in STAGES:
-            importlib.import_module(f"workflows.{step}").main(root / name, config)
+            if step == "train_baseline":
+                train_evaluated(root / name)
+            else:
+                importlib.import_module(f"workflows.{step}").main(root / name, config)
     return root
 
 
@@ -122,6 +127,11 @@ def refused(copies, run_stage):
         return message[0]
 
     return check
+
+
+def header_of(artifact):
+    """The kind of an artifact, which its header is named by."""
+    return "baseline" if artifact.startswith("baselines/") else artifact
 
 
 def files_of(folder, artifact):
@@ -166,21 +176,24 @@ def test_a_whole_artifact_of_another_preset_an_empty_folder_and_none(artifact, c
     folder, other = copies
     shutil.rmtree(folder / artifact)
     shutil.copytree(other / artifact, folder / artifact)
-    theirs = json.loads((other / artifact / f"{artifact}.json").read_text())["fingerprint"]
+    kind = header_of(artifact)
+    theirs = json.loads((other / artifact / f"{kind}.json").read_text())["fingerprint"]
     config = stage.load_config(folder / "config.yaml")
-    ours = getattr(fingerprints, f"fingerprint_{artifact}")(config)
+    row = [Path(artifact).name] if kind == "baseline" else []
+    ours = getattr(fingerprints, f"fingerprint_{kind}")(config, *row)
     refused(artifact, f"fingerprint {theirs}, expected {ours}", "another preset", "dvc checkout")
     shutil.rmtree(folder / artifact)
     (folder / artifact).mkdir()
-    refused(artifact, f"{artifact}.json is missing", "dvc pull")
+    refused(artifact, f"{kind}.json is missing", "dvc pull")
     (folder / artifact).rmdir()
-    refused(artifact, f"{artifact}.json is missing", "dvc pull")
+    refused(artifact, f"{kind}.json is missing", "dvc pull")
 
 
 @pytest.mark.parametrize("artifact", [name for name in READERS if name != "metrics.json"])
 def test_an_older_schema_and_another_version(artifact, copies, refused, monkeypatch):
     folder, _ = copies
-    header = json.loads((folder / artifact / f"{artifact}.json").read_text())
+    kind = header_of(artifact)
+    header = json.loads((folder / artifact / f"{kind}.json").read_text())
     own = {
         k: v
         for k, v in header.items()
@@ -191,8 +204,8 @@ def test_an_older_schema_and_another_version(artifact, copies, refused, monkeypa
     ):  # fmt: skip
         with monkeypatch.context() as patched:
             patched.setattr(f"cpmm.artifact.{name}", value)
-            seal_folder(folder / artifact, artifact, own, header["tensors"])
-        refused(artifact, f"{artifact}.json", named, "dvc repro")
+            seal_folder(folder / artifact, kind, own, header["tensors"])
+        refused(artifact, f"{kind}.json", named, "dvc repro")
 
 
 @contextmanager

@@ -16,6 +16,8 @@ import pytest
 import yaml
 from conftest import STAGES, TINY, copy_project, project_environment
 
+from cpmm.pipeline.config.fingerprints import EVALUATED
+
 pytestmark = pytest.mark.slow
 
 DISK_MIB = 96
@@ -30,8 +32,9 @@ CHANGES = {
     "build_spaces": ({"spaces": {"n_spaces": 7}}, ["spaces"]),
     "train_cpmm": ({"cpmm": {"fine_tune_epochs": 12}}, ["cpmm"]),
     "extract_mixture": ({"mixture": {"n_pseudotimes": 4}}, ["mixture"]),
-    "evaluate": ({"evaluation": {"direct": {"epochs": 3}}}, ["evaluation", "metrics.json"]),
-    "report": ({"evaluation": {"direct": {"epochs": 3}}}, ["report.html"]),
+    "train_baseline": ({"baselines": {"direct": {"epochs": 3}}}, ["baselines/direct"]),
+    "evaluate": ({"evaluation": {"discretizations": [3]}}, ["evaluation", "metrics.json"]),
+    "report": ({"evaluation": {"discretizations": [3]}}, ["report.html"]),
     "sweep": ({"cpmm": {"learning_rate": 0.002}}, ["sweep"]),
 }
 RESUMED = {
@@ -152,22 +155,24 @@ def disk(tmp_path_factory):
         made.end()
 
 
-def command_of(stage):
+def command_of(stage, row="direct"):
     if stage == "config":
         return ["python", "workflows/compose.py", "digits", "data/digits/config.yaml"]
     if stage == "sweep":
         return [
             "python", "workflows/sweep.py", "preset=digits", "sweep=full", "ray.dashboard=false"
         ]  # fmt: skip
-    return ["python", f"workflows/{stage}.py", "data/digits/config.yaml"]
+    rows = [row] if stage == "train_baseline" else []
+    return ["python", f"workflows/{stage}.py", "data/digits/config.yaml", *rows]
 
 
 @pytest.fixture(scope="module")
 def good(disk, tmp_path_factory):
     """All artifacts of an undisturbed run, kept on another disk."""
     for stage in ("config", *STAGES, "sweep"):
-        done = disk.run(*command_of(stage))
-        assert done.returncode == 0, done.stdout + done.stderr
+        for row in EVALUATED if stage == "train_baseline" else [None]:
+            done = disk.run(*command_of(stage, row))
+            assert done.returncode == 0, done.stdout + done.stderr
     kept = tmp_path_factory.mktemp("good") / "data"
     shutil.copytree(disk.path / "project" / "data", kept, symlinks=True)
     return kept

@@ -24,8 +24,8 @@ from cpmm.mixture import Mixture
 from cpmm.pipeline.artifacts.store import load_prepared
 from cpmm.pipeline.config.compose import compose_preset
 from cpmm.pipeline.models.flows import make_teacher
-from cpmm.pipeline.models.mixtures import make_trajectories
 from cpmm.pipeline.models.runtime import compute_device
+from cpmm.pipeline.models.trajectories import make_trajectories
 from cpmm.seeds import seeded_generator
 from cpmm.trajectory import pseudotime_grid
 

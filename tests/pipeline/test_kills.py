@@ -19,16 +19,19 @@ import pytest
 import yaml
 from conftest import STAGES, TINY, copy_project, project_environment
 
+from cpmm.pipeline.config.fingerprints import EVALUATED
+
 KILLS_BY_STAGE = 6
 SEED = 0
 VICTIMS = ("stage", "stage and its children", "dvc", "dvc and everything")
 ADDRESS = {
     name: f"{name}@digits" for name in ("config", *STAGES)
-} | {"sweep": "sweep@digits-killed"}  # fmt: skip
+} | {"train_baseline": "train_baseline@digits-direct", "sweep": "sweep@digits-killed"}  # fmt: skip
+BASELINES = {f"train_baseline@digits-{row}" for row in EVALUATED}
 SECONDS_TO_END = 20  # for all that descends from a victim; Ray's processes are the slow ones
 SIZES = [
     "teacher.flow_matching_epochs=20", "teacher.solver.n_steps=10", "spaces.n_spaces=7", "spaces.n_draws=2",
-    "cpmm.epochs_per_space=3", "evaluation.direct.epochs=8",
+    "cpmm.epochs_per_space=3", "baselines.direct.epochs=8",
 ]  # fmt: skip
 SWEEP = {
     "defaults": ["default"],
@@ -99,7 +102,7 @@ class Project:
     def outputs(self):
         """Bytes of every file that DVC tracks, by path, without what a run took."""
         lock = yaml.safe_load((self.folder / "dvc.lock").read_text())["stages"]
-        assert set(lock) == set(ADDRESS.values())
+        assert set(lock) == set(ADDRESS.values()) | BASELINES
         files = {}
         for stage in lock.values():
             for out in stage["outs"]:

@@ -9,6 +9,7 @@ from cpmm.data import DataSplits
 from cpmm.pipeline.config import fingerprints
 from cpmm.pipeline.config.compose import compose_preset
 from cpmm.pipeline.models import mixtures as models
+from cpmm.pipeline.models import runtime
 from cpmm.preprocessing import Augmentation, Preprocessing
 
 N = 150
@@ -150,12 +151,12 @@ def test_what_lightning_does_not_compute_goes_to_the_same_device(
     trainer = {"accelerator": accelerator, "precision": precision}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     wanted = "cpu" if accelerator == "cpu" else "cuda"
-    assert models.compute_device(trainer) == wanted
+    assert runtime.compute_device(trainer) == wanted
     assert torch.backends.cudnn.allow_tf32 is (precision == "tf32")
-    assert models.compute_device(trainer, exact=True) == wanted
+    assert runtime.compute_device(trainer, exact=True) == wanted
     assert torch.backends.cudnn.allow_tf32 is False
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert models.compute_device(trainer) == "cpu"
+    assert runtime.compute_device(trainer) == "cpu"
 
 
 def test_options_that_joined_later_change_a_fingerprint_only_if_they_are_set():

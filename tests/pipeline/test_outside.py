@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from conftest import STAGES
+from conftest import TINY, run_commands
 from sklearn.datasets import load_digits
 from sklearn.metrics import average_precision_score, roc_auc_score
 
@@ -38,29 +38,18 @@ def upside_down(tmp_path_factory):
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory, upside_down):
     """A tiny pipeline on digits with another data set, and what evaluate printed."""
-    import subprocess
-
-    from conftest import TINY, stage_command
-
     folder = tmp_path_factory.mktemp("evaluated") / "digits"
     folder.mkdir()
     options = [
         *TINY, "ood@evaluation.ood=npy", f"evaluation.ood.options.path={upside_down}",
         "evaluation.ood.options.levels=17", "evaluation.ood.name=negative",
         "evaluation.teacher_points=50", "evaluation.batch_size=20",
-        "evaluation.direct.kmeans_points=300", "evaluation.direct.kmeans_restarts=1",
-        "evaluation.kmeans_restarts=2",
+        "baselines.direct.kmeans_points=300", "baselines.direct.kmeans_restarts=1",
+        "baselines.kmeans.n_starts=2",
     ]  # fmt: skip
     config = compose_preset("digits", options)
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    for stage in STAGES:
-        done = subprocess.run(
-            stage_command(stage, folder), capture_output=True, text=True, timeout=300, check=False
-        )
-        assert done.returncode == 0, f"{stage}: {done.stderr}"
-        if stage == "evaluate":
-            printed = done.stdout
-    return folder, printed
+    return folder, run_commands(folder)["evaluate"]
 
 
 def test_every_density_tells_points_apart_in_both_spaces(evaluated, upside_down):

@@ -14,13 +14,19 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import STAGES, stage_command
+from conftest import ROOT, STAGES, run_commands, stage_command
 
+from cpmm.artifact import load_header
+from cpmm.fitted import FittedMixture
 from cpmm.mixture import Mixture
-from cpmm.pipeline.artifacts.store import load_prepared, open_spaces
-from cpmm.pipeline.models.mixtures import load_trajectories
+from cpmm.pipeline.artifacts.spaces import open_spaces
+from cpmm.pipeline.artifacts.store import load_prepared
+from cpmm.pipeline.config.code import reached_files
+from cpmm.pipeline.models.trajectories import load_trajectories
+from cpmm.pipeline.scores.scorer import Scorer
 from cpmm.pipeline.stage import load_config
 from cpmm.pipeline.sweeps.plan import set_option
+from cpmm.seeds import seeded_generator
 from cpmm.trajectory import pseudotime_grid
 
 
@@ -50,14 +56,8 @@ def finished(tmp_path_factory):
     folder.mkdir()
     config = compose_preset("digits", TINY)
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    lines = {}
-    for stage in STAGES:
-        done = subprocess.run(
-            stage_command(stage, folder), capture_output=True, text=True, timeout=300, check=False
-        )
-        assert done.returncode == 0, f"{stage}: {done.stderr}"
-        lines[stage] = done.stdout.splitlines()[-1]
-    return folder, lines
+    printed = run_commands(folder)
+    return folder, {stage: text.splitlines()[-1] for stage, text in printed.items()}
 
 
 @pytest.fixture
@@ -69,7 +69,15 @@ def copied(finished, tmp_path):
 
 def test_every_stage_says_what_it_wrote(finished):
     folder, lines = finished
-    outputs = ("prepared", "teacher", "spaces", "cpmm", "mixture", "evaluation", "report.html")
+    outputs = (  # of the stages that are commands here
+        "prepared",
+        "teacher",
+        "spaces",
+        "cpmm",
+        "mixture",
+        "evaluation",
+        "report.html",
+    )
     for (stage, line), output in zip(lines.items(), outputs, strict=True):
         assert line.startswith(f"{stage}: ")
         assert line.endswith(str(folder / output))
@@ -97,6 +105,63 @@ def test_metrics_hold_every_model(finished):
     assert models["cpmm"]["n_components"] == models["direct"]["n_components"] == 30
     # One component a pixel and the logit's margin: the closed form is the same on any machine.
     assert 2.2 < models["gaussian"]["density"] < 2.4
+
+
+def test_evaluate_reaches_no_training():
+    reached = set(reached_files(ROOT / "workflows" / "evaluate.py"))
+    assert "cpmm/pipeline/models/fitted.py" in reached
+    training = {"cpmm/pipeline/models/fit.py", "cpmm/pipeline/models/baselines.py"}
+    assert not training & reached
+    assert not {name for name in reached if name.startswith("cpmm/training")}
+
+
+@pytest.mark.parametrize("row", ["refined", "direct", "matched"])
+def test_a_row_of_the_report_is_the_score_of_the_mixture_that_is_kept(row, finished):
+    folder, _ = finished
+    reported = json.loads((folder / "metrics.json").read_text())["models"][row]
+    fitted = FittedMixture.load(folder / "baselines" / row / "mixture")
+    data = load_prepared(folder / "prepared")
+    nats = fitted.log_prob(data.raw["test"], seeded_generator(data.noise_seed, 2))
+    assert float(fitted.density(nats).mean()) == pytest.approx(reported["density"], rel=1e-12)
+    scores = Scorer(data, "test").mixture(fitted.mixture)
+    if row == "direct":  # its components are no clusters of digits
+        assert fitted.mixture.n_clusters == 30
+        scores = {name: scores[name] for name in reported if name != "name"}
+    assert {"name": reported["name"], **scores} == reported
+    kept = json.loads((folder / "baselines" / row / "scores.json").read_text())
+    assert {name: kept[name] for name in reported if name != "name"} == pytest.approx(scores)
+
+
+@pytest.mark.parametrize("how", ["cut", "flip", "gone"])
+@pytest.mark.parametrize(
+    "file", ["refined/mixture/mixture.safetensors", "kmeans/baseline.safetensors", "groups/baseline.json"]
+)  # fmt: skip
+def test_a_missing_or_damaged_baseline_is_named_with_what_makes_it(file, how, copied, run_stage):
+    row = file.split("/")[0]
+    before = digest(copied)
+    damage(copied / "baselines" / file, how)
+    status, _, errors = run_stage("evaluate", copied)
+    (line,) = errors.splitlines()
+    assert status == 1
+    assert line.startswith(f"evaluate: error: {copied / 'baselines' / file} ")
+    command = f"python workflows/train_baseline.py {copied / 'config.yaml'} {row}"
+    assert line.endswith(f"; `{command}` trains this baseline alone")
+    assert run_stage("train_baseline", copied, row)[0] == 0
+    assert run_stage("evaluate", copied)[0] == 0
+    assert digest(copied) == before
+
+
+def test_an_initialization_without_groups_leaves_their_row_out(copied, run_stage):
+    config = set_option(load_config(copied / "config.yaml"), "cpmm.initialization.kind", "random")
+    (copied / "config.yaml").write_text(yaml.safe_dump(config))
+    run_all(copied, run_stage, STAGES[3:-1])
+    models = json.loads((copied / "metrics.json").read_text())["models"]
+    assert "groups" not in models
+    assert "kmeans" in models
+    header = load_header(copied / "baselines" / "groups", "baseline")
+    assert header["missing"] == "an initialization of kind 'random' makes none"
+    scores = json.loads((copied / "baselines" / "groups" / "scores.json").read_text())
+    assert scores == {"row": "groups", "unit": "bits per dimension"}
 
 
 def test_the_mixture_is_the_trajectory(finished):

@@ -16,9 +16,10 @@ from cpmm.pipeline.config.compose import compose_preset, split_preset
 from cpmm.pipeline.sweeps import plan
 from cpmm.pipeline.sweeps.archive import Archive
 from cpmm.pipeline.sweeps.plan import make_trial, plan_trials, set_option, shorten, suggested_trial
+from cpmm.pipeline.sweeps.run import _beginning, _is_own, run_sweep
+from cpmm.pipeline.sweeps.sweep import Sweep
 from cpmm.pipeline.sweeps.table import check_claims
 from cpmm.pipeline.sweeps.trial import trial_code
-from workflows.sweep import _beginning, _is_own, run_sweep
 
 DEFAULT = yaml.safe_load((ROOT / "conf" / "sweep" / "default.yaml").read_text())
 SWEEPS = sorted(
@@ -148,11 +149,10 @@ def test_a_part_may_be_named_by_a_number():
 
 
 def test_a_sweep_says_what_is_new_about_it(planned, tmp_path):
-    archive = Archive(str(tmp_path))
-    n = len(planned)
+    archive, n = Archive(str(tmp_path)), len(planned)
 
     def said(trials, **changes):
-        return _beginning(trials, sweep(**changes), archive, len(trials), 0)
+        return _beginning(Sweep("digits", trials, sweep(**changes), {}, archive, tmp_path), 0)
 
     assert said(planned) == f"starting, {n} trials, 0 done before, 0 begun"
     assert said(planned).startswith("same configuration: resuming")
@@ -331,7 +331,7 @@ def test_a_random_search_is_decided_by_its_seed():
 
 
 def test_draws_follow_their_distributions():
-    values = [v for _, v, *_ in plan._rows(sweep(search=search("random", n_samples=2000)))]
+    values = [row.axes for row in plan._rows(sweep(search=search("random", n_samples=2000)))]
     rate, factors, ode, noise = ([value[option] for value in values] for option in SPACE)
     assert 1e-4 <= min(rate) < max(rate) <= 1e-2
     # The share below the geometric middle is that of a fair coin: five deviations.
@@ -395,7 +395,7 @@ def fingerprint(config, code="code", seed=0):
         ("seed", 1),
     ],
 )  # fmt: skip
-def test_a_mark_changes_with_what_decides_the_result(option, value, config):
+def test_a_fingerprint_changes_with_what_decides_the_result(option, value, config):
     assert fingerprint(set_option(config, option, value)) != fingerprint(config)
 
 
@@ -403,14 +403,16 @@ def test_a_mark_changes_with_what_decides_the_result(option, value, config):
     ("option", "value"),
     [
         ("trainer.checkpoint_every_n_epochs", 5), ("trainer.threads", 2),
-        ("trainer.accelerator", "cpu"), ("evaluation.direct.epochs", 3), ("cpmm.seed", 9),
+        ("trainer.accelerator", "cpu"), ("baselines.direct.epochs", 3), ("cpmm.seed", 9),
     ],
 )  # fmt: skip
-def test_a_mark_does_not_change_with_what_does_not(option, value, config):
+def test_a_fingerprint_does_not_change_with_what_does_not(option, value, config):
     assert fingerprint(set_option(config, option, value)) == fingerprint(config)
 
 
-def test_a_mark_changes_with_seed_and_code_and_without_curriculum_not_with_the_teacher(config):
+def test_a_fingerprint_changes_with_seed_and_code_and_without_curriculum_not_with_the_teacher(
+    config,
+):
     assert (
         len({fingerprint(config), fingerprint(config, seed=1), fingerprint(config, code="other")})
         == 3
@@ -477,10 +479,9 @@ def test_sweeps_fit_presets_of_images_too(name, preset):
     section = compose_preset(preset, [f"sweep={name}"], "sweep")["sweep"]
     for trial in plan_trials(preset, section | {"seeds": 1}, [], [], "code"):
         cpmm = trial.config["cpmm"]
-        told = cpmm["pseudo_label_spaces"] or cpmm["pseudo_label_weight"]
-        assert bool(told) == (
-            cpmm["initialization"]["kind"] in ("analyzers", "neighbours") and name != "optuna"
-        )
+        labelled = cpmm["pseudo_label_spaces"] or cpmm["pseudo_label_weight"]
+        grouped = cpmm["initialization"]["kind"] in ("analyzers", "neighbours")
+        assert bool(labelled) == (grouped and name != "optuna")
 
 
 def test_the_ablation_plans_at_the_end_of_each_axis():

@@ -1,13 +1,17 @@
 """Artifacts as a colleague gets them: from the remote in the repository, and by revision."""
 
 import hashlib
+import re
 import shutil
 import subprocess
 import sys
 
 import pytest
 import yaml
-from conftest import ROOT, TINY, copy_project, project_environment
+from conftest import ROOT, TINY, clone_project, copy_code, copy_project, project_environment
+
+# Tests that read dvc.lock, params.yaml or data/.
+JUDGES = ("lists", "registry")
 
 
 def run(folder, *command, check=True):
@@ -29,23 +33,18 @@ def git(folder, *arguments):
 
 @pytest.fixture
 def clone(tmp_path):
-    """Everything that git keeps of this project, as it is now, and nothing else."""
-    listed = run(ROOT, "git", "ls-files", "-co", "--exclude-standard").splitlines()
-    for file in listed:
-        if (ROOT / file).is_file():
-            (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / file, tmp_path / file)
-    git(tmp_path, "init", "-q")
-    return tmp_path
+    """What git holds of this project, and nothing else."""
+    return clone_project(tmp_path / "clone")
 
 
 def test_a_clone_has_all_after_a_pull_and_nothing_to_do(clone):
     assert not (clone / "data" / "digits" / "mixture").exists()
     lock = (clone / "dvc.lock").read_bytes()
     dvc(clone, "pull")
+    assert "Data and pipelines are up to date." in dvc(clone, "repro", "--dry")  # or fail at once
     assert "Data and pipelines are up to date." in dvc(clone, "repro")
     assert (clone / "dvc.lock").read_bytes() == lock
-    assert "are whole" in run(clone, sys.executable, "workflows/verify.py")
+    assert "are whole" in run(clone, sys.executable, "-m", "cpmm.pipeline.artifacts.verify")
     assert (clone / "data" / "digits" / "report.html").read_text().rstrip().endswith("</html>")
     code = (
         "import torch; from cpmm.fitted import FittedMixture as F; m = F.load('data/digits/mixture'); "
@@ -55,29 +54,24 @@ def test_a_clone_has_all_after_a_pull_and_nothing_to_do(clone):
     assert 1 < float(run(clone, sys.executable, "-c", code)) < 3
 
 
-def test_git_carries_no_file_of_an_artifact():
-    stages = yaml.safe_load((ROOT / "dvc.lock").read_text())["stages"]
-    outs = [out["path"] for stage in stages.values() for out in stage.get("outs", [])]
-    carried = subprocess.run(
-        ["git", "ls-files", "--cached", "data"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.splitlines()
-    folders = tuple(f"{path}/" for path in outs)
+def locked_outs(clone):
+    stages = yaml.safe_load((clone / "dvc.lock").read_text())["stages"]
+    return [out for stage in stages.values() for out in stage.get("outs", [])]
+
+
+def test_git_carries_no_file_of_an_artifact(clone):
+    carried = git(clone, "ls-files", "data").splitlines()
+    folders = tuple(f"{out['path']}/" for out in locked_outs(clone))
     assert not [path for path in carried if path.startswith(folders)]
 
 
-def test_the_remote_in_the_repository_is_small_and_holds_what_the_lock_names_and_no_more():
-    files = [path for path in (ROOT / "data" / "remote").rglob("*") if path.is_file()]
+def test_the_remote_in_the_repository_is_small_and_holds_what_the_lock_names_and_no_more(clone):
+    files = [path for path in (clone / "data" / "remote").rglob("*") if path.is_file()]
     sizes = [path.stat().st_size for path in files]
     assert max(sizes) < 2**20
     assert sum(sizes) < 18 * 2**20  # spaces 7 MB, baselines 6, sweeps 1
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())["presets"]
-    stages = yaml.safe_load((ROOT / "dvc.lock").read_text())["stages"]
-    outs = [out for stage in stages.values() for out in stage.get("outs", [])]
-    named = {out["md5"] for out in outs if out["path"].split("/")[1] in params}
+    params = yaml.safe_load((clone / "params.yaml").read_text())["presets"]
+    named = {out["md5"] for out in locked_outs(clone) if out["path"].split("/")[1] in params}
     held = {"".join(path.parts[-2:]) for path in files}
     folders = [path for path in files if path.name.endswith(".dir")]
     for path in folders:
@@ -86,6 +80,27 @@ def test_the_remote_in_the_repository_is_small_and_holds_what_the_lock_names_and
     for path in files:
         digest = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
         assert digest == "".join(path.parts[-2:]).removesuffix(".dir")
+
+
+@pytest.mark.slow
+def test_what_a_user_has_made_in_the_work_tree_is_not_judged(clone):
+    copy_code(clone)
+    shutil.copytree(ROOT / "tests", clone / "tests", dirs_exist_ok=True)
+    git(clone, "add", "-A", "cpmm", "conf", "workflows", "tests", "dvc.yaml")
+    git(clone, "commit", "-qm", "as here", "--allow-empty")
+    for path in (clone / "dvc.lock", *clone.glob("data/digits/**/*.json")):  # other last digits
+        text = re.sub(r"(md5: \w{30})\w\w", r"\g<1>00", path.read_text())
+        path.write_text(re.sub(r"(\.\d{8})\d+", r"\1", text))
+    params = "presets: [rings]\nsweeps: []\nbaselines: [mine]\ncompared: []\noverrides: {seed: 3}\n"
+    (clone / "params.yaml").write_text(params)
+    (clone / "data" / "code.yaml").write_text("compose: {hash: 0123456789abcdef}\n")
+    for name in (".scratch/train_cpmm-abc/last.ckpt", "trial/record.json", "prepared/arrays"):
+        path = clone / "data" / "digits" / name
+        path.parent.mkdir(parents=True)
+        path.write_text("half of it")
+    files = [f"tests/pipeline/test_{name}.py" for name in JUDGES]
+    printed = run(clone, sys.executable, "-m", "pytest", "-q", "-m", "not slow", *files)
+    assert " passed" in printed
 
 
 @pytest.mark.slow

@@ -9,14 +9,19 @@ from cpmm.fields import ACTIVATIONS
 from cpmm.initialization import INITIALIZATIONS
 from cpmm.odes import ADAPTIVE, FIXED_STEP, GRADIENTS
 from cpmm.pipeline.artifacts.sources import SOURCES
-from cpmm.pipeline.config.compose import compose_preset, known_presets
-from cpmm.pipeline.config.schema import OPTIONS, leaves
+from cpmm.pipeline.config.compose import (
+    compose_preset,
+    known_presets,
+    known_sweeps,
+    option_rules,
+)
+from cpmm.pipeline.config.schema import ROWS, leaves
 from cpmm.pipeline.models.fit import PRECISIONS
 from cpmm.pipeline.models.mixtures import SPACES
 from cpmm.preprocessing import STANDARDIZATIONS
 from cpmm.trajectory import DIAGONALS
-from workflows.sweep import known_sweeps
 
+OPTIONS = option_rules()
 NEEDED = {"csv": ["data.options.path=x.csv"], "npy": ["data.options.path=x.npy"]}
 
 
@@ -27,7 +32,7 @@ def composed():
     for sweep in known_sweeps():
         yield compose_preset("digits", [f"sweep={sweep}"], "sweep")
     for group in ("teacher", "spaces", "cpmm", "mixture", "evaluation", "trainer", "ray"):
-        for path in (ROOT / "conf" / group).glob("*.yaml"):
+        for path in (ROOT / "conf" / group).glob("[!b]*.yaml"):  # base.yaml is no choice
             yield compose_preset("rings", [f"{group}={path.stem}"], "sweep")
     for path in (ROOT / "conf" / "ood").glob("*.yaml"):
         options = [item.replace("data", "evaluation.ood") for item in NEEDED.get(path.stem, [])]
@@ -37,6 +42,7 @@ def composed():
 def test_the_table_holds_every_option_of_conf_and_no_other():
     found = {name for config in composed() for name, _ in leaves(config)}
     assert found == set(OPTIONS)
+    assert set(ROWS) <= {name.split(".", 2)[2] for name in found if name.startswith("baselines.")}
 
 
 @pytest.mark.parametrize(
@@ -80,7 +86,7 @@ def test_choices_are_those_of_the_code(option, known):
         ("seed", [0, 2**32 - 1], [-1, 2**32, 1.0]),
         ("evaluation.ood", [None], ["mnist", "", 0, False, [], ["mnist"]]),
         ("evaluation.teacher_points", [None, 2], [0, 1, -1, 2.0, "all"]),
-        ("evaluation.direct.kmeans_points", [None, 1], [0, True]),
+        ("baselines.direct.kmeans_points", [None, 1], [0, True]),
         ("name", ["digits", "my-own_2"], ["", "../up", "a b", None, 3]),
         ("spaces.kind", ["noise"], ["Noise", "", None, ["noise"], 3]),
     ],

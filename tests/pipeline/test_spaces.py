@@ -12,14 +12,17 @@ import yaml
 from conftest import TINY, stage_command
 
 from cpmm.data import SPLITS, DataSplits
-from cpmm.pipeline.artifacts import store
-from cpmm.pipeline.artifacts.store import load_prepared, open_spaces, save_model, save_prepared
+from cpmm.pipeline import progress
+from cpmm.pipeline.artifacts import spaces as store
+from cpmm.pipeline.artifacts.spaces import open_spaces
+from cpmm.pipeline.artifacts.store import load_model, load_prepared, save_model, save_prepared
 from cpmm.pipeline.config.compose import compose_preset
 from cpmm.pipeline.config.fingerprints import (
     fingerprint_prepared,
     fingerprint_spaces,
     fingerprint_teacher,
 )
+from cpmm.pipeline.models import flows
 from cpmm.pipeline.models import mixtures as models
 from cpmm.preprocessing import Augmentation, Preprocessing
 from workflows import build_spaces, prepare_data, train_teacher
@@ -84,8 +87,8 @@ def test_spaces_lie_on_the_paths_of_the_teacher_or_of_noise(folder):
     common = ["spaces.n_spaces=5", "spaces.dtype=float32", "spaces.n_train=40"]
     config = configure(*solver)
     train_teacher.main(folder, config)
-    teacher = models.make_teacher(config["teacher"], load_prepared(folder / "prepared"), 0)
-    store.load_model(folder / "teacher", "teacher", teacher, fingerprint_teacher(config))
+    teacher = flows.make_teacher(config["teacher"], load_prepared(folder / "prepared"), 0)
+    load_model(folder / "teacher", "teacher", teacher, fingerprint_teacher(config))
     positions = torch.tensor([1, 0.75, 0.5, 0.25, 0])
     _, spaces = build(folder, *common, *solver)
     x = spaces.train(4)
@@ -211,7 +214,7 @@ def lines_of(capsys):
 
 
 def test_costs_are_told_before_and_progress_within_a_space(folder, capsys, monkeypatch):
-    monkeypatch.setattr(build_spaces, "SECONDS", 0.0)
+    monkeypatch.setattr(progress, "EVERY", 0.0)
     build(folder, "spaces.batch_size=50", "spaces.n_train=90", "spaces.n_validation=40")
     first, *others = lines_of(capsys)
     estimate = re.fullmatch(
@@ -232,7 +235,7 @@ def test_costs_are_told_before_and_progress_within_a_space(folder, capsys, monke
 
 
 def test_noise_tells_its_progress_too(folder, capsys, monkeypatch):
-    monkeypatch.setattr(build_spaces, "SECONDS", 0.0)
+    monkeypatch.setattr(progress, "EVERY", 0.0)
     build(folder, "spaces.kind=noise")
     first, *others = lines_of(capsys)
     assert "to go" not in first
@@ -340,7 +343,7 @@ def test_what_is_written_is_hashed_once(folder, monkeypatch):
         read.append(path)
         return digest(path)
 
-    for module in ("cpmm.pipeline.artifacts.store", "cpmm.artifact"):
+    for module in ("cpmm.pipeline.artifacts.spaces", "cpmm.artifact"):
         monkeypatch.setattr(f"{module}.file_digest", noted)
     build_spaces.main(folder, configure("spaces.n_spaces=6"))
     shards = [path for path in read if "u/c/" in path.as_posix()]
@@ -450,7 +453,7 @@ def test_sixty_thousand_images_fit_a_laptop(kind, large, tmp_path):
     shutil.copytree(large, folder)
     if kind == "teacher":
         config = write_config(folder, *QUICK)
-        teacher = models.make_teacher(config["teacher"], load_prepared(folder / "prepared"), 0)
+        teacher = flows.make_teacher(config["teacher"], load_prepared(folder / "prepared"), 0)
         header = {"fingerprint": fingerprint_teacher(config)}
         save_model(folder / "teacher", "teacher", teacher, header)
     printed, peak = measure(folder)

@@ -13,7 +13,8 @@ import torch
 from conftest import ROOT, STAGES
 from safetensors import SafetensorError
 
-from cpmm.pipeline import stage
+from cpmm.pipeline import errors, stage
+from cpmm.pipeline.artifacts import files
 
 
 @pytest.mark.parametrize("name", [*STAGES, "compose"])
@@ -56,15 +57,15 @@ def test_a_cut_checkpoint_is_none(tmp_path):
     import torch
 
     path = tmp_path / "last.ckpt"
-    assert not stage.is_checkpoint(path)
+    assert not files.is_checkpoint(path)
     torch.save({"x": torch.zeros(1000)}, path)
-    assert stage.is_checkpoint(path)
+    assert files.is_checkpoint(path)
     whole = bytearray(path.read_bytes())
     path.write_bytes(whole[:-100])
-    assert not stage.is_checkpoint(path)
+    assert not files.is_checkpoint(path)
     whole[whole.index(bytes(1000)) + 500] ^= 1
     path.write_bytes(whole)
-    assert not stage.is_checkpoint(path)  # torch.load would return the changed number
+    assert not files.is_checkpoint(path)  # torch.load would return the changed number
 
 
 def make_artifact(folder, text):
@@ -119,7 +120,7 @@ def test_temporary_files_lie_beside_the_work_and_go(tmp_path):
     before = tempfile.gettempdir()
     folder = tmp_path / ".scratch" / "train.tmp"
     make_artifact(folder, "of a run that was killed")
-    with stage.temporary_files_in(folder):
+    with files.temporary_files_in(folder):
         assert list(folder.iterdir()) == []
         with tempfile.NamedTemporaryFile() as file:
             assert Path(file.name).parent == folder
@@ -153,7 +154,7 @@ FULL = "No space left on device"
     ],
 )
 def test_an_error_names_the_place_and_what_to_do(error, said):
-    assert stage.describe(error, Path("data/x")) == said
+    assert errors.describe(error, Path("data/x")) == said
 
 
 def test_a_failed_write_names_the_file_and_leaves_the_old(tmp_path, monkeypatch):
@@ -166,7 +167,7 @@ def test_a_failed_write_names_the_file_and_leaves_the_old(tmp_path, monkeypatch)
 
     monkeypatch.setattr(Path, "write_text", write_half)
     with pytest.raises(OSError, match=FULL) as error:
-        stage.write_text(path, "newer")
+        files.write_text(path, "newer")
     assert error.value.filename == str(path)
     assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
     assert path.read_text() == "old"
@@ -277,6 +278,39 @@ def test_what_libraries_say_of_a_machine_becomes_one_line(
     assert printed.startswith("train_cpmm: error: ")
     assert message in printed
     assert printed.count("\n") == 1
+
+
+def ended(error, **options):
+    """How a command ends that raises an error."""
+    with pytest.raises(SystemExit) as end, errors.command("name", **options):
+        raise error
+    return end.value.code
+
+
+def test_a_command_ends_in_one_line(capsys):
+    assert ended(OSError(errno.ENOSPC, FULL), place=Path("data/x")) == 1
+    assert capsys.readouterr().err == (
+        f"name: error: {FULL}: data/x: make space there, and run it again\n"
+    )
+    assert ended(KeyboardInterrupt()) == 130
+    assert capsys.readouterr().err == "name: interrupted; run it again to go on\n"
+    assert ended(KeyboardInterrupt(), resumes=False) == 130
+    assert capsys.readouterr().err == "name: interrupted\n"
+    assert ended(ModuleNotFoundError("No module named 'ray.tune'", name="ray.tune")) == 1
+    assert capsys.readouterr().err == (
+        "name: error: ray is not installed: pip install 'cpmm[sweep]'\n"
+    )
+
+
+def test_a_module_of_ours_that_is_missing_is_a_bug():
+    with pytest.raises(ModuleNotFoundError), errors.command("name"):
+        raise ModuleNotFoundError("No module named 'cpmm.gone'", name="cpmm.gone")
+
+
+def test_the_traceback_of_any_error_can_be_asked_for(monkeypatch):
+    monkeypatch.setenv("CPMM_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="at fault"), errors.command("name"):
+        raise ValueError("at fault")
 
 
 def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):

@@ -253,7 +253,7 @@ def test_an_interrupted_sweep_says_so_publishes_nothing_and_goes_on(project, sen
     process.send_signal(sent)
     _, err = process.communicate(timeout=100)
     assert process.returncode == 130
-    assert err.strip().splitlines()[-1] == "sweep: interrupted; the same command goes on"
+    assert err.strip().splitlines()[-1] == "sweep: interrupted; run it again to go on"
     assert not (folder / "data" / "digits" / "sweep").exists()
     status, out, err = run(folder)
     assert status == 0, err

@@ -23,6 +23,7 @@ from cpmm.fitted import FittedMixture
 from cpmm.mixture import Mixture
 from cpmm.pipeline.artifacts.store import load_prepared
 from cpmm.pipeline.config.compose import compose_preset
+from cpmm.pipeline.errors import EXTRAS
 from cpmm.preprocessing import Preprocessing
 from cpmm.seeds import seeded_generator
 from workflows import build_spaces, extract_mixture, prepare_data, train_cpmm, train_teacher
@@ -384,6 +385,65 @@ def test_help_is_quick_and_both_names_work():
         assert "usage: cpmm" in done.stdout
     code = "import sys, cpmm.cli.main; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+WITHOUT = """
+import json, sys
+from unittest.mock import patch
+
+missing, commands = map(json.loads, sys.argv[1:])
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in missing:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Missing())
+from cpmm.cli.main import main
+for arguments in commands:
+    with patch.object(sys, "argv", ["cpmm", *arguments]):
+        main()
+"""
+
+
+def without(modules, *commands):
+    """Run commands where some modules are not installed; return the status and the last line."""
+    lines = [[*map(str, command)] for command in commands]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT, json.dumps(modules), json.dumps(lines)],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr
+    return done.returncode, done.stderr.strip().split("\n")[-1]
+
+
+def test_the_commands_need_no_extra_but_that_of_the_command_line(made, tmp_path):
+    mixture, points = made / "digits" / "mixture", tmp_path / "points.csv"
+    others = [name for extra, names in EXTRAS.items() if extra != "cli" for name in names]
+    commands = [
+        ("sample", mixture, "-n", 3, "--out", points), ("info", mixture), ("score", mixture, points),
+        ("predict", mixture, points), ("plot", mixture, "--out", tmp_path / "a.png"),
+    ]  # fmt: skip
+    assert without(others, *commands) == (0, f"plot: means -> {tmp_path / 'a.png'}")
+    assert without([*others, *EXTRAS["cli"]], ("info", mixture))[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("missing", "command", "line"),
+    [
+        ("pandas", "sample {mixture}", "pandas is not installed: pip install 'cpmm[cli]'"),
+        ("rich", "sample {mixture}", "rich is not installed: pip install 'cpmm[cli]'"),
+        (
+            "matplotlib",
+            "plot {mixture} --out a.png",
+            "matplotlib is not installed: pip install 'cpmm[cli]'",
+        ),
+        ("dvc", "info dvc+.#a/mixture", "dvc+... needs DVC: pip install 'cpmm[workflow]'"),
+    ],
+)
+def test_a_missing_extra_is_named_in_one_line(missing, command, line, made):
+    words = command.format(mixture=made / "rings" / "mixture").split()
+    assert without([missing], words) == (1, f"cpmm: error: {line}")
 
 
 def test_a_reader_that_stops_early_is_no_error(made):

@@ -5,7 +5,6 @@ import os
 import shutil
 import sys
 import time
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,12 +12,12 @@ import pytest
 import torch
 from conftest import TINY, check_last_step, make_inputs, train_trial
 
-import cpmm.pipeline.models.fit
 from cpmm.artifact import load_header
 from cpmm.mixture import Mixture
+from cpmm.pipeline import progress
 from cpmm.pipeline.config import pick
 from cpmm.pipeline.config.compose import compose_preset
-from cpmm.pipeline.models.fit import ProgressLine
+from cpmm.pipeline.models.fit import TrainingProgress
 from cpmm.pipeline.scores.scorer import Scorer
 from cpmm.pipeline.sweeps.inputs import locate_inputs, open_inputs
 from cpmm.pipeline.sweeps.trial import explain, peak_memory, run_trial, summarize
@@ -243,7 +242,7 @@ def test_listeners_hear_every_epoch_and_quiet_is_quiet(run, capsys):
 
 def test_the_steps_to_come_are_known_from_the_first_epoch_on(tmp_path, capsys, monkeypatch):
     """Epochs of a space, of 40 points, are of one batch, those of fine-tuning, of 150, of three."""
-    monkeypatch.setattr(cpmm.pipeline.models.fit, "ProgressLine", partial(ProgressLine, every=0))
+    monkeypatch.setattr(progress, "EVERY", 0)
     overrides = [
         "spaces=noise",
         "spaces.n_train=40",
@@ -262,33 +261,36 @@ def test_the_steps_to_come_are_known_from_the_first_epoch_on(tmp_path, capsys, m
     ]
 
 
-def test_the_steps_within_an_epoch_are_told(capsys):
-    line = ProgressLine("trial", every=0)
+def test_the_steps_within_an_epoch_are_told(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "EVERY", 0)
+    told = TrainingProgress("trial")
     module = SimpleNamespace(
         n_epochs=3, n_steps=150, describe_phase=lambda: "space 1/2", history=[]
     )
     module.current_epoch, module.global_step = 1, 60
-    line.on_train_batch_end(None, module, None, None, 9)
+    told.on_train_batch_end(None, module, None, None, 9)
     assert capsys.readouterr().out.startswith("trial | step 60/150 | space 1/2 | ")
 
-    line.every, line.printed = 1e3, -1e9  # an epoch that has only begun
-    line.on_train_epoch_start(None, module)
-    line.on_train_batch_end(None, module, None, None, 9)
+    told.line.every, told.line.printed = 1e3, -1e9  # an epoch that has only begun
+    told.on_train_epoch_start(None, module)
+    told.on_train_batch_end(None, module, None, None, 9)
     assert capsys.readouterr().out == ""
 
-    line.every = 1e9  # an epoch of which steps were told is told at its end, with its own losses
+    told.line.every = (
+        1e9  # an epoch of which steps were told is told at its end, with its own losses
+    )
     module.global_step, row = 100, {"step": 100, "train": 1.5, "validation": 2.5}
     module.history = [{"step": 50, "train": 3.5}, row]
-    line(module)
+    told(module)
     assert capsys.readouterr().out.startswith(
         "trial | step 100/150 | space 1/2 | train 1.5000 val 2.5000"
     )
-    line(module)
+    told(module)
     assert capsys.readouterr().out == ""
 
-    line.every, module.current_epoch, module.global_step = 0, 2, 110
+    told.line.every, module.current_epoch, module.global_step = 0, 2, 110
     module.describe_phase = lambda: "space 2/2"  # the losses so far are of the space before
-    line.on_train_batch_end(None, module, None, None, 9)
+    told.on_train_batch_end(None, module, None, None, 9)
     assert capsys.readouterr().out.startswith(
         "trial | step 110/150 | space 2/2 | train 1.5000 val 2.5000 nats/dim in space 1/2 | "
     )

@@ -7,15 +7,16 @@ import tempfile
 from types import SimpleNamespace
 
 import pytest
+import ray
 import torch
 from conftest import ROOT, project_environment
 
 from cpmm.pipeline.sweeps import progress as sweep_progress
 from cpmm.pipeline.sweeps import worker as sweep_worker
-from cpmm.pipeline.sweeps.worker import GPULost, Reporter, trial_scratch
+from cpmm.pipeline.sweeps.reporter import GPULost, Reporter, on_given_device, trial_scratch
 
 WORKER = """
-from cpmm.pipeline.sweeps.worker import trial_scratch
+from cpmm.pipeline.sweeps.reporter import trial_scratch
 with trial_scratch("0" * 16) as scratch:
     (scratch / "last.ckpt").write_text("half done")
     print(scratch, flush=True)
@@ -61,20 +62,18 @@ def test_a_trial_removes_what_a_killed_worker_left(worker, temporary):
     assert [path.name for path in temporary.iterdir()] == ["cpmm-notes"]
 
 
-@pytest.mark.parametrize(("report_seconds", "n_told"), [(0, 3), (3600, 0)])
-def test_signs_of_life_are_told_now_and_then(report_seconds, n_told, tmp_path):
+@pytest.mark.parametrize(("report_seconds", "n_reports"), [(0, 3), (3600, 0)])
+def test_signs_of_life_are_reported_now_and_then(report_seconds, n_reports, tmp_path):
     preprocessing = SimpleNamespace(density_unit=("nats per dimension", 1.0, 0.0))
     data = SimpleNamespace(
         preprocessing=preprocessing, n_features=1, points=lambda split: (None, torch.zeros(1))
     )
     assignment = SimpleNamespace(options={"report_seconds": report_seconds})
-    told = []
-    reporter = Reporter(
-        SimpleNamespace(fingerprint="1" * 16), assignment, tmp_path, (data, None), told.append
-    )
+    reports, trial = [], SimpleNamespace(fingerprint="1" * 16)
+    reporter = Reporter(trial, assignment, tmp_path, (data, None), reports.append)
     for _ in range(3):
         reporter.alive()
-    assert told == [{"fingerprint": "1" * 16, "alive": True}] * n_told
+    assert reports == [{"fingerprint": "1" * 16, "alive": True}] * n_reports
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, torch.AcceleratorError])
@@ -90,15 +89,15 @@ def test_what_a_gpu_does_is_not_the_trials_own_failure(error, monkeypatch):
 
 @pytest.mark.parametrize(("gpus", "accelerator"), [([], "cpu"), ([0], "auto")])
 def test_a_trial_that_is_given_no_gpu_takes_none(gpus, accelerator, monkeypatch):
-    monkeypatch.setattr(sweep_worker.ray, "get_gpu_ids", lambda: gpus)
+    monkeypatch.setattr(ray, "get_gpu_ids", lambda: gpus)
     config = {"trainer": {"accelerator": "auto", "devices": 1}}
-    given = sweep_worker.on_given_device(config)
+    given = on_given_device(config)
     assert given == {"trainer": {"accelerator": accelerator, "devices": 1}}
     assert config["trainer"]["accelerator"] == "auto"
 
 
 @pytest.mark.parametrize("resumed_at", [0, 40, 60])
-def test_the_rest_of_a_trial_is_told_by_its_steps(resumed_at, capsys, monkeypatch):
+def test_the_rest_of_a_trial_is_judged_by_its_steps(resumed_at, capsys, monkeypatch):
     """Of 51 epochs of ten steps and 80 of 25, half the epochs are a third of the steps."""
     clock = [0.0]
     monkeypatch.setattr(sweep_progress.time, "monotonic", lambda: clock[0])
@@ -116,23 +115,24 @@ def test_the_rest_of_a_trial_is_told_by_its_steps(resumed_at, capsys, monkeypatc
     lines = capsys.readouterr().out.splitlines()
     for step in (785, 1260, 2485):
         (line,) = [line for line in lines if f" step {step}/" in line]
-        told = re.fullmatch(
-            rf"sweep images \| 0/1 done, eta (.+) \| cpmm, seed 0: fine-tuning step {step}/2510 val 0.700 eta (.+)m",
+        found = re.fullmatch(
+            r"sweep images \| 0/1 done, eta (.+) \| cpmm, seed 0: fine-tuning "
+            rf"step {step}/2510 val 0.700 eta (.+)m",
             line,
         )
-        assert float(told[2]) == 2510 - step
+        assert float(found[2]) == 2510 - step
         if resumed_at == 0:  # of the sweep, only what was done in this process counts
-            assert float(told[1].removesuffix("m")) == pytest.approx(2510 - step, rel=0.02)
+            assert float(found[1].removesuffix("m")) == pytest.approx(2510 - step, rel=0.02)
     ended = {"fingerprint": "0" * 16, "status": "finished", "progress": 1.0, "step": 2510}
     progress.on_trial_result(0, [], trial, ended)
     assert progress._eta(clock[0]) == "0.0m"
 
 
-def test_a_trial_that_ends_before_its_last_epoch_is_told_has_nothing_left():
+def test_a_trial_that_ends_before_its_last_epoch_is_reported_has_nothing_left():
     progress = sweep_progress.Progress("images", {"0" * 16: "cpmm, seed 0"}, 2, 0, "bits")
     trial = SimpleNamespace(trial_id="a", config={"fingerprint": "0" * 16})
-    told = {"phase": "space 1/51", "step": 500, "n_steps": 1310, "validation_loss": 0.7}
-    progress.on_trial_result(0, [], trial, told | {"progress": 50 / 131})
+    report = {"phase": "space 1/51", "step": 500, "n_steps": 1310, "validation_loss": 0.7}
+    progress.on_trial_result(0, [], trial, report | {"progress": 50 / 131})
     progress.on_trial_result(0, [], trial, {"progress": 1.0, "step": 2510, "status": "finished"})
     (row,) = progress.running.values()
     assert sweep_progress._share(row) == 1

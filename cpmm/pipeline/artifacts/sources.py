@@ -6,30 +6,22 @@ here: conf/data/ holds every one.
 
 from __future__ import annotations
 
-import gzip
-import hashlib
 import inspect
-import math
-import os
-import urllib.request
 import warnings
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path
-from typing import Any, BinaryIO
-from urllib.parse import urlsplit
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from cpmm import datasets
+from cpmm.pipeline.artifacts.idx import read_idx_files
+from cpmm.pipeline.artifacts.npy import whole_npy
 
-IDX_ROLES = {"train_images": 3, "train_labels": 1, "test_images": 3, "test_labels": 1}  # dimensions
 LARGEST = 1e30  # of a value: it and the noise added to it are trained on in float32
-TIMEOUT = 30  # seconds without an answer before a download is given up
 
 
 @dataclass(frozen=True)
@@ -176,7 +168,7 @@ def read_idx(
         folder: Where the files lie.
         mirror: http or https address of the folder to download from.
         cache: Where downloads are kept.
-        files: File name of each role of :data:`IDX_ROLES`.
+        files: File name of each role of :data:`cpmm.pipeline.artifacts.idx.IDX_ROLES`.
         md5: Digest of each role's uncompressed payload; null where it is not to be checked.
         class_names: Names of labels 0, 1, ...
 
@@ -189,39 +181,12 @@ def read_idx(
         FileNotFoundError: If a file is nowhere and there is no mirror.
         ConnectionError: If a download fails.
     """
-    md5 = md5 or {}
-    if set(files) != set(IDX_ROLES) or not set(md5) <= set(IDX_ROLES):
-        raise ValueError(
-            f"data.options.files must name {', '.join(IDX_ROLES)}, and data.options.md5 no others: "
-            f"got files {', '.join(files) or 'none'} and md5 {', '.join(md5) or 'none'}"
-        )
-    if mirror and (urlsplit(mirror).scheme not in ("http", "https") or not cache):
-        raise ValueError(
-            "data.options.mirror must be an http or https address, with data.options.cache set to a folder to "
-            f"download into: got mirror {mirror!r}, cache {cache!r}"
-        )
-    part = {
-        role: _find_idx(files[role], folder, mirror, cache, n_dims, md5.get(role))
-        for role, n_dims in IDX_ROLES.items()
-    }
-    for split in ("train", "test"):
-        n_images, n_labels = len(part[f"{split}_images"]), len(part[f"{split}_labels"])
-        if n_images != n_labels:
-            raise ValueError(
-                f"{files[f'{split}_images']} has {n_images} images, {files[f'{split}_labels']} has "
-                f"{n_labels} labels: take all four files from one data set"
-            )
-    shapes = [part[f"{split}_images"].shape[1:] for split in ("train", "test")]
-    if shapes[0] != shapes[1]:
-        raise ValueError(
-            f"training images are {shapes[0]}, test images {shapes[1]} (height, width), in "
-            f"{files['train_images']} and {files['test_images']}: take all four files from one data set"
-        )
+    part = read_idx_files(folder, mirror, cache, files, md5 or {})
     label = np.concatenate([part["train_labels"], part["test_labels"]]).astype(np.int64)
     if label.max() >= len(class_names):
         raise ValueError(
-            f"labels go up to {label.max()}, data.options.class_names has {len(class_names)} names: "
-            f"give {label.max() + 1}"
+            f"labels go up to {label.max()}, data.options.class_names has {len(class_names)} "
+            f"names: give {label.max() + 1}"
         )
     image = np.concatenate([part["train_images"], part["test_images"]])  # (N, H, W)
     image_shape = (1, *image.shape[1:])
@@ -256,34 +221,8 @@ def read_csv(path: str, label_column: str | None, delimiter: str) -> Source:
     delimiter = "\t" if delimiter == r"\t" else delimiter
     if len(delimiter) != 1:
         raise ValueError(f"data.options.delimiter must be one character: got {delimiter!r}")
-    options: dict[str, Any] = {
-        "sep": delimiter,
-        "skipinitialspace": True,
-        "keep_default_na": False,  # a class may be called "None" or "NA"
-        "engine": "c",
-    }
-    try:
-        names = pd.read_csv(path, header=None, nrows=1, dtype=str, **options).iloc[0].tolist()
-        _require_header(path, names, label_column, delimiter)
-        features = [name for name in names if name != label_column]
-        with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):
-            table = pd.read_csv(
-                path,
-                index_col=False,  # else pandas takes spare fields for an index
-                dtype=None if label_column is None else {label_column: str},
-                na_values={name: ["", "NA", "NaN", "nan"] for name in features},
-                low_memory=False,
-                **options,
-            )
-    except pd.errors.EmptyDataError as error:
-        raise ValueError(f"{path} is empty: expected a header and a row of numbers") from error
-    except (pd.errors.ParserError, pd.errors.ParserWarning, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} is not UTF-8 text with as many fields in every row as in its header: {error}; "
-            f"check the file and data.options.delimiter (now {delimiter!r})"
-        ) from error
-    if table.empty:
-        raise ValueError(f"{path} has a header and no rows: expected at least one row of numbers")
+    table = _read_table(path, label_column, delimiter)
+    features = [name for name in table.columns if name != label_column]
     x = np.empty((len(table), len(features)))
     for m, name in enumerate(features):
         column = table[name]
@@ -337,15 +276,9 @@ def read_npy(path: str, label_path: str | None, levels: int) -> Source:
             f"{path} must hold images of shape (N, C, H, W): got {x.shape}, which looks like "
             "(N, H, W, C); save x.transpose(0, 3, 1, 2)"
         )
-    label, class_names = None, ()
-    if label_path is not None:
-        value = _load_npy(label_path, "data.options.label_path")
-        if value.shape != (len(x),) or value.dtype.kind not in "iuU":
-            raise ValueError(
-                f"{label_path} must hold an integer or a text for each of the {len(x)} rows of "
-                f"{path}: got {value.dtype} of shape {value.shape}"
-            )
-        label, class_names = _index_classes(label_path, value.astype(str))
+    label, class_names = (
+        (None, ()) if label_path is None else _read_classes(label_path, len(x), path)
+    )
     if is_table:
         x = x.astype(np.float64)
         names = tuple(f"x{m}" for m in range(x.shape[1]))
@@ -354,8 +287,8 @@ def read_npy(path: str, label_path: str | None, levels: int) -> Source:
     top = int(x.max())
     if levels is None or not top < levels <= 256:
         raise ValueError(
-            f"{path} holds grey levels up to {top}: data.options.levels must be one of {top + 1} to 256, "
-            f"and is {levels}"
+            f"{path} holds grey levels up to {top}: data.options.levels must be one of {top + 1} "
+            f"to 256, and is {levels}"
         )
     image_shape = x.shape[1:] if x.ndim == 4 else (1, *x.shape[1:])
     return Source(
@@ -379,121 +312,53 @@ SOURCES: dict[str, Callable[..., Source]] = {
 }
 
 
-def _find_idx(
-    name: str,
-    folder: str | None,
-    mirror: str | None,
-    cache: str | None,
-    n_dims: int,
-    md5: str | None,
-) -> np.ndarray:
-    other = name.removesuffix(".gz") if name.endswith(".gz") else f"{name}.gz"
-    places = [Path(place) / n for place in (folder, cache) if place for n in (name, other)]
-    for path in places:
-        if path.is_file():
-            return _decode_idx(path.read_bytes(), str(path), n_dims, md5)
-    looked = (
-        ", ".join(map(str, places))
-        or "nowhere, as data.options.folder and data.options.cache are null"
-    )
-    if not mirror:
-        raise FileNotFoundError(
-            f"{name} is missing, looked for: {looked}; set data.options.folder to the folder that holds "
-            "it, or data.options.mirror to an address to download it from"
-        )
-    url = f"{mirror.rstrip('/')}/{name}"
-    try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
-            data = response.read()
-    except (OSError, HTTPException) as error:
-        raise ConnectionError(
-            f"{name} is missing, looked for: {looked}; and downloading {url} failed: {error}; set "
-            "data.options.folder to the folder that holds it, or data.options.mirror to another address"
-        ) from error
-    array = _decode_idx(data, url, n_dims, md5)
-    path = Path(cache) / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{name}.{os.getpid()}.partial")
-    partial.write_bytes(data)
-    os.replace(partial, path)
-    return array
-
-
-def _decode_idx(data: bytes, origin: str, n_dims: int, md5: str | None) -> np.ndarray:
-    remedy = (
-        "set data.options.mirror to another address"
-        if "://" in origin
-        else "replace the file, or delete it and set data.options.mirror to download it"
-    )
-    if data[:2] == b"\x1f\x8b":  # by content: the extension may lie
-        try:
-            data = gzip.decompress(data)
-        except (EOFError, OSError, zlib.error) as error:
-            raise ValueError(f"{origin} is damaged, gzip says: {error}; {remedy}") from error
-    magic = bytes([0, 0, 8, n_dims])  # 8 stands for uint8
-    start = 4 + 4 * n_dims
-    if data[:4] != magic or len(data) < start:
-        raise ValueError(
-            f"{origin} must start with the IDX magic number {magic.hex()} and {n_dims} sizes: got "
-            f"{data[:4].hex() or 'nothing'} in a payload of {len(data)} bytes; {remedy}"
-        )
-    shape = tuple(np.frombuffer(data, ">u4", n_dims, offset=4).tolist())
-    if len(data) - start != math.prod(shape) or 0 in shape:
-        raise ValueError(
-            f"{origin} announces shape {shape}, {math.prod(shape)} bytes: got "
-            f"{len(data) - start} bytes of values; {remedy}"
-        )
-    found = hashlib.md5(data, usedforsecurity=False).hexdigest()
-    if md5 and found != md5:
-        raise ValueError(
-            f"{origin} must have the payload md5 {md5}: got {found}; {remedy}, or correct data.options.md5"
-        )
-    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
-
-
 def _load_npy(path: str, option: str) -> np.ndarray:
     _require_file(path, option)
     with whole_npy(path) as file:
         return np.lib.format.read_array(file, allow_pickle=False)
 
 
-@contextmanager
-def whole_npy(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a .npy file, and check its header against its length, before memory is asked for it.
-
-    Raises:
-        ValueError: If it is damaged, or does not hold plain numbers or text; also of what is done with it.
-    """
-    with open(path, "rb") as file:
-        try:
-            with warnings.catch_warnings(action="ignore"):  # of a header that Python 2 wrote
-                _require_whole_npy(file)
-                yield file
-        except (OSError, MemoryError):
-            raise
-        except Exception as error:  # NumPy evaluates the header: damaged ones fail in any way
-            raise ValueError(
-                f"{path} is not a whole .npy file of plain numbers: {error}; write it again with "
-                "np.save, from an array whose dtype is not object"
-            ) from error
-
-
-def _require_whole_npy(file: BinaryIO) -> None:
-    version = np.lib.format.read_magic(file)
-    # The third version differs from the second in names of fields alone.
-    if version == (1, 0):
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-    else:
-        shape, _, dtype = np.lib.format.read_array_header_2_0(file)
-    if dtype.hasobject or dtype.subdtype or not all(type(n) is int and n >= 0 for n in shape):
-        raise ValueError(f"Object or other unusual values, {dtype} of shape {shape}")
-    announced = math.prod(shape) * dtype.itemsize
-    found = os.fstat(file.fileno()).st_size - file.tell()
-    if found != announced:
+def _read_classes(path: str, n: int, beside: str) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Read the classes of the ``n`` rows of the file ``beside`` from an array."""
+    value = _load_npy(path, "data.options.label_path")
+    if value.shape != (n,) or value.dtype.kind not in "iuU":
         raise ValueError(
-            f"its header announces {dtype} of shape {shape}, {announced} bytes, and {found} follow"
+            f"{path} must hold an integer or a text for each of the {n} rows of {beside}: got "
+            f"{value.dtype} of shape {value.shape}"
         )
-    file.seek(0)
+    return _index_classes(path, value.astype(str))
+
+
+def _read_table(path: str, label_column: str | None, delimiter: str) -> pd.DataFrame:
+    """Read a CSV file with a header: labels as text, anything else as pandas finds it."""
+    options: dict[str, Any] = {
+        "sep": delimiter,
+        "skipinitialspace": True,
+        "keep_default_na": False,  # a class may be called "None" or "NA"
+        "engine": "c",
+    }
+    try:
+        names = pd.read_csv(path, header=None, nrows=1, dtype=str, **options).iloc[0].tolist()
+        _require_header(path, names, label_column, delimiter)
+        with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):
+            table = pd.read_csv(
+                path,
+                index_col=False,  # else pandas takes spare fields for an index
+                dtype=None if label_column is None else {label_column: str},
+                na_values={n: ["", "NA", "NaN", "nan"] for n in names if n != label_column},
+                low_memory=False,
+                **options,
+            )
+    except pd.errors.EmptyDataError as error:
+        raise ValueError(f"{path} is empty: expected a header and a row of numbers") from error
+    except (pd.errors.ParserError, pd.errors.ParserWarning, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path} is not UTF-8 text with as many fields in every row as in its header: {error}; "
+            f"check the file and data.options.delimiter (now {delimiter!r})"
+        ) from error
+    if table.empty:
+        raise ValueError(f"{path} has a header and no rows: expected at least one row of numbers")
+    return table
 
 
 def _require_file(path: str, option: str) -> None:
@@ -523,8 +388,8 @@ def _require_header(
         )
     if label_column is not None and label_column not in names:
         raise ValueError(
-            f"{path} has no column {label_column!r}: set data.options.label_column to null or to one of "
-            f"{', '.join(map(repr, names))} (data.options.delimiter is {delimiter!r})"
+            f"{path} has no column {label_column!r}: set data.options.label_column to null or to "
+            f"one of {', '.join(map(repr, names))} (data.options.delimiter is {delimiter!r})"
         )
     if not set(names) - {label_column}:
         raise ValueError(f"{path} has no column but the labels: expected at least one of numbers")
@@ -537,7 +402,8 @@ def _require_finite(path: str, x: np.ndarray, names: Sequence[str]) -> None:
         raise ValueError(
             f"column {names[m]!r} of {path} must be finite, and at most {LARGEST:g} in size: got "
             f"{bad[:, m].sum()} missing, NaN or infinite values, or larger ones, the first in row "
-            f"{bad[:, m].argmax() + 1} (rows count from 1, without a header); fill, drop or rescale them"
+            f"{bad[:, m].argmax() + 1} (rows count from 1, without a header); fill, drop or "
+            "rescale them"
         )
 
 

@@ -1,9 +1,9 @@
-"""Read every byte that DVC keeps for the presets and compare it with dvc.lock and with the artifacts' seals.
+"""Read every byte that DVC keeps for the presets, and compare it with dvc.lock and the seals.
 
-    python workflows/verify.py               the presets of params.yaml
-    python workflows/verify.py digits rings
+    python -m cpmm.pipeline.artifacts.verify               the presets of params.yaml
+    python -m cpmm.pipeline.artifacts.verify digits rings
 
-`dvc status` looks at times and sizes of files that it has seen before; this looks at their contents.
+`dvc status` looks at times and sizes of files that it has seen before, this at their contents.
 """
 
 from __future__ import annotations
@@ -12,17 +12,13 @@ import argparse
 import hashlib
 import json
 import os
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from cpmm.pipeline.config import Config, fingerprints
 from cpmm.pipeline.config.root import ROOT
-from cpmm.pipeline.errors import EXPECTED_ERRORS, describe
-from cpmm.pipeline.stage import load_config
+from cpmm.pipeline.errors import EXPECTED_ERRORS, command, describe, fail
+from cpmm.pipeline.stage import listed_presets, load_config
 
 FINGERPRINTS = {
     "prepared": fingerprints.fingerprint_prepared,
@@ -43,7 +39,7 @@ def verify_preset(preset: str) -> Iterator[tuple[str, str | None]]:
         The path of an output and what is wrong with it, None if nothing is.
 
     Raises:
-        ValueError: If dvc.lock or the preset's configuration cannot be read, or knows no such preset.
+        ValueError: If dvc.lock cannot be read, or knows no such preset.
     """
     outs = list(_locked_outs(preset))
     config: Config = {}
@@ -71,6 +67,8 @@ def verify_preset(preset: str) -> Iterator[tuple[str, str | None]]:
 
 def _locked_outs(preset: str) -> Iterator[tuple[str, str]]:
     """Paths of a preset's outputs and their hashes, in the order of the pipeline."""
+    import yaml
+
     path = ROOT / "dvc.lock"
     try:
         stages = yaml.safe_load(path.read_text())["stages"]
@@ -123,7 +121,7 @@ def _listed_in_cache(digest: str) -> dict[str, str]:
 def _verify_seal(folder: Path, kind: str, fingerprint: str | None) -> None:
     from cpmm.artifact import load_header, verify_files
 
-    header: Mapping[str, Any] = load_header(folder, kind, fingerprint)
+    header = load_header(folder, kind, fingerprint)
     verify_files(folder, header, header["files"])
 
 
@@ -146,20 +144,15 @@ def main() -> None:
     parser.add_argument("presets", nargs="*", help="folders of data/; those of params.yaml if none")
     presets = parser.parse_args().presets
     n_bad = n_absent = n_all = 0
-    try:
-        presets = presets or yaml.safe_load((ROOT / "params.yaml").read_text())["presets"]
-        for preset in presets:
+    with command("verify"):
+        for preset in presets or listed_presets():
             for name, fault in verify_preset(preset):
                 n_all, n_bad = n_all + 1, n_bad + (fault is not None)
                 n_absent += not (ROOT / name).exists()
                 print(f"{name}: {'whole' if fault is None else fault}", flush=True)
-    except EXPECTED_ERRORS as error:
-        print(f"verify: error: {describe(error)}", file=sys.stderr)
-        raise SystemExit(1) from None
     if n_bad:
         absent = f", {n_absent} of them not there" if n_absent else ""
-        print(f"verify: error: {n_bad} of {n_all} outputs are not whole{absent}", file=sys.stderr)
-        raise SystemExit(1)
+        fail("verify", f"error: {n_bad} of {n_all} outputs are not whole{absent}")
     print(f"verify: {n_all} outputs are whole")
 
 

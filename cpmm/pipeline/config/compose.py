@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from cpmm.pipeline.config.fingerprints import digest_files
 from cpmm.pipeline.config.root import ROOT
-from cpmm.pipeline.config.schema import check_cpmm, check_options, show
+from cpmm.pipeline.config.schema import Rule, check_cpmm, check_options, options_with, show
 
 
 def flatten(overrides: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -47,34 +48,14 @@ def compose_preset(
 
     Raises:
         ValueError: If the preset or an option is unknown, an override cannot be read, or a value is
-            not what ``workflows/schema.py`` expects.
+            not what ``cpmm/pipeline/config/schema.py`` expects.
         OSError: If a file of the data cannot be read.
     """
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
-
     if preset not in known_presets():
         raise ValueError(f"unknown preset {preset!r}: choose one of {', '.join(known_presets())}")
     _require_ours(overrides)
-    plain = _compose_plain(primary, preset)
-    try:
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            config = compose(primary, overrides=[f"preset={preset}", *overrides])
-        missing = sorted(OmegaConf.missing_keys(config))
-        resolved = None if missing else OmegaConf.to_container(config, resolve=True)
-    except Exception as error:  # Hydra fails in any way, and nothing of ours runs in there
-        lines = [*str(error).splitlines()[:1], *str(error.__cause__ or error).splitlines()[:2]]
-        detail = " ".join(dict.fromkeys(line.strip() for line in lines))
-        raise ValueError(
-            f"preset {preset!r} cannot be composed with overrides {show(list(overrides), 300)}: "
-            f"{detail[:300]} (the options are those of conf/)"
-        ) from error
-    if resolved is None:
-        raise ValueError(
-            f"preset {preset!r} needs a value for {missing[0]}: set overrides.{preset}.{missing[0]} in "
-            "params.yaml"
-        )
-    check_options(resolved, plain)
+    resolved = _resolve(primary, preset, overrides)
+    check_options(resolved, _compose_plain(ROOT, primary, preset), option_rules(ROOT))
     check_cpmm(resolved["cpmm"])
     for source in (resolved["data"], resolved["evaluation"]["ood"]):
         if source is not None and (digests := digest_files(source["options"])):
@@ -113,6 +94,12 @@ def split_preset(overrides: Sequence[str]) -> tuple[str, list[str]]:
 def known_presets() -> list[str]:
     """Names of the files in ``conf/preset/``."""
     return sorted(path.stem for path in (ROOT / "conf" / "preset").glob("*.yaml"))
+
+
+def known_sweeps() -> list[str]:
+    """Names of the files in ``conf/sweep/``, but for the one that all start from."""
+    paths = (ROOT / "conf" / "sweep").glob("*.yaml")
+    return sorted(path.stem for path in paths if path.stem != "default")
 
 
 def overrides_of(preset: str, overrides: Mapping[str, Any]) -> list[str]:
@@ -159,14 +146,56 @@ def read_overrides(preset: str, path: Path = ROOT / "params.yaml") -> list[str]:
 
 
 @lru_cache
-def _compose_plain(primary: str, preset: str) -> dict[str, Any]:
-    """Compose a preset without overrides: what there must be."""
-    from hydra import compose, initialize_config_dir
+def option_rules(root: Path = ROOT) -> dict[str, Rule]:
+    """The rule of every option, those of each file of ``conf/baselines/`` included."""
+    return options_with(_compose_plain(root, "config", None)["baselines"])
+
+
+@lru_cache
+def _compose_plain(root: Path, primary: str, preset: str | None) -> dict[str, Any]:
+    """Compose a preset, or none, without overrides: what there must be."""
     from omegaconf import OmegaConf
 
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        plain = compose(primary, overrides=[f"preset={preset}"])
+    with _open_conf(root) as compose:
+        plain = compose(primary, overrides=["~preset" if preset is None else f"preset={preset}"])
     return OmegaConf.to_container(plain, resolve=True)
+
+
+def _resolve(primary: str, preset: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """Compose a preset with overrides, as :func:`compose_preset` does, unchecked."""
+    from omegaconf import OmegaConf
+
+    try:
+        with _open_conf(ROOT) as compose:
+            config = compose(primary, overrides=[f"preset={preset}", *overrides])
+        missing = sorted(OmegaConf.missing_keys(config))
+        resolved = None if missing else OmegaConf.to_container(config, resolve=True)
+    except Exception as error:  # Hydra fails in any way, and nothing of ours runs in there
+        lines = [*str(error).splitlines()[:1], *str(error.__cause__ or error).splitlines()[:2]]
+        detail = " ".join(dict.fromkeys(line.strip() for line in lines))
+        raise ValueError(
+            f"preset {preset!r} cannot be composed with overrides {show(list(overrides), 300)}: "
+            f"{detail[:300]} (the options are those of conf/)"
+        ) from error
+    if resolved is None:
+        raise ValueError(
+            f"preset {preset!r} needs a value for {missing[0]}: set "
+            f"overrides.{preset}.{missing[0]} in params.yaml"
+        )
+    return resolved
+
+
+@contextmanager
+def _open_conf(root: Path) -> Iterator[Callable[..., Any]]:
+    """Give Hydra's ``compose`` of ``conf/``, where ``baselines: "*"`` is every file there."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+
+    rows = sorted(path.stem for path in (root / "conf" / "baselines").glob("*.yaml"))
+    every = {"defaults": [{f"/baselines@{row}": row} for row in rows]}
+    ConfigStore.instance().store(group="baselines", name="*", node=every)
+    with initialize_config_dir(str(root / "conf"), version_base="1.3"):
+        yield compose
 
 
 def _require_ours(overrides: Sequence[str]) -> None:

@@ -60,6 +60,9 @@ LATER = ("weight_knots",)
 # What a row of conf/baselines/ says for tables alone.
 DESCRIPTION = ("title", "block", "paper")
 
+# Rows of conf/baselines/ that evaluate reads, in the order of its report.
+EVALUATED = ("refined", "direct", "matched", "gaussian", "kmeans", "groups")
+
 
 def fingerprint_prepared(config: Config) -> str:
     """Fingerprint of ``prepared``."""
@@ -98,20 +101,25 @@ def fingerprint_cpmm(config: Config) -> str:
 def fingerprint_baseline(config: Config, row: str) -> str:
     """Fingerprint of a row of conf/baselines/, trained by its options and sizes that CPMM has.
 
-    Rows of kind "curriculum" are trained by all of CPMM's options, with spaces or without.
+    Rows of kind "curriculum" are trained by all of CPMM's options, with spaces or without; those of
+    kind "groups" by its initialization, those of kind "refined" from the extracted mixture.
     """
     cpmm, evaluation = config["cpmm"], config["evaluation"]
     section = config["baselines"][row]
     options = {name: value for name, value in section.items() if name not in DESCRIPTION}
     sizes = [cpmm[name] for name in ("n_clusters", "n_factors", "log_diagonal_floor", "seed")]
     scored = [
-        evaluation[name]
-        for name in ("batch_size", "gaussian_draws", "teacher_points", "teacher_solver", "ood")
+        evaluation[name] for name in ("batch_size", "teacher_points", "teacher_solver", "ood")
     ]
+    of_cpmm = {
+        "curriculum": fingerprint_cpmm,
+        "groups": fingerprint_cpmm,
+        "refined": fingerprint_mixture,
+    }.get(section["kind"])
     return hash_of(
         "baseline", options, sizes, config["mixture"]["n_pseudotimes"], scored,
         config["trainer"]["precision"], fingerprint_prepared(config),
-        fingerprint_cpmm(config) if section["kind"] == "curriculum" else None,
+        None if of_cpmm is None else of_cpmm(config),
     )  # fmt: skip
 
 
@@ -129,8 +137,8 @@ def fingerprint_mixture(config: Config) -> str:
 def fingerprint_evaluation(config: Config) -> str:
     """Fingerprint of ``evaluation``."""
     return hash_of(
-        "evaluation", config["evaluation"], config["cpmm"]["n_factors"],
-        config["cpmm"]["log_diagonal_floor"], config["seed"], fingerprint_mixture(config),
+        "evaluation", config["evaluation"], config["seed"], fingerprint_mixture(config),
+        [fingerprint_baseline(config, row) for row in EVALUATED],
     )  # fmt: skip
 
 

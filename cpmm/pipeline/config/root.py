@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def find_root() -> Path:
-    """Find the checkout: the one this package was installed from in place, or that around the current folder."""
+    """Find the checkout that this package lies in, else the one around the current folder."""
     here = Path.cwd().resolve()
     for folder in (Path(__file__).resolve().parents[3], here, *here.parents):
         if (folder / "dvc.yaml").is_file() and (folder / "conf").is_dir():

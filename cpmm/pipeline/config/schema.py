@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cpmm.pipeline.config import pick
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -118,186 +120,119 @@ SEED = whole(0, 2**32 - 1)  # scikit-learn takes no larger ones
 COUNT = whole(1)
 COUNT_OR_NONE = whole(0)
 WEIGHT = number(0)
+POSITIVE = number(0, ends="(]")
+FLOOR = number(-60, 20)  # its exponential is a float32, and so is the inverse
 ANYTHING = Rule("", lambda value: True)  # checked where it is used: the sweep's in sweeps/plan.py
 MAPPING = Rule("expected a mapping", lambda value: isinstance(value, Mapping))
 
 
-def _field(prefix: str) -> dict[str, Rule]:
-    return {
-        f"{prefix}.kind": choice("mlp", "conv"),
-        f"{prefix}.width": COUNT,
-        f"{prefix}.depth": whole(1, 100),
-        f"{prefix}.activation": choice("sin", "tanh", "softplus", "silu"),
-        f"{prefix}.n_frequencies": whole(0, 24),  # float32 has no digits left for more
-        f"{prefix}.last_layer_scale": number(),
-        f"{prefix}.kernel_size": Rule(
-            "expected an odd whole number from 1 to 99",
-            lambda value: type(value) is int and value in range(1, 100, 2),
-        ),
-        f"{prefix}.coordinates": flag(),
-        f"{prefix}.squeeze": whole(1, 1000),
-    }
-
-
-def _solver(prefix: str, *left_out: str) -> dict[str, Rule]:
-    rules = {
-        "method": choice(*FIXED_STEP, "dopri5", "adaptive_heun"),
-        "n_steps": COUNT,
-        "interpolation": choice("linear", "cubic"),
-        "rtol": number(0, ends="(]"),
-        "atol": number(0, ends="(]"),
-        "gradient": choice("backpropagation", "checkpoint", "adjoint"),
-    }
-    return {f"{prefix}.{name}": rule for name, rule in rules.items() if name not in left_out}
-
-
-def _direct(prefix: str) -> dict[str, Rule]:
-    """Options of directly optimized mixtures."""
-    rules = {
-        "kmeans_points": or_null(COUNT),
-        "kmeans_restarts": COUNT,
-        "shrinkages": several("numbers of at least 0", WEIGHT),
-        "epochs": COUNT,
-        "n_draws": COUNT,
-        "batch_size": COUNT,
-        "learning_rate": number(0, ends="(]"),
-        "n_warmup_epochs": COUNT_OR_NONE,
-        "gradient_clip": WEIGHT,
-        "noise": WEIGHT,
-    }
+def under(prefix: str, rules: Mapping[str, Rule]) -> dict[str, Rule]:
+    """The rules of a section by their dotted names."""
     return {f"{prefix}.{name}": rule for name, rule in rules.items()}
 
 
-def _flow(prefix: str) -> dict[str, Rule]:
-    """Options of a continuous normalizing flow."""
-    rules = {
-        "exact_trace_up_to": COUNT_OR_NONE,
-        "flow_matching_epochs": COUNT_OR_NONE,
-        "likelihood_epochs": COUNT_OR_NONE,
-        "kinetic_weight": WEIGHT,
-        "jacobian_weight": WEIGHT,
-        "n_draws": COUNT,
-        "batch_size": COUNT,
-        "learning_rate": number(0, ends="(]"),
-        "n_warmup_epochs": COUNT_OR_NONE,
-        "gradient_clip": WEIGHT,  # 0: none
-    }
-    own = {f"{prefix}.{name}": rule for name, rule in rules.items()}
-    return _field(f"{prefix}.field") | _solver(f"{prefix}.solver") | own
-
-
-def _baseline(row: str, kind: str) -> dict[str, Rule]:
-    """Options of a row of conf/baselines/ by its kind."""
-    prefix = f"baselines.{row}"
-    merge = {
-        "merge.affinity": choice("overlap", "frechet"),
-        "merge.temperature": number(0, ends="(]"),
-        "merge.neighbour": or_null(COUNT),
-    }
-    steps = {
-        "batch_size": COUNT,
-        "learning_rate": number(0, ends="(]"),
-        "n_warmup_epochs": COUNT_OR_NONE,
-        "gradient_clip": WEIGHT,
-        "noise": WEIGHT,
-    }
-    training = steps | {"n_epochs": COUNT, "n_draws": COUNT}
-    codes = steps | {
-        "hidden": several("whole numbers of at least 1", COUNT, least=0),
-        "code_size": COUNT,
-        "likelihood": choice("bernoulli", "gaussian"),
-        "n_starts": COUNT,
-        "autoencoder_epochs": COUNT,
-    }
-    apart = Rule("expected null: the rows spectral_... merge", lambda value: value is None)
-    rules: dict[str, dict[str, Rule]] = {
-        "matched": {"em_iterations": COUNT_OR_NONE, "merge": apart},
-        "merged": {"em_iterations": COUNT_OR_NONE, **merge},
-        "curriculum": {"shrinkage": WEIGHT, "gradient_clip": WEIGHT},
-        "continuous": {
-            "n_latent": whole(1, 1000),
-            "n_points": COUNT,
-            "decoder.kind": choice("mlp", "conv"),
-            "decoder.width": COUNT,
-            "decoder.depth": whole(1, 100),
-            "decoder.n_doublings": whole(0, 10),
-            "decoder.activation": choice("sin", "tanh", "softplus", "silu"),
-            "decoder.n_frequencies": whole(0, 24),
-            **merge,
-            **training,
-        },
-        "einet": {
-            "size_factor": number(0, ends="(]"),
-            "n_replicas": whole(1, 1000),
-            "depth": or_null(whole(0, 30)),
-            **training,
-        },
-        "flow": {},
-        "autoencoder": codes,
-        "vade": codes | {"n_epochs": COUNT},
-        "gaussian": {},
-        "sklearn": {
-            "covariance": choice("full", "diag"),
-            "n_points": or_null(whole(2)),
-            "n_iterations": COUNT,
-            "tolerance": WEIGHT,
-            "added_variances": several("numbers above 0", number(0, ends="(]")),
-        },
-        "kmeans": {"n_starts": COUNT},
-    }
-    described = {"title": text(), "block": text(), "paper": or_null(text())}  # in tables
-    named = {f"{prefix}.{name}": rule for name, rule in (described | rules[kind]).items()}
-    shared = {"matched": _direct, "merged": _direct, "flow": _flow}.get(kind)
-    own = {} if shared is None else shared(prefix)
-    said = {"matched": "direct", "merged": "direct"}.get(kind, kind)
-    return {f"{prefix}.kind": choice(said), **named, **own}
-
-
-# Rows of conf/baselines/ and which options they have.
-BASELINES = {
-    "matched": "matched",
-    "spectral_overlap": "merged",
-    "spectral_frechet": "merged",
-    "curriculum": "curriculum",
-    "continuous": "continuous",
-    "einet_matched": "einet",
-    "einet_large": "einet",
-    "cnf_mlp": "flow",
-    "cnf_conv": "flow",
-    "autoencoder": "autoencoder",
-    "vade": "vade",
-    "gaussian": "gaussian",
-    "gmm_full": "sklearn",
-    "gmm_diagonal": "sklearn",
-    "kmeans": "kmeans",
+FIELD = {
+    "kind": choice("mlp", "conv"),
+    "width": COUNT,
+    "depth": whole(1, 100),
+    "activation": choice("sin", "tanh", "softplus", "silu"),
+    "n_frequencies": whole(0, 24),  # float32 has no digits left for more
+    "last_layer_scale": number(),
+    "kernel_size": Rule(
+        "expected an odd whole number from 1 to 99",
+        lambda value: type(value) is int and value in range(1, 100, 2),
+    ),
+    "coordinates": flag(),
+    "squeeze": whole(1, 1000),
+}
+TOLERANCES = {
+    "method": choice(*FIXED_STEP, "dopri5", "adaptive_heun"),
+    "rtol": POSITIVE,
+    "atol": POSITIVE,
+}
+SOLVER = TOLERANCES | {
+    "n_steps": COUNT,
+    "interpolation": choice("linear", "cubic"),
+    "gradient": choice("backpropagation", "checkpoint", "adjoint"),
+}
+STEPS = {  # of training
+    "batch_size": COUNT,
+    "learning_rate": POSITIVE,
+    "n_warmup_epochs": COUNT_OR_NONE,
+    "gradient_clip": WEIGHT,
+    "n_draws": COUNT,
+}
+DIRECT = STEPS | {  # of mixtures whose components are trained themselves
+    "kmeans_points": or_null(COUNT),
+    "kmeans_restarts": COUNT,
+    "shrinkages": several("numbers of at least 0", WEIGHT),
+    "epochs": COUNT,
+    "noise": WEIGHT,
+}
+FLOW = {  # of continuous normalizing flows
+    **STEPS,
+    **under("field", FIELD),
+    **under("solver", SOLVER),
+    "exact_trace_up_to": COUNT_OR_NONE,
+    "flow_matching_epochs": COUNT_OR_NONE,
+    "likelihood_epochs": COUNT_OR_NONE,
+    "kinetic_weight": WEIGHT,
+    "jacobian_weight": WEIGHT,
+}
+FILES = {  # of the sources that read files
+    "folder": or_null(text()),
+    "mirror": or_null(text()),
+    "cache": or_null(text()),
+    "files": named("file names", text()),
+    "md5": or_null(named("digests, or null,", or_null(text()))),
+    "class_names": several("names, in quotes if they look like numbers", text()),
+    "path": text(),
+    "label_column": or_null(text()),
+    "delimiter": Rule(
+        "expected one character, such as ',' or ';', or \\t for a tab",
+        lambda value: isinstance(value, str) and (len(value) == 1 or value == r"\t"),
+    ),
+    "label_path": or_null(text()),
+    "levels": whole(1, 256),
 }
 
-
-def _files(prefix: str) -> dict[str, Rule]:
-    """Options of the sources that read files."""
-    rules = {
-        "folder": or_null(text()),
-        "mirror": or_null(text()),
-        "cache": or_null(text()),
-        "files": named("file names", text()),
-        "md5": or_null(named("digests, or null,", or_null(text()))),
-        "class_names": several("names, in quotes if they look like numbers", text()),
-        "path": text(),
-        "label_column": or_null(text()),
-        "delimiter": Rule(
-            "expected one character, such as ',' or ';', or \\t for a tab",
-            lambda value: isinstance(value, str) and (len(value) == 1 or value == r"\t"),
-        ),
-        "label_path": or_null(text()),
-        "levels": whole(1, 256),
-    }
-    return {f"{prefix}.{name}": rule for name, rule in rules.items()}
-
+# Options of the rows of conf/baselines/, whatever their kind: a name means the same in all rows. An
+# option that is not here takes values of the type that it has in its row's file.
+ROWS: dict[str, Rule] = {
+    "title": text(),
+    "block": text(),
+    "paper": or_null(text()),
+    **DIRECT,
+    **FLOW,
+    **under("decoder", pick(FIELD, "kind", "width", "depth", "activation", "n_frequencies")),
+    "decoder.n_doublings": whole(0, 10),
+    "merge.affinity": choice("overlap", "frechet"),
+    "merge.temperature": POSITIVE,
+    "merge.neighbour": or_null(COUNT),
+    "n_per_cluster": COUNT,
+    "em_iterations": COUNT_OR_NONE,
+    "shrinkage": WEIGHT,
+    "n_epochs": COUNT,
+    "n_latent": whole(1, 1000),
+    "n_integration_points": COUNT,
+    "size_factor": POSITIVE,
+    "n_replicas": whole(1, 1000),
+    "depth": or_null(whole(0, 30)),
+    "hidden": several("whole numbers of at least 1", COUNT, least=0),
+    "code_size": COUNT,
+    "likelihood": choice("bernoulli", "gaussian"),
+    "n_starts": COUNT,
+    "autoencoder_epochs": COUNT,
+    "covariance": choice("full", "diag"),
+    "n_points": or_null(whole(2)),
+    "n_iterations": COUNT,
+    "tolerance": WEIGHT,
+    "added_variances": several("numbers above 0", POSITIVE),
+}
 
 OPTIONS: dict[str, Rule] = {
     "name": word(),
     "seed": SEED,
-    "model": choice("cpmm", *BASELINES),
     # data
     "data.source": choice("digits", "rings", "spiral", "idx", "csv", "npy"),
     "data.n_train": or_null(whole(2, 2**40)),
@@ -312,18 +247,18 @@ OPTIONS: dict[str, Rule] = {
     "data.map.n_points": whole(2),
     "data.map.n_components": COUNT,
     "data.map.n_factors": COUNT,
-    "data.map.log_diagonal_floor": number(-60, 20),
+    "data.map.log_diagonal_floor": FLOOR,
     "data.map.n_steps": COUNT,
     "data.map.batch_size": COUNT,
-    "data.map.learning_rate": number(0, ends="(]"),
-    "data.map.map_rate_factor": number(0, ends="(]"),
+    "data.map.learning_rate": POSITIVE,
+    "data.map.map_rate_factor": POSITIVE,
     "data.augmentation.noise": WEIGHT,
     "data.augmentation.translate": whole(0, 10_000),
     "data.augmentation.flip": flag(),
     # data: options of the sources
     "data.options.n": whole(1, 100_000_000),
     "data.options.seed": SEED,
-    "data.options.radius": number(0, ends="(]"),
+    "data.options.radius": POSITIVE,
     "data.options.ratio": number(1, ends="(]"),
     "data.options.thickness": WEIGHT,
     "data.options.gaps": several("2 angles in degrees", number(), 2, 2),
@@ -333,9 +268,9 @@ OPTIONS: dict[str, Rule] = {
     "data.options.twist": number(),
     "data.options.noise": WEIGHT,
     "data.options.outlier_fraction": number(0, 1, "[)"),
-    **_files("data.options"),
+    **under("data.options", FILES),
     # teacher
-    **_flow("teacher"),
+    **under("teacher", FLOW),
     # spaces
     "spaces.kind": choice("teacher", "noise"),
     "spaces.n_spaces": whole(2, 10_000),
@@ -352,12 +287,10 @@ OPTIONS: dict[str, Rule] = {
     "cpmm.diagonal": choice("variable", "constant"),
     "cpmm.learned_weight": flag(),
     "cpmm.learned_cluster_weight": flag(),
-    "cpmm.log_diagonal_floor": number(
-        -60, 20
-    ),  # its exponential is a float32, and so is the inverse
+    "cpmm.log_diagonal_floor": FLOOR,
     "cpmm.ode": choice("shared", "separate"),
-    **_field("cpmm.field"),
-    **_solver("cpmm.solver"),
+    **under("cpmm.field", FIELD),
+    **under("cpmm.solver", SOLVER),
     "cpmm.initialization.kind": choice("gaussian", "random", *GROUPINGS),
     "cpmm.initialization.mean_scale": WEIGHT,
     "cpmm.initialization.loading_scale": WEIGHT,
@@ -385,10 +318,10 @@ OPTIONS: dict[str, Rule] = {
     "cpmm.entropy_weight": number(),
     "cpmm.path_weight": WEIGHT,
     "cpmm.consistency_weight": WEIGHT,
-    "cpmm.temperature": number(0, ends="(]"),
+    "cpmm.temperature": POSITIVE,
     "cpmm.seed": SEED,
     "cpmm.batch_size": COUNT,
-    "cpmm.learning_rate": number(0, ends="(]"),
+    "cpmm.learning_rate": POSITIVE,
     "cpmm.initial_rate_factor": WEIGHT,
     "cpmm.n_warmup_epochs": COUNT_OR_NONE,
     "cpmm.gradient_clip": WEIGHT,  # 0: none
@@ -398,22 +331,15 @@ OPTIONS: dict[str, Rule] = {
     # evaluation
     "evaluation.batch_size": COUNT,
     "evaluation.discretizations": several("whole numbers of at least 1", COUNT),
-    "evaluation.gaussian_draws": COUNT,
-    **_solver("evaluation.teacher_solver", "n_steps", "interpolation", "gradient"),
+    **under("evaluation.teacher_solver", TOLERANCES),
     "evaluation.teacher_points": or_null(whole(2)),  # a standard error takes two
-    "evaluation.kmeans_restarts": COUNT,
     "evaluation.ood": Rule(
         "choose a file of conf/ood/, such as ood@evaluation.ood=mnist, or null",
         lambda value: value is None,
     ),
     "evaluation.ood.name": word(),
     "evaluation.ood.source": choice("idx", "csv", "npy"),
-    **_files("evaluation.ood.options"),
-    **_direct("evaluation.direct"),
-    # baselines
-    **{
-        name: rule for row, kind in BASELINES.items() for name, rule in _baseline(row, kind).items()
-    },
+    **under("evaluation.ood.options", FILES),
     # trainer
     "trainer.accelerator": choice("auto", "cpu", "gpu"),
     "trainer.devices": Rule(
@@ -460,26 +386,66 @@ OPTIONS: dict[str, Rule] = {
 SECTIONS = {option.rpartition(".")[0] for option in OPTIONS}
 
 
-def check_options(config: Mapping[str, Any], plain: Mapping[str, Any]) -> None:
+def like(value: Any) -> Rule:
+    """What an option of a row may be that has no rule: of the type that its file gives it."""
+    if isinstance(value, bool):
+        return flag()
+    if isinstance(value, int):
+        return whole(-MANY)
+    if isinstance(value, float):
+        return number()
+    if isinstance(value, str):
+        return text()
+    if isinstance(value, list) and value:
+        first = next((item for item in value if isinstance(item, float)), value[0])
+        return several(f"values such as {show(first)}", like(first), least=0)
+    return Rule(f"expected {show(value)}, as in its file", lambda other: other == value)
+
+
+def options_with(rows: Mapping[str, Any]) -> dict[str, Rule]:
+    """Every option that there is, those of the rows of conf/baselines/ included.
+
+    Args:
+        rows: Options of each row as its file has them, without a preset.
+
+    Raises:
+        ValueError: If a file names no kind.
+    """
+    options = OPTIONS | {"model": choice("cpmm", *rows)}
+    for row, section in rows.items():
+        if not isinstance(section, Mapping) or not isinstance(section.get("kind"), str):
+            raise ValueError(
+                f"conf/baselines/{row}.yaml has no kind: name a function of the registry"
+            )
+        rules = {name: ROWS.get(name) or like(value) for name, value in leaves(section)}
+        options |= under(f"baselines.{row}", rules | {"kind": choice(section["kind"])})
+    return options
+
+
+def check_options(
+    config: Mapping[str, Any], plain: Mapping[str, Any], options: Mapping[str, Rule]
+) -> None:
     """Check every option of a composed configuration.
 
     Args:
         config: The configuration, with overrides.
         plain: The same without, for what must be there.
+        options: From :func:`options_with`.
 
     Raises:
         ValueError: If an option is missing, unknown or out of range; names it.
     """
     found = dict(leaves(config))
+    sections = {name.rpartition(".")[0] for name in options}
     for name in sorted(found, key=lambda name: name.count(".")):  # cpmm.seed is seed, by default
         value = found[name]
-        if name not in OPTIONS:
-            what = "a section, not a value" if name in SECTIONS else "no option of conf/"
+        if name not in options:
+            what = "a section, not a value" if name in sections else "no option of conf/"
             raise ValueError(f"{name} is {show(value)}, but it is {what}: leave it out")
-        if not OPTIONS[name].accepts(value):
-            raise ValueError(f"{name} is {show(value)}: {OPTIONS[name].expected}")
+        if not options[name].accepts(value):
+            raise ValueError(f"{name} is {show(value)}: {options[name].expected}")
     for name, value in leaves(plain):
-        # Which options a source has, its function in workflows/sources.py says.
+        # Which options a source has, its function in cpmm/pipeline/artifacts/sources.py says.
         if name not in found and not name.startswith(("data.options.", "evaluation.ood")):
             raise ValueError(
                 f"{name} is missing: it cannot be left out (in conf/ it is {show(value)})"
@@ -501,9 +467,7 @@ def check_cpmm(cpmm: Mapping[str, Any]) -> None:
             f"cpmm.initialization.kind {kind!r} makes no groups: choose one of {', '.join(GROUPINGS)}, or set "
             "both to 0"
         )
-    n_knots = cpmm.get(
-        "weight_knots"
-    )  # one of fingerprints.LATER: an earlier configuration has none
+    n_knots = cpmm.get("weight_knots")
     method, n_steps = cpmm["solver"]["method"], cpmm["solver"]["n_steps"]
     if n_knots is not None and method in FIXED_STEP and n_knots > n_steps + 1:
         raise ValueError(

@@ -1,9 +1,7 @@
-"""Models that CPMM is compared with: one function a kind, from a row of conf/baselines/ to a fitted model."""
+"""Models that CPMM is compared with: one function a kind, that trains a row of conf/baselines/."""
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,19 +13,24 @@ from torch import Tensor, nn
 from cpmm.data import DataSplits
 from cpmm.mixture import Mixture
 from cpmm.pipeline.config import Config, pick
-from cpmm.pipeline.models.fit import fit
-from cpmm.pipeline.models.flows import drawn_rows
-from cpmm.pipeline.models.mixtures import make_layout, mixture_header
+from cpmm.pipeline.models.fit import drawn_rows, fit
+from cpmm.pipeline.models.fitted import (
+    NOT_TRAINED,
+    Fitted,
+    of_gaussian,
+    of_groups,
+    of_kmeans,
+    of_mixture,
+)
 from cpmm.pipeline.models.runtime import choose
+from cpmm.pipeline.models.trajectories import make_groups, make_layout
 from cpmm.seeds import seeded_generator
-from cpmm.training import EpochData, LossTraining, Recorded, Rows
+from cpmm.training.epochs import EpochData, Recorded, Rows
+from cpmm.training.loss import LossTraining
 
 if TYPE_CHECKING:
-    from cpmm.pipeline.artifacts.store import Spaces
-    from cpmm.pipeline.scores.ood import OodPoints
-    from cpmm.pipeline.scores.scorer import Scorer
-
-LogProb = Callable[[Tensor], Tensor]
+    from cpmm.baselines.direct import DirectMixture
+    from cpmm.pipeline.artifacts.spaces import Spaces
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Run:
         config: The whole composed configuration.
         data: The splits.
         spaces: The curriculum, for the rows that have one.
+        extracted: The CPMM's own mixture, for the rows that start from it.
         scratch: Where its checkpoints lie: that of the last training in the folder itself, those of
             trainings before it in folders of their own.
         options: Further ones of :func:`cpmm.pipeline.models.fit.fit`, for the last training.
@@ -50,6 +54,7 @@ class Run:
     config: Config
     data: DataSplits
     spaces: Spaces | None
+    extracted: Mixture | None
     scratch: Path
     options: Mapping[str, Any]
     progress: dict[str, Any]
@@ -72,8 +77,9 @@ class Run:
 
     @property
     def n_components(self) -> int:
-        """K = C G, as the extracted CPMM has, idle components included."""
-        return self.n_clusters * self.config["mixture"]["n_pseudotimes"]
+        """K: that of the row if it says so, else C G as the extracted CPMM has, idle ones included."""
+        n_pseudotimes = self.config["mixture"]["n_pseudotimes"]
+        return self.n_clusters * self.section.get("n_per_cluster", n_pseudotimes)
 
     @property
     def floor(self) -> float:
@@ -142,29 +148,6 @@ class Run:
         return ended(module)
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """A baseline, trained.
-
-    Attributes:
-        n_parameters: Numbers that are kept to score points.
-        ended: How its training ended: ``best_epoch`` and ``steps``.
-        log_prob: Log-density of points in the models' space, (N, M) float64 to nats, (N,).
-        predict: Cluster of each point of a split, by the split's name.
-        mixture: If it is one.
-        weights: What is kept of it otherwise.
-        n_points: Points of a split that its density is measured on; None: all.
-    """
-
-    n_parameters: int
-    ended: Mapping[str, int | None]
-    log_prob: LogProb | None = None
-    predict: Callable[[str], Tensor] | None = None
-    mixture: Mixture | None = None
-    weights: Mapping[str, Tensor] | None = None
-    n_points: int | None = None
-
-
 def train_baseline(
     row: str,
     config: Config,
@@ -173,6 +156,7 @@ def train_baseline(
     scratch: Path,
     progress: dict[str, Any] | None = None,
     alive: Callable[[], None] = lambda: None,
+    extracted: Mixture | None = None,
     **options: Any,
 ) -> Fitted:
     """Train a row of conf/baselines/.
@@ -185,6 +169,7 @@ def train_baseline(
         scratch: Folder of its own; training resumes from the checkpoints there.
         progress: Its entry ``module`` becomes what is being trained.
         alive: Called now and then while a training before the last one, or a flow's solver, is at work.
+        extracted: The CPMM's own mixture; only rows of kind "refined" need it.
         options: Further ones of :func:`cpmm.pipeline.models.fit.fit`.
 
     Raises:
@@ -194,7 +179,7 @@ def train_baseline(
     section = choose("model", row, config["baselines"])
     build = choose(f"baselines.{row}.kind", section["kind"], KINDS)
     progress = {} if progress is None else progress
-    run = Run(row, config, data, spaces, scratch, options, progress, alive)
+    run = Run(row, config, data, spaces, extracted, scratch, options, progress, alive)
     merge = section.get("merge")
     neighbour = merge["neighbour"] if merge and merge["affinity"] == "frechet" else None
     if neighbour is not None and neighbour >= run.n_components:
@@ -205,89 +190,9 @@ def train_baseline(
     return build(run)
 
 
-def score_baseline(
-    fitted: Fitted, score: Scorer, n_clusters: int, ood: OodPoints | None = None
-) -> dict[str, Any]:
-    """Density and clustering scores of a model on the split of ``score``.
-
-    Returns:
-        The scores of the split; for a density ``seconds_10k``, the time that it takes for 10,000
-        points, and with ``ood`` the entry ``ood`` of :meth:`cpmm.pipeline.scores.ood.OodPoints.scores`.
-
-    Raises:
-        FloatingPointError: If the density is not finite.
-    """
-    scores: dict[str, Any] = {}
-    if fitted.log_prob is not None:
-        with torch.no_grad():
-            inside, seconds = _timed(fitted.log_prob, score.z)
-            scores |= score.density(inside)
-            if not math.isfinite(scores["density"]):
-                raise FloatingPointError(
-                    f"the density of the trained model is not finite on the {score.split} split"
-                )
-            scores["seconds_10k"] = seconds * 10_000 / len(score.z)
-            if ood is not None:
-                there = fitted.log_prob(ood.z[: fitted.n_points])
-                scores["ood"] = ood.scores(score, inside, there)
-    if fitted.predict is not None and score.label is not None:
-        scores |= score.clusters(fitted.predict(score.split).numpy(), n_clusters)
-    if fitted.mixture is not None:
-        scores["n_components"] = fitted.mixture.components.n_components
-    return scores | {"n_parameters": fitted.n_parameters}
-
-
-def _timed(log_prob: LogProb, z: Tensor) -> tuple[Tensor, float]:
-    """Log-densities and the seconds they take, the least of five where that is soon done."""
-    seconds = math.inf
-    for _ in range(5):
-        started = time.perf_counter()
-        found = log_prob(z)
-        seconds = min(seconds, time.perf_counter() - started)
-        if seconds > 1:
-            break
-    return found, seconds
-
-
-def save_baseline(
-    row: str, fitted: Fitted, folder: Path, config: Config, data: DataSplits, fingerprint: str
-) -> None:
-    """Write what is kept of a baseline: a mixture as the pipeline's own, other models' weights.
-
-    Files that already lie in the folder are sealed along.
-    """
-    from cpmm.artifact import save_artifact, seal_folder
-
-    header = {
-        "fingerprint": fingerprint,
-        "row": row,
-        "kind_of_model": config["baselines"][row]["kind"],
-    }
-    if fitted.mixture is None:
-        save_artifact(folder, "baseline", fitted.weights or {}, header)
-        return
-    pre = data.preprocessing
-    fitted.mixture.to(torch.float32).save(
-        folder / "mixture", mixture_header(config, data, fingerprint), pre.tensors
-    )
-    seal_folder(folder, "baseline", header, {})
-
-
 def ended(module: Recorded) -> dict[str, int | None]:
     """How a training ended, for records."""
     return {"best_epoch": module.best_summary()["epoch"], "steps": module.history[-1]["step"]}
-
-
-def as_fitted(mixture: Mixture, data: DataSplits, how: Mapping[str, int | None]) -> Fitted:
-    """Score a mixture in float64."""
-    mixture = mixture.to(torch.float64)
-    return Fitted(
-        n_parameters=mixture.components.n_parameters,
-        ended=how,
-        log_prob=mixture.log_prob,
-        predict=lambda split: mixture.predict(data.points(split)[0]),
-        mixture=mixture,
-    )
 
 
 def _merge(run: Run, mixture: Mixture) -> Mixture:
@@ -311,26 +216,45 @@ def _merge(run: Run, mixture: Mixture) -> Mixture:
 
 def _direct(run: Run) -> Fitted:
     """Directly optimized factor analyzers: a cluster each, or merged into C clusters."""
-    from cpmm.pipeline.models.direct import direct_training, start_direct
+    from cpmm.pipeline.models.direct import start_direct
 
-    options = run.section
-    n_components = run.n_clusters if options["merge"] is None else run.n_components
+    options, n_components = run.section, run.n_components
     start = start_direct(
         run.data, options, n_components, run.config["cpmm"]["n_factors"], run.floor, run.seed
     )
-    module, rows = direct_training(run.data, options, start, run.seed)
     with torch.no_grad():
         first = start.mixture()  # a copy: training changes the parameters in place
         first = replace(first, components=first.components.select(torch.arange(n_components)))
-    run.fit(module, rows)
-    how = ended(module)
+    mixture, how = _optimize(run, start)
     with torch.no_grad():
-        mixture = module.model.cpu().mixture()
         if options["em_iterations"]:
             mixture, how = _likelier_by_em(run, first, mixture, how)
         if options["merge"] is not None:
             mixture = _merge(run, mixture)
-    return as_fitted(mixture, run.data, how)
+    return of_mixture(mixture, run.data, run.n_clusters, how)
+
+
+def _refined(run: Run) -> Fitted:
+    """The components of the extracted CPMM, trained on free of their trajectories."""
+    from cpmm.pipeline.models.direct import start_refined
+
+    if run.extracted is None:
+        raise ValueError(
+            f"baseline {run.row} starts from the mixture that the pipeline extracts, and a trial has none: "
+            "choose another model"
+        )
+    mixture, how = _optimize(run, start_refined(run.extracted, run.floor))
+    return of_mixture(mixture, run.data, run.n_clusters, how)
+
+
+def _optimize(run: Run, start: DirectMixture) -> tuple[Mixture, Mapping[str, int | None]]:
+    """Train free components on the likelihood of the data; the best epoch by validation."""
+    from cpmm.pipeline.models.direct import direct_training
+
+    module, rows = direct_training(run.data, run.section, start, run.seed)
+    run.fit(module, rows)
+    with torch.no_grad():
+        return module.model.cpu().mixture(), ended(module)
 
 
 def _likelier_by_em(
@@ -376,7 +300,7 @@ def _curriculum(run: Run) -> Fitted:
     run.fit(module, rows)
     with torch.no_grad():
         mixture = module.model.cpu().mixture()
-    return as_fitted(mixture, run.data, ended(module))
+    return of_mixture(mixture, run.data, run.n_clusters, ended(module))
 
 
 def _require_images(run: Run, section: str) -> None:
@@ -432,12 +356,17 @@ def _continuous(run: Run) -> Fitted:
         )()
     start = initial_state(layout, run.train, run.generator(43))
     model = ContinuousMixture(
-        network, layout, start, options["n_latent"], options["n_points"], run.n_components
+        network,
+        layout,
+        start,
+        options["n_latent"],
+        options["n_integration_points"],
+        run.n_components,
     )
     how = run.fit_loss(model, run.draws())
     with torch.no_grad():
         mixture = _merge(run, model.extract(run.n_components, separate=True))
-    return as_fitted(mixture, run.data, how)
+    return of_mixture(mixture, run.data, run.n_clusters, how)
 
 
 def _einet(run: Run) -> Fitted:
@@ -466,7 +395,7 @@ def _flow(run: Run) -> Fitted:
     from cpmm.pipeline.models.flows import make_teacher
     from cpmm.pipeline.models.runtime import compute_device
     from cpmm.pipeline.scores.scorer import flow_log_prob
-    from cpmm.training import TeacherTraining
+    from cpmm.training.teacher import TeacherTraining
 
     options, evaluation = run.section, run.config["evaluation"]
     _require_images(run, "field")
@@ -574,11 +503,8 @@ def _gaussian(run: Run) -> Fitted:
     """One Gaussian with a full covariance, in closed form."""
     from cpmm.baselines.gaussian import fit_full_gaussian
 
-    options = run.config["evaluation"]
-    gaussian = fit_full_gaussian(run.data.draw(options["gaussian_draws"], run.generator(32)))
-    m = run.data.n_features
-    weights = {"mean": gaussian.loc, "scale_tril": gaussian.scale_tril}
-    return Fitted(m * (m + 3) // 2, NOT_TRAINED, log_prob=gaussian.log_prob, weights=weights)
+    gaussian = fit_full_gaussian(run.data.draw(run.section["n_draws"], run.generator(32)))
+    return of_gaussian({"mean": gaussian.loc, "scale_tril": gaussian.scale_tril}, run.data)
 
 
 def _sklearn(run: Run) -> Fitted:
@@ -622,20 +548,28 @@ def _sklearn(run: Run) -> Fitted:
 
 
 def _kmeans(run: Run) -> Fitted:
-    """k-means, as evaluate has it."""
-    from cpmm.pipeline.models.direct import KMeansModel
+    """k-means in the models' space, before any whitening."""
+    from sklearn.cluster import KMeans
 
     _require_points(run)
-    model = KMeansModel(run.data, run.n_clusters, run.section["n_starts"], run.seed)
-    return Fitted(
-        model.centre.numel(), NOT_TRAINED, predict=model.predict, weights={"centre": model.centre}
-    )
+    points = run.data.preprocessing.unwhiten(run.data.points("train")[0])
+    model = KMeans(run.n_clusters, n_init=run.section["n_starts"], random_state=run.seed)
+    model.fit(points.numpy())
+    return of_kmeans({"centre": torch.from_numpy(model.cluster_centers_)}, run.data)
 
 
-NOT_TRAINED: dict[str, int | None] = {"best_epoch": None, "steps": None}
+def _groups(run: Run) -> Fitted:
+    """The groups of training points that initialize the trajectories."""
+    group = make_groups(run.config["cpmm"], run.data)
+    if group is None:
+        kind = run.config["cpmm"]["initialization"]["kind"]
+        return Fitted(None, NOT_TRAINED, missing=f"an initialization of kind {kind!r} makes none")
+    return of_groups({"group": group}, run.data)
+
 
 KINDS: dict[str, Callable[[Run], Fitted]] = {
     "direct": _direct,
+    "refined": _refined,
     "curriculum": _curriculum,
     "continuous": _continuous,
     "einet": _einet,
@@ -645,4 +579,5 @@ KINDS: dict[str, Callable[[Run], Fitted]] = {
     "gaussian": _gaussian,
     "sklearn": _sklearn,
     "kmeans": _kmeans,
+    "groups": _groups,
 }

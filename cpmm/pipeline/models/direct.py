@@ -1,4 +1,4 @@
-"""What evaluate and the baselines both fit: mixtures without an ODE, and k-means."""
+"""Mixtures without an ODE: where they start, and how they are trained."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING
 from cpmm.pipeline.config import Config, pick
 
 if TYPE_CHECKING:
-    import numpy as np
-    from torch import Tensor
-
     from cpmm.baselines.direct import DirectMixture
     from cpmm.data import DataSplits
     from cpmm.mixture import Mixture
-    from cpmm.training import EpochData, MixtureTraining
+    from cpmm.training.epochs import EpochData
+    from cpmm.training.mixture import MixtureTraining
 
 
 def start_direct(
@@ -25,7 +23,7 @@ def start_direct(
 
     Args:
         data: The splits.
-        options: The section ``evaluation.direct``, or one like it.
+        options: The section ``baselines.direct``, or one like it.
         n_components: K.
         n_factors: R.
         floor: Lower bound of log d.
@@ -70,60 +68,14 @@ def direct_training(
 
     Args:
         data: The splits.
-        options: The section ``evaluation.direct``, or one like it.
+        options: The section ``baselines.direct``, or one like it.
         model: Where it starts.
         seed: Of every draw.
     """
-    from cpmm.pipeline.models.flows import drawn_rows
+    from cpmm.pipeline.models.fit import drawn_rows
     from cpmm.spaces import Curriculum
-    from cpmm.training import MixtureTraining
+    from cpmm.training.mixture import MixtureOptions, MixtureTraining
 
-    module = MixtureTraining(
-        model,
-        Curriculum(0, 0, options["epochs"]),
-        pseudo_label_spaces=0,
-        pseudo_label_weight=0.0,
-        n_pseudotimes=1,
-        pseudotimes="grid",
-        n_extracted=1,
-        entropy_weight=0.0,
-        path_weight=0.0,
-        consistency_weight=0.0,
-        temperature=1.0,
-        initial_rate_factor=1.0,
-        **pick(options, "noise", "learning_rate", "n_warmup_epochs"),
-        seed=seed,
-    )
+    steps = MixtureOptions(**pick(options, "noise", "learning_rate", "n_warmup_epochs"), seed=seed)
+    module = MixtureTraining(model, Curriculum(0, 0, options["epochs"]), steps)
     return module, drawn_rows(data, **pick(options, "n_draws", "batch_size"), seed=seed)
-
-
-class KMeansModel:
-    """k-means in the models' space, before any whitening, fitted to the training points.
-
-    Args:
-        data: The splits.
-        n_clusters: C.
-        n_starts: Starts, of which the best is kept.
-        seed: Of the starts.
-
-    Attributes:
-        centre: (C, M), float64.
-    """
-
-    def __init__(self, data: DataSplits, n_clusters: int, n_starts: int, seed: int) -> None:
-        import torch
-        from sklearn.cluster import KMeans
-
-        self._data = data
-        self._model = KMeans(n_clusters, n_init=n_starts, random_state=seed)
-        self._model.fit(self._points("train"))
-        self.centre = torch.from_numpy(self._model.cluster_centers_)
-
-    def predict(self, split: str) -> Tensor:
-        """Cluster of each point of a split, (N,)."""
-        import torch
-
-        return torch.from_numpy(self._model.predict(self._points(split))).long()
-
-    def _points(self, split: str) -> np.ndarray:
-        return self._data.preprocessing.unwhiten(self._data.points(split)[0]).numpy()

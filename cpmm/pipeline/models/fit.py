@@ -4,102 +4,100 @@ from __future__ import annotations
 
 import logging
 import pickle
-import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 
+from cpmm.data import DataSplits
 from cpmm.pipeline.artifacts.files import is_checkpoint
+from cpmm.pipeline.artifacts.store import save_model
 from cpmm.pipeline.config import pick
 from cpmm.pipeline.models.runtime import compute_device
-from cpmm.training import EpochData, Recorded
+from cpmm.pipeline.progress import ProgressLine
+from cpmm.training.epochs import EpochData, Recorded, Rows
 
 PRECISIONS = ("32-true", "tf32", "bf16-mixed", "64-true")
+# Of Lightning's trainer, for every run.
+OPTIONS = {
+    "use_distributed_sampler": False,  # EpochData leaves each process its part
+    "check_val_every_n_epoch": 1,
+    "reload_dataloaders_every_n_epochs": 1,
+    "num_sanity_val_steps": 0,
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
 
 
-class ProgressLine(Callback):
-    """One line that a person can follow, rewritten on a terminal, now and then printed elsewhere.
+class TrainingProgress(Callback):
+    """Feeds the progress line of a training: after each epoch, and within those that take long.
 
     Args:
         name: Of the stage.
         unit: Unit of the losses.
-        every: Seconds between lines where there is no terminal.
     """
 
-    def __init__(self, name: str, unit: str = "nats/dim", every: float = 15.0) -> None:
-        self.name = name
+    def __init__(self, name: str, unit: str = "nats/dim") -> None:
+        self.line = ProgressLine(name)
         self.unit = unit
-        self.terminal = sys.stdout.isatty()
-        self.every = 0.2 if self.terminal else every
-        self.started = self.printed = self.epoch_started = time.monotonic()
         self.first_step = 0
+        self.epoch_started = self.line.started
         self.phase = ""  # of the epoch that the latest losses are of
         self.within = False  # whether a step of the current epoch was told
 
     def on_train_start(self, trainer: pl.Trainer, module: Recorded) -> None:
         """Start the clock."""
-        self.started = self.printed = time.monotonic()
+        self.line = ProgressLine(self.line.name)
         self.first_step = module.global_step
         if module.global_step:
-            print(
-                f"{self.name} | resuming after epoch {module.current_epoch}/{module.n_epochs}, "
+            self.line.show(
+                f"resuming after epoch {module.current_epoch}/{module.n_epochs}, "
                 f"step {module.global_step}",
-                flush=True,
+                last=True,
             )
 
     def on_train_epoch_start(self, trainer: pl.Trainer, module: Recorded) -> None:
         """Note the time: steps are told of epochs that take longer than the time between lines."""
         self.epoch_started = time.monotonic()
 
-    def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        module: Recorded,
-        outputs: object,
-        batch: object,
-        batch_index: int,
-    ) -> None:
-        """Print the step within an epoch that takes long."""
-        if time.monotonic() - max(self.printed, self.epoch_started) >= self.every:
-            self._print(module)
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Recorded, *_: object) -> None:
+        """Tell the step within an epoch that takes long."""
+        if self.line.is_due(self.epoch_started):
+            self._show(module)
             self.within = True
 
     def __call__(self, module: Recorded) -> None:
-        """Print the epoch that has just ended."""
+        """Tell of the epoch that has just ended."""
         last = module.current_epoch + 1 == module.n_epochs
         self.phase = module.describe_phase()
-        if last or self.within or time.monotonic() - self.printed >= self.every:
+        if last or self.within or self.line.is_due():
             self.within = False
-            self._print(module, end="\n" if last else "")
+            self._show(module, last)
 
-    def _print(self, module: Recorded, end: str = "") -> None:
-        self.printed = now = time.monotonic()
-        rate = (module.global_step - self.first_step) / max(1e-9, now - self.started)
-        n_left = module.n_steps - module.global_step
+    def _show(self, module: Recorded, last: bool = False) -> None:
         phase = module.describe_phase()
         row = module.history[-1] if module.history else {}
-        # Losses of another space, or of another objective, do not compare: it is said what they are of.
+        # Losses of another space, or of another objective, do not compare: say what they are of.
         of = "" if phase == self.phase else f" in {self.phase or 'the epoch before'}"
         losses = [
             f"{short} {row[column]:.4f}"
             for short, column in (("train", "train"), ("val", "validation"))
             if column in row
         ]
-        parts = [
-            f"{self.name} | step {module.global_step}/{module.n_steps}",
+        self.line.show(
+            f"step {module.global_step}/{module.n_steps}",
             phase,
             *([f"{' '.join(losses)} {self.unit}{of}"] if losses else []),
-            f"{rate:.{0 if rate >= 10 else 1}f} it/s | eta {n_left / max(1e-9, rate) / 60:.1f}m",
-        ]
-        line = " | ".join(parts)
-        end = end or ("\r" if self.terminal else "\n")
-        print(f"\x1b[2K{line}" if self.terminal else line, end=end, flush=True)
+            *self.line.pace(module.global_step - self.first_step, module.n_steps - self.first_step),
+            last=last,
+        )
 
 
 def fit(
@@ -132,45 +130,28 @@ def fit(
         FloatingPointError: If the run diverges.
         ValueError: If an option is unknown.
     """
-    precision = config["precision"]
-    if precision not in PRECISIONS:
-        raise ValueError(
-            f"trainer.precision is {precision!r}: choose one of {', '.join(PRECISIONS)}"
-        )
-    device = compute_device(config)
-    accelerator = "cuda" if config["accelerator"] == "gpu" else device
-    checkpoint = scratch / "last.ckpt"
-    progress = [] if quiet else [ProgressLine(name, unit)]
+    progress = [] if quiet else [TrainingProgress(name, unit)]
     module.listeners = [*progress, *listeners]
+    checkpoint = scratch / "last.ckpt"
+    options = {
+        "max_epochs": module.n_epochs,
+        "gradient_clip_val": gradient_clip,
+        **_machine_options(config),
+        **(ddp or {}),
+    }
     # What Lightning says of hardware, of its other products and of its own use of torch.
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         for category in (UserWarning, FutureWarning, DeprecationWarning):
             warnings.filterwarnings("ignore", category=category, module="pytorch_lightning")
-        trainer = pl.Trainer(
-            max_epochs=module.n_epochs,
-            precision="32-true" if precision == "tf32" else precision,
-            accelerator=accelerator,
-            **pick(config, "devices", "deterministic") | dict(ddp or {}),
-            use_distributed_sampler=False,  # EpochData leaves each process its part
-            gradient_clip_val=gradient_clip,
-            check_val_every_n_epoch=1,
-            reload_dataloaders_every_n_epochs=1,
-            num_sanity_val_steps=0,
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=[
-                *progress,
-                ModelCheckpoint(
-                    dirpath=scratch,
-                    filename="last",
-                    every_n_epochs=config["checkpoint_every_n_epochs"],
-                    enable_version_counter=False,
-                    save_on_train_epoch_end=True,
-                ),
-            ],
+        keep = ModelCheckpoint(
+            dirpath=scratch,
+            filename=checkpoint.stem,
+            every_n_epochs=config["checkpoint_every_n_epochs"],
+            enable_version_counter=False,
+            save_on_train_epoch_end=True,
         )
+        trainer = pl.Trainer(**options, **OPTIONS, callbacks=[*progress, keep])
         resume = str(checkpoint) if _is_usable(checkpoint, name) else None
         try:
             trainer.fit(module, data, ckpt_path=resume, weights_only=True)
@@ -179,6 +160,29 @@ def fit(
                 raise KeyboardInterrupt from None
             raise
     module.restore_best()
+
+
+def save_trained(folder: Path, kind: str, module: Recorded, fingerprint: str) -> None:
+    """Write what a training has come to: the weights of its best epoch, and its history."""
+    folder.mkdir(exist_ok=True)
+    pd.DataFrame(module.history).to_csv(folder / "history.csv", index=False)
+    header = {"fingerprint": fingerprint, "best": module.best_summary()}
+    save_model(folder, kind, module.model, header)
+
+
+def _machine_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What Lightning's trainer is told of the machine, from the section ``trainer``."""
+    precision = config["precision"]
+    if precision not in PRECISIONS:
+        raise ValueError(
+            f"trainer.precision is {precision!r}: choose one of {', '.join(PRECISIONS)}"
+        )
+    device = compute_device(config)
+    return {
+        "precision": "32-true" if precision == "tf32" else precision,
+        "accelerator": "cuda" if config["accelerator"] == "gpu" else device,
+        **pick(config, "devices", "deterministic"),
+    }
 
 
 def _is_usable(checkpoint: Path, name: str) -> bool:
@@ -194,3 +198,15 @@ def _is_usable(checkpoint: Path, name: str) -> bool:
         print(f"{name} | {checkpoint} is no checkpoint ({reason}): starting afresh", flush=True)
         return False
     return True
+
+
+def drawn_rows(data: DataSplits, n_draws: int, batch_size: int, seed: int) -> EpochData:
+    """Augmented, freshly dequantized training points for each epoch: whatever needs no curriculum."""
+    validation = data.points("validation")[0].float()
+    return EpochData(
+        lambda epoch, generator: Rows(x=data.draw(n_draws, generator)),
+        lambda epoch: validation,
+        batch_size,
+        seed,
+        lambda epoch: n_draws * len(data.raw["train"]),
+    )

@@ -13,7 +13,6 @@ from cpmm.odes import Solver
 from cpmm.pipeline.config import pick
 from cpmm.pipeline.models.runtime import choose, seeded
 from cpmm.teacher import Flow
-from cpmm.training import EpochData, Rows
 
 
 def make_blocks(config: Mapping[str, Any], data: DataSplits) -> Blocks | None:
@@ -60,15 +59,3 @@ def make_teacher(config: Mapping[str, Any], data: DataSplits, seed: int) -> Flow
         field = make_field(config["field"], data, maps=1)
     trace = "exact" if data.n_features <= config["exact_trace_up_to"] else "hutchinson"
     return Flow(field, Solver(**config["solver"]), trace)
-
-
-def drawn_rows(data: DataSplits, n_draws: int, batch_size: int, seed: int) -> EpochData:
-    """Augmented, freshly dequantized training points for each epoch: whatever needs no curriculum."""
-    validation = data.points("validation")[0].float()
-    return EpochData(
-        lambda epoch, generator: Rows(x=data.draw(n_draws, generator)),
-        lambda epoch: validation,
-        batch_size,
-        seed,
-        lambda epoch: n_draws * len(data.raw["train"]),
-    )

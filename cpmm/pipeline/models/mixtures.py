@@ -1,10 +1,9 @@
-"""From configuration to objects: the one place where a variant is chosen."""
+"""From configuration to the training of a mixture: trajectories, or components that none connects."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,136 +11,17 @@ from torch import Tensor, nn
 
 from cpmm.baselines.direct import DirectMixture
 from cpmm.data import DataSplits
-from cpmm.fields import SeparateFields, VaryingField
-from cpmm.initialization import (
-    GROUPINGS,
-    initial_states,
-    kmeans,
-    local_factor_analyzers,
-    partition,
-)
-from cpmm.mixture import Mixture
-from cpmm.neighbours import neighbour_groups
-from cpmm.odes import Solver
-from cpmm.pipeline.artifacts.store import Spaces, load_model
+from cpmm.initialization import kmeans, local_factor_analyzers
+from cpmm.pipeline.artifacts.spaces import Spaces
 from cpmm.pipeline.config import pick
-from cpmm.pipeline.config.fingerprints import fingerprint_cpmm
 from cpmm.pipeline.config.schema import check_cpmm
-from cpmm.pipeline.models.flows import make_blocks, make_field
-from cpmm.pipeline.models.runtime import choose, seeded
+from cpmm.pipeline.models.trajectories import make_groups, make_trajectories, make_views
 from cpmm.seeds import seeded_generator
 from cpmm.spaces import Curriculum
-from cpmm.training import EpochData, MixtureTraining, Rows
-from cpmm.trajectory import StateLayout, Trajectories, pseudotime_grid
-from cpmm.views import AffineViews
+from cpmm.training.epochs import EpochData, Rows
+from cpmm.training.mixture import MixtureOptions, MixtureTraining
 
 SPACES = ("teacher", "noise")
-
-
-def make_layout(config: Mapping[str, Any], data: DataSplits) -> StateLayout:
-    """Build the layout of the state from the section ``cpmm``."""
-    return StateLayout(
-        data.n_features,
-        **pick(
-            config, "n_factors", "augmentation", "diagonal", "learned_weight", "log_diagonal_floor"
-        ),
-    )
-
-
-def make_groups(
-    config: Mapping[str, Any], data: DataSplits, index: Tensor | None = None
-) -> Tensor | None:
-    """Group training points for the initialization.
-
-    Args:
-        config: The section ``cpmm``.
-        data: The splits.
-        index: Of the training points that are grouped; None groups all.
-
-    Returns:
-        (N,), none of the C groups empty; None if the initialization needs no groups.
-    """
-    options = config["initialization"]
-    if options["kind"] not in GROUPINGS:
-        return None
-    generator = seeded_generator(config["seed"], 13)
-    if options["kind"] == "neighbours":
-        raw = data.raw["train"] if index is None else data.raw["train"][index]
-        return neighbour_groups(
-            raw,
-            make_views(config, data),
-            config["n_clusters"],
-            generator,
-            **pick(options, "n_points", "n_views", "n_neighbours"),
-        )
-    x = data.preprocessing.unwhiten(data.points("train")[0]).float()
-    return partition(
-        options["kind"],
-        x if index is None else x[index],
-        config["n_clusters"],
-        make_layout(config, data),
-        generator,
-        **pick(options, "restarts", "outlier_share"),
-    )
-
-
-def make_views(config: Mapping[str, Any], data: DataSplits) -> AffineViews:
-    """Build the changes of the section ``cpmm.views``.
-
-    Raises:
-        ValueError: If the data are no images of grey levels.
-    """
-    return AffineViews(**config["views"], image_shape=data.image_shape)
-
-
-def make_trajectories(
-    config: Mapping[str, Any],
-    data: DataSplits,
-    start: Tensor | None = None,
-    group: Tensor | None = None,
-) -> Trajectories:
-    """Build trajectories, untrained.
-
-    Args:
-        config: The section ``cpmm``.
-        data: The splits.
-        start: Training points in the space where training starts, (N, M); None leaves the initial
-            states zero, for weights that are loaded next.
-        group: Their groups, (N,), if the initialization needs them.
-
-    Raises:
-        ValueError: If an option is unknown or out of range.
-    """
-    layout = make_layout(config, data)
-    if start is None:
-        initial = torch.zeros(config["n_clusters"], layout.size)
-    else:
-        initial = initial_states(
-            layout=layout,
-            n_clusters=config["n_clusters"],
-            x=start,
-            group=group,
-            generator=seeded_generator(config["seed"], 11),
-            **pick(config["initialization"], "kind", "mean_scale", "loading_scale", "free_scale"),
-        )
-
-    check_cpmm(config)
-    blocks = make_blocks(config["field"], data)
-    n_knots = config.get(
-        "weight_knots"
-    )  # one of fingerprints.LATER: an earlier configuration has none
-    solver = Solver(**config["solver"])
-
-    def shared() -> nn.Module:
-        field = make_field(config["field"], data, layout.n_maps, blocks)
-        return field if n_knots is None else VaryingField(field, n_knots)
-
-    def separate() -> nn.Module:
-        return SeparateFields([shared() for _ in range(config["n_clusters"])])
-
-    with seeded(config["seed"], 12):
-        field = choose("cpmm.ode", config["ode"], {"shared": shared, "separate": separate})()
-    return Trajectories(layout, field, initial, solver, config["learned_cluster_weight"], blocks)
 
 
 def make_disconnected(
@@ -176,33 +56,6 @@ def make_disconnected(
     return DirectMixture(analyzers, floor, (n_each,) * n_clusters)
 
 
-def load_trajectories(folder: Path, config: Mapping[str, Any], data: DataSplits) -> Trajectories:
-    """Read the trained trajectories of ``data/<preset>``."""
-    trajectories = make_trajectories(config["cpmm"], data)
-    load_model(folder / "cpmm", "cpmm", trajectories, fingerprint_cpmm(config))
-    return trajectories
-
-
-def extract(trajectories: Trajectories, options: Mapping[str, Any], data: DataSplits) -> Mixture:
-    """Sample trained trajectories at the pseudotimes of the section ``mixture``, with no ODE left."""
-    with torch.no_grad():
-        mixture = trajectories.mixture(pseudotime_grid(options["n_pseudotimes"]))
-        if options["drop_idle"]:
-            mixture = mixture.without_idle_components(data.points("train")[0].float())
-    return mixture
-
-
-def mixture_header(config: Mapping[str, Any], data: DataSplits, fingerprint: str) -> dict[str, Any]:
-    """Header of an extracted mixture: what its points mean."""
-    return {
-        "fingerprint": fingerprint,
-        "preset": config["name"],
-        "preprocessing": data.preprocessing.to_dict(),
-        "image_shape": data.image_shape,
-        "feature_names": list(data.feature_names),
-    }
-
-
 def make_curriculum(config: Mapping[str, Any], n_spaces: int) -> Curriculum:
     """Build the schedule of the section ``cpmm``; without a curriculum only fine-tuning is left."""
     if not config["curriculum"]:
@@ -232,16 +85,15 @@ def make_mixture_training(
     start = spaces.train(0) if spaces else data.points("train")[0].float()
     of_points, group = _groups(config, data, spaces.train_index if spaces else None, len(start))
     model = (make_model or make_trajectories)(config, data, start, group)
-    module = MixtureTraining(
-        model,
-        curriculum,
+    options = MixtureOptions(
         n_extracted=mixture["n_pseudotimes"],
         **pick(
-            config, "pseudo_label_spaces", "pseudo_label_weight", "n_pseudotimes", "pseudotimes", "noise", "entropy_weight", "learning_rate",
-            "path_weight", "consistency_weight", "temperature", "initial_rate_factor",
-            "n_warmup_epochs", "seed",
+            config, "pseudo_label_spaces", "pseudo_label_weight", "n_pseudotimes", "pseudotimes",
+            "noise", "entropy_weight", "learning_rate", "path_weight", "consistency_weight",
+            "temperature", "initial_rate_factor", "n_warmup_epochs", "seed",
         ),
     )  # fmt: skip
+    module = MixtureTraining(model, curriculum, options)
 
     @lru_cache(maxsize=1)
     def guided(index: int) -> Tensor:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import sys
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from cpmm.metrics import clustering_scores, nats_per_dimension
+from cpmm.pipeline.progress import ProgressLine
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,8 +24,9 @@ class Scorer:
     Args:
         data: The splits.
         split: Which of them is scored.
-        n_points: The first so many points of it, with the noise that they have among all; None: all.
-        n_first: The first so many of them have a density of their own too, to compare with a flow's.
+        n_points: Score only the first n_points of the split; their noise is the same as when all
+            are scored. None scores all.
+        n_first: Say the density of the first n_first of them too, to compare with a flow's.
     """
 
     def __init__(
@@ -95,8 +95,7 @@ def flow_log_prob(
     import torch
 
     n, done, n_calls = len(z), 0, 0
-    started = printed = time.monotonic()
-    terminal = sys.stdout.isatty()
+    line = ProgressLine(title or "")
 
     def count(*_: object) -> None:
         nonlocal n_calls
@@ -105,18 +104,12 @@ def flow_log_prob(
 
     hook = flow.field.register_forward_hook(count)
     log_prob = []
-    for i, batch in enumerate(z.float().split(batch_size)):
+    for i, batch in enumerate(z.float().split(batch_size), 1):
         log_prob.append(flow.log_prob(batch.to(generator.device), generator).double().cpu())
-        done, now = done + len(batch), time.monotonic()
-        if title is None or (now - printed < (0.2 if terminal else 15.0) and done < n):
-            continue
-        printed = now
-        eta = (now - started) * (n - done) / done / 60
-        line = (
-            f"{title} | {done}/{n} {what} | {math.ceil(n_calls / (i + 1))} calls of the field a batch | "
-            f"eta {eta:.1f}m"
-        )
-        end = "\n" if done == n or not terminal else "\r"
-        print(f"\x1b[2K{line}" if terminal else line, end=end, flush=True)
+        done += len(batch)
+        if title is not None and (done == n or line.is_due()):
+            calls = f"{math.ceil(n_calls / i)} calls of the field a batch"
+            _, eta = line.pace(done, n)
+            line.show(f"{done}/{n} {what}", calls, eta, last=done == n)
     hook.remove()
     return torch.cat(log_prob)

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import ray
 import ray.train
 from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -18,19 +17,23 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from cpmm.pipeline.sweeps import cluster
 from cpmm.pipeline.sweeps.plan import Trial
-from cpmm.pipeline.sweeps.trial import FOLDERS, run_trial
-from cpmm.pipeline.sweeps.worker import (
+from cpmm.pipeline.sweeps.reporter import (
     Assignment,
-    Reporter,
     call,
     failure,
     on_given_device,
     prepare,
+    trained_files,
     trial_scratch,
 )
+from cpmm.pipeline.sweeps.trial import run_trial
 
-# Of the trial itself, whoever runs it; a lost peer is a RuntimeError.
-OWN_ERRORS = (ValueError, TypeError, LookupError, MemoryError, NotImplementedError)
+# Errors of the trial itself, on whatever worker; a lost peer is a RuntimeError.
+TRIAL_ERRORS = (ValueError, TypeError, LookupError, MemoryError, NotImplementedError)
+
+
+class WorkersLost(RayError):
+    """Workers that trained one trial were lost: it is tried again."""
 
 
 def train_ddp(trial: Trial, assignment: Assignment, scratch: Path) -> dict[str, Any]:
@@ -43,18 +46,19 @@ def train_ddp(trial: Trial, assignment: Assignment, scratch: Path) -> dict[str, 
 
     Returns:
         The record of the trial.
+
+    Raises:
+        WorkersLost: If the workers ended without a record.
     """
     worker = cluster.resources(assignment.options)
+    each = {"CPU": worker["CPU"] - cluster.OUTER_CPU}
     trainer = TorchTrainer(
         _work,
         train_loop_config={"trial": trial, "assignment": assignment},
         scaling_config=ScalingConfig(
             num_workers=assignment.options["workers"],
             use_gpu=worker["GPU"] > 0,
-            resources_per_worker={
-                "CPU": worker["CPU"] - cluster.OUTER_CPU,
-                **({"GPU": worker["GPU"]} if worker["GPU"] else {}),
-            },
+            resources_per_worker=each | ({"GPU": worker["GPU"]} if worker["GPU"] else {}),
         ),
         run_config=RunConfig(
             name=trial.fingerprint,
@@ -63,64 +67,53 @@ def train_ddp(trial: Trial, assignment: Assignment, scratch: Path) -> dict[str, 
             callbacks=[TuneReportCallback()],
         ),
     )
-    call(assignment.archive.delete, _outcome(trial))
+    call(assignment.archive.delete, _outcome_file(trial))
     try:
         trainer.fit()
     except Exception as error:
-        record = call(assignment.archive.read, _outcome(trial))
-        if record is None:  # no word of the workers' own: one of them was lost
+        record = call(assignment.archive.read, _outcome_file(trial))
+        if record is None:
             raise WorkersLost(str(error).splitlines()[0]) from error
     else:
-        record = call(assignment.archive.read, _outcome(trial))
-    call(assignment.archive.delete, _outcome(trial))
+        record = call(assignment.archive.read, _outcome_file(trial))
+    call(assignment.archive.delete, _outcome_file(trial))
     return json.loads(record)
 
 
-class WorkersLost(RayError):
-    """Workers that trained together were lost: the trial is tried again."""
-
-
 def _work(config: dict[str, Any]) -> None:
-    """Train as one of the workers; the first of them tells, keeps and scores."""
+    """Train as one of the workers; the first of them keeps checkpoints, scores and saves files."""
     trial, assignment = config["trial"], config["assignment"]
     first = ray.train.get_context().get_world_rank() == 0
-    with trial_scratch(trial.fingerprint) as scratch, _told(trial, assignment):
-        reporter: Reporter = prepare(trial, assignment, scratch, ray.train.report)
-        reporter.keep = first
-        ddp = {
-            "strategy": RayDDPStrategy(),
-            "plugins": [RayLightningEnvironment()],
-            "devices": "auto",
-        }
+    ddp = {"strategy": RayDDPStrategy(), "plugins": [RayLightningEnvironment()], "devices": "auto"}
+    with trial_scratch(trial.fingerprint) as scratch, _failures_written(trial, assignment):
+        reporter = prepare(trial, assignment, scratch, ray.train.report, keep=first)
         record = run_trial(
             on_given_device(trial.config), *reporter.inputs, trial.fingerprint, scratch,
             listeners=[reporter], quiet=True, ddp=ddp,
         )  # fmt: skip
         if first and record["status"] == "finished":
-            for name in FOLDERS:
-                for path in sorted((scratch / name).glob("*")):
-                    target = f"trials/{trial.fingerprint}/{path.relative_to(scratch)}"
-                    call(assignment.archive.write, target, path.read_bytes())
+            for name, content in trained_files(scratch).items():
+                call(assignment.archive.write, f"trials/{trial.fingerprint}/{name}", content)
         # Numbers may break in one worker alone, and the others then only lose their peer.
         if first or record["status"] != "finished":
-            _leave(trial, assignment, record | {"reports": reporter.reports})
+            _write_outcome(trial, assignment, record | {"reports": reporter.reports})
         if record["status"] != "finished":  # the others wait for this one until they are stopped
             raise FloatingPointError(record["reason"])
 
 
 @contextmanager
-def _told(trial: Trial, assignment: Assignment) -> Iterator[None]:
-    """Leave word of an error that is the trial's own."""
+def _failures_written(trial: Trial, assignment: Assignment) -> Iterator[None]:
+    """Write the record of an error that is the trial's own, for :func:`train_ddp` to find."""
     try:
         yield
-    except OWN_ERRORS as error:
-        _leave(trial, assignment, failure(error))
+    except TRIAL_ERRORS as error:
+        _write_outcome(trial, assignment, failure(error))
         raise
 
 
-def _leave(trial: Trial, assignment: Assignment, record: dict[str, Any]) -> None:
-    call(assignment.archive.write, _outcome(trial), json.dumps(record).encode())
+def _write_outcome(trial: Trial, assignment: Assignment, record: dict[str, Any]) -> None:
+    call(assignment.archive.write, _outcome_file(trial), json.dumps(record).encode())
 
 
-def _outcome(trial: Trial) -> str:
+def _outcome_file(trial: Trial) -> str:
     return f"trials/{trial.fingerprint}/outcome.json"

@@ -1,15 +1,21 @@
-"""What trials train on: found in the workspace or made, opened, and shared once with every node."""
+"""The inputs of trials: found in ``data/<preset>``, or made there by the pipeline's stages."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+import subprocess
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import yaml
+
+from cpmm.pipeline.artifacts.files import write_text
 from cpmm.pipeline.config import Config
+from cpmm.pipeline.config.code import SCRIPTS
 from cpmm.pipeline.config.fingerprints import (
     fingerprint_inputs,
     fingerprint_prepared,
@@ -17,13 +23,12 @@ from cpmm.pipeline.config.fingerprints import (
     fingerprint_teacher,
     needs_spaces,
 )
-from cpmm.pipeline.stage import threads_of
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from cpmm.data import DataSplits
-    from cpmm.pipeline.artifacts.store import Spaces
+    from cpmm.pipeline.artifacts.spaces import Spaces
+
+STAGES = {"prepared": "prepare_data", "teacher": "train_teacher", "spaces": "build_spaces"}
 
 
 @dataclass(frozen=True)
@@ -44,26 +49,23 @@ class Located:
 def locate_inputs(config: Config, home: Path) -> Located:
     """Find the inputs of a configuration in ``data/<preset>``, or make them in its scratch folder.
 
-    What the pipeline has made from the same options is used as it is. The rest is made by the same
-    stages, and kept for other trials and sweeps.
+    What the pipeline has made from the same options is used as it is. The rest is made by the
+    commands of the same stages, and kept for other trials and sweeps.
 
     Args:
         config: The whole configuration of a trial.
         home: ``data/<preset>``.
-    """
-    from workflows import build_spaces, prepare_data, train_teacher
 
-    prepared = fingerprint_prepared(config)
-    data = _find_or_make("prepared", prepared, home, config, prepare_data.main, {})
+    Raises:
+        ChildProcessError: If a stage fails; names it, and gives its own error.
+    """
+    data = _find_or_make("prepared", fingerprint_prepared(config), home, config, {})
     if not needs_spaces(config, config["model"]):
         return Located(data, None, fingerprint_inputs(config))
     inputs = {"prepared": data}
     if teacher := fingerprint_teacher(config):
-        inputs["teacher"] = _find_or_make(
-            "teacher", teacher, home, config, train_teacher.main, inputs
-        )
-    fingerprint = fingerprint_spaces(config)
-    spaces = _find_or_make("spaces", fingerprint, home, config, build_spaces.main, inputs)
+        inputs["teacher"] = _find_or_make("teacher", teacher, home, config, inputs)
+    spaces = _find_or_make("spaces", fingerprint_spaces(config), home, config, inputs)
     return Located(data, spaces, fingerprint_inputs(config))
 
 
@@ -73,37 +75,38 @@ def open_inputs(located: Located) -> tuple[DataSplits, Spaces | None]:
     Raises:
         ValueError: If they are damaged, or not those that were located.
     """
-    from cpmm.pipeline.artifacts.store import load_prepared, open_spaces
+    from cpmm.pipeline.artifacts.spaces import open_spaces
+    from cpmm.pipeline.artifacts.store import load_prepared
 
     prepared, spaces = located.fingerprints
     data = load_prepared(located.prepared, prepared)
     return data, None if located.spaces is None else open_spaces(located.spaces, spaces)
 
 
+def size_of(located: Located) -> int:
+    """Bytes of the inputs on disk."""
+    folders = [located.prepared, *([located.spaces] if located.spaces else [])]
+    return sum(p.stat().st_size for folder in folders for p in folder.rglob("*") if p.is_file())
+
+
 def _find_or_make(
-    name: str,
-    fingerprint: str,
-    home: Path,
-    config: Config,
-    make: Callable[[Path, Config], str],
-    inputs: Mapping[str, Path],
+    name: str, fingerprint: str, home: Path, config: Config, inputs: Mapping[str, Path]
 ) -> Path:
-    """Return the folder of an input with the fingerprint ``fingerprint``."""
+    """Return the folder of an input that has this fingerprint; a stage makes it from others."""
     made = home / ".scratch" / "inputs" / f"{name}-{fingerprint}"
     if _fingerprint_or_none(home / name, whole=False) == fingerprint:
         return home / name
-    # Of what DVC does not keep, damage has no remedy but to make it again: it is read to the end.
+    # DVC does not keep these files, so damage can only be mended by making them again: read all.
     if _fingerprint_or_none(made / name, whole=True) == fingerprint:
         return made / name
     made.mkdir(parents=True, exist_ok=True)
     for other, path in inputs.items():
         link = made / other
-        if link.is_symlink() or link.exists():
-            link.unlink()
+        link.unlink(missing_ok=True)
         link.symlink_to(os.path.relpath(path, made))
+    write_text(made / "config.yaml", yaml.safe_dump(config, sort_keys=False))
     print(f"inputs | making {name} {fingerprint}", flush=True)
-    with threads_of(config):
-        print(f"inputs | {make(made, config)}", flush=True)
+    _run_stage(STAGES[name], made)
     shutil.rmtree(made / ".scratch", ignore_errors=True)
     return made / name
 
@@ -120,90 +123,25 @@ def _fingerprint_or_none(folder: Path, whole: bool) -> str | None:
     return header["fingerprint"]
 
 
-@dataclass(frozen=True)
-class SharedSpaces:
-    """The spaces in Ray's object store, each fetched when its turn comes: like ``store.Spaces``.
+def _run_stage(stage: str, folder: Path) -> None:
+    """Run the command of a stage on ``<folder>/config.yaml``, and pass on what it prints.
 
-    Attributes:
-        arrays: A reference to each space, (rows, M).
-        n_train: Training rows of a space.
-        train_index: Which training points went through the spaces; None: all did.
-        fingerprint: Of the store they were read from.
+    Raises:
+        ChildProcessError: If it fails, with the stage's own line on what was at fault.
+        KeyboardInterrupt: If it was interrupted.
     """
-
-    arrays: tuple[Any, ...]
-    n_train: int
-    train_index: Tensor | None
-    fingerprint: str
-
-    def __len__(self) -> int:
-        """V."""
-        return len(self.arrays)
-
-    def train(self, index: int) -> Tensor:
-        """Training rows of a space, float32, (n_train, M)."""
-        return self._read(index, slice(None, self.n_train))
-
-    def validation(self, index: int) -> Tensor:
-        """Validation rows of a space, float32, (rows - n_train, M)."""
-        return self._read(index, slice(self.n_train, None))
-
-    def _read(self, index: int, rows: slice) -> Tensor:
-        import numpy as np
-        import ray
-        import torch
-
-        # The object store's memory is read-only and shared: a trial works on a copy of one space.
-        return torch.from_numpy(ray.get(self.arrays[index])[rows].astype(np.float32, copy=True))
-
-
-@dataclass(frozen=True)
-class SharedInputs:
-    """Inputs in Ray's object store, which holds them once on each node."""
-
-    data: Any
-    spaces: SharedSpaces | None
-
-    def load(self) -> tuple[DataSplits, SharedSpaces | None]:
-        """Get them on any node of the cluster."""
-        import ray
-
-        return ray.get(self.data), self.spaces
-
-
-def share(located: Located) -> SharedInputs:
-    """Read inputs, check them and put them into Ray's object store."""
-    import numpy as np
-    import ray
-
-    data, spaces = open_inputs(located)
-    if spaces is None:
-        return SharedInputs(ray.put(data), None)
-    dtype = spaces.array.dtype
-    arrays = []
-    for index in range(len(spaces)):
-        parts = [spaces.train(index).numpy(), spaces.validation(index).numpy()]
-        arrays.append(ray.put(np.concatenate(parts).astype(dtype)))
-    shared = SharedSpaces(tuple(arrays), spaces.n_train, spaces.train_index, spaces.fingerprint)
-    return SharedInputs(ray.put(data), shared)
-
-
-def size_of(located: Located) -> int:
-    """Bytes of the inputs on disk."""
-    folders = [located.prepared, *([located.spaces] if located.spaces else [])]
-    return sum(p.stat().st_size for folder in folders for p in folder.rglob("*") if p.is_file())
-
-
-def share_all(
-    located: Mapping[tuple[str, str | None], Located], options: Mapping[str, Any]
-) -> dict[tuple[str, str | None], Any]:
-    """Share every input of a sweep, by the way that ``ray.inputs`` says."""
-    if options["inputs"] == "driver":
-        return {fingerprints: share(item) for fingerprints, item in located.items()}
-    from cpmm.pipeline.sweeps.remote import offer
-
-    # What DVC does not version, such as the spaces of an ablation, still travels from here.
-    return {
-        fingerprints: offer(item, options["cache"]) or share(item)
-        for fingerprints, item in located.items()
-    }
+    command = [sys.executable, str(SCRIPTS / f"{stage}.py"), str(folder / "config.yaml")]
+    said = f"{stage}: error: "
+    reason = "it ended without a reason, see above"
+    # Below DVC, a stage ends with the process that started it: here, with this one.
+    environment = {"DVC_STAGE": "inputs", **os.environ}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if line.startswith(said):
+                reason = line.removeprefix(said).strip()
+            else:
+                print(line, end="", file=sys.stderr, flush=True)
+    if process.returncode == 130:
+        raise KeyboardInterrupt
+    if process.returncode:
+        raise ChildProcessError(f"{stage}: {reason}")

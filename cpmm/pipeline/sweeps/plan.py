@@ -6,7 +6,7 @@ import itertools
 import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,6 @@ import numpy as np
 from cpmm.pipeline.config import Config
 from cpmm.pipeline.config.compose import compose_preset, flatten
 from cpmm.pipeline.config.fingerprints import fingerprint_inputs, fingerprint_model, hash_of
-from cpmm.pipeline.config.schema import BASELINES
 from cpmm.pipeline.scores.tables import SCORES, TEST
 
 SECTIONS = ("name", "seeds", "overrides", "parts", "search", "scheduler", "claims")
@@ -28,6 +27,11 @@ TAKEN = {
     "reason", "command", "fingerprint", "failures", *SCORES,
 }  # fmt: skip
 NO_DENSITY = ("autoencoder", "kmeans", "vade")  # kinds of conf/baselines/
+# Kinds that no trial trains, and why.
+NO_TRIAL = {
+    "refined": "it starts from the mixture that the pipeline extracts, and a trial has none",
+    "groups": "it is of training points, and a trial is scored on test points",
+}
 DISTRIBUTIONS = ("uniform", "loguniform", "integer", "choice")
 
 
@@ -79,6 +83,23 @@ class Trial:
         return " ".join(["python workflows/trial.py", *map(shlex.quote, words)])
 
 
+@dataclass(frozen=True)
+class _Row:
+    """A row of a sweep.
+
+    Attributes:
+        part: The part of the sweep that it is of.
+        axes: Its value on each axis, or the value's label.
+        overrides: Of its part; completed by :func:`plan_trials`.
+        values: Overrides that its values stand for.
+    """
+
+    part: str
+    axes: Mapping[str, Any]
+    overrides: tuple[str, ...]
+    values: tuple[str, ...]
+
+
 def plan_trials(
     preset: str, sweep: Config, base: Sequence[str], overrides: Sequence[str], code: str
 ) -> list[Trial]:
@@ -97,49 +118,19 @@ def plan_trials(
     check(sweep)
     _forbid_axes(sweep, overrides)
     common = [*base, *flatten_options(sweep["overrides"] or {})]
-    rows = [(part, axes, [*own, *overrides, *values]) for part, axes, own, values in _rows(sweep)]
-    seeds = {
-        part: (options or {}).get("seeds", sweep["seeds"])
-        for part, options in sweep["parts"].items()
-    }
-    configs = []
-    for part, axes, values in rows:
-        words = [("part", part)] if part else []
-        named = ", ".join(f"{k}={v}" for k, v in [*words, *axes.items()]) or "1"
-        try:
-            configs.append(compose_preset(preset, [*common, *values]))
-            _forbid_seed([*common, *values])
-            if sweep["search"]["kind"] == "optuna":  # what it may suggest must compose, too
-                for corner in _corners(sweep["search"]["space"]):
-                    compose_preset(preset, [*common, *flatten_options(corner)])
-        except ValueError as error:
-            raise ValueError(f"sweep {sweep['name']}, row {named}: {error}") from error
-    axes_shown = list(dict.fromkeys(name for _, axes, _ in rows for name in axes))
-    short = shorten(axes_shown)
-    several = len({part for part, _, _ in rows}) > 1
-    described = []
-    for (part, axes, _), config in zip(rows, configs, strict=True):
-        row = {"part": part} if several else {}
-        row |= {
-            short[name]: axes[name] if name in axes else _configured(config, name)
-            for name in axes_shown
-        }
-        described.append(row)
-    shown = [tuple((name, show(value)) for name, value in row.items()) for row in described]
-    if len(set(shown)) < len(shown):  # values that differ in a later digit
-        shown = [tuple((name, str(value)) for name, value in row.items()) for row in described]
-    trials = [
-        make_trial(preset, row, seed, [*common, *values], config, code)
-        for (part, _, values), row, config in zip(rows, shown, configs, strict=True)
-        for seed in range(seeds.get(part, sweep["seeds"]))
+    rows = [
+        replace(row, overrides=(*common, *row.overrides, *overrides, *row.values))
+        for row in _rows(sweep)
     ]
-    twice = {trial.fingerprint: trial for trial in trials}
-    if len(twice) < len(trials):
-        seen = [trial for trial in trials if twice[trial.fingerprint] is not trial]
-        raise ValueError(
-            f"sweep {sweep['name']}: {seen[0].name!r} and {twice[seen[0].fingerprint].name!r} are the same trial: "
-            "take one of them out"
-        )
+    configs = [_compose_row(preset, sweep, row, common) for row in rows]
+    shown = _show_rows(rows, configs)
+    seeds = {part: options.get("seeds", sweep["seeds"]) for part, options in _parts(sweep).items()}
+    trials = [
+        make_trial(preset, cells, seed, row.overrides, config, code)
+        for row, cells, config in zip(rows, shown, configs, strict=True)
+        for seed in range(seeds.get(row.part, sweep["seeds"]))
+    ]
+    _forbid_twins(sweep, trials)
     return trials
 
 
@@ -151,18 +142,17 @@ def make_trial(
     config: Config,
     code: str,
 ) -> Trial:
-    """Make the trial of a row and a seed from the row's composed configuration."""
+    """Make the trial of a row and a seed from the row's composed configuration.
+
+    Raises:
+        ValueError: If it is of a model that no trial trains.
+    """
+    require_trial(config["model"], config["baselines"])
     config = {**config, "cpmm": {**config["cpmm"], "seed": seed}}
     fingerprint = hash_of("trial", fingerprint_model(config), config["evaluation"]["ood"], code)
     last = {item.split("=")[0]: item for item in overrides}  # what is overruled says nothing
     kept = [item for item in overrides if last[item.split("=")[0]] is item]
     return Trial(preset, row, seed, (*kept, f"cpmm.seed={seed}"), config, fingerprint)
-
-
-def fingerprint_sweep(sweep: Config, trials: Sequence[Trial]) -> str:
-    """Fingerprint of a sweep: of its search and of all its trials, code included."""
-    fingerprints = [trial.fingerprint for trial in trials]
-    return hash_of(sweep["search"], sweep["scheduler"], fingerprints)
 
 
 def suggested_trial(trial: Trial, values: Mapping[str, Any], code: str) -> Trial:
@@ -241,14 +231,17 @@ def check_models(trials: Sequence[Trial], sweep: Config, n_workers: int) -> None
     """
     search, asha = sweep["search"], sweep["scheduler"]["kind"] == "asha"
     models = {trial.config["model"] for trial in trials}
+    rows = trials[0].config["baselines"]
     if search["kind"] == "optuna" and "model" in search["space"]:
         models = set(map(str, search["space"]["model"]["choice"]))
+        for model in sorted(models):
+            require_trial(model, rows)
     if n_workers > 1 and (others := sorted(models - {"cpmm"})):
         raise ValueError(
             f"ray.workers is {n_workers}, but workers train together cpmm alone, and sweep {sweep['name']} has "
             f"model {', '.join(others)}: set ray.workers=1, or leave it out"
         )
-    blind = sorted(model for model in models if BASELINES.get(model) in NO_DENSITY)
+    blind = sorted(m for m in models if m in rows and rows[m]["kind"] in NO_DENSITY)
     if blind and (asha or search["kind"] == "optuna"):
         by = "scheduler.kind is 'asha'" if asha else "search.kind is 'optuna'"
         raise ValueError(
@@ -315,32 +308,73 @@ def show(value: Any, digits: int = 4) -> str:
     return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
 
 
-def _rows(sweep: Config) -> Iterator[tuple[str, dict[str, Any], list[str], list[str]]]:
-    """Give part, axis values, overrides of the part and overrides of the axes for each row."""
-    search = sweep["search"]
-    if search["kind"] == "optuna":
-        yield "", {}, [], []
-    elif search["kind"] == "random":
-        generator = np.random.default_rng(search["seed"])
-        known: list[dict[str, Any]] = []
-        for _ in range(100 * search["n_samples"]):
-            values = {name: _draw(d, generator) for name, d in search["space"].items()}
-            if values not in known:  # of a small space there may be fewer than asked for
-                known.append(values)
-                yield "", values, [], flatten_options(values)
-            if len(known) == search["n_samples"]:
-                return
+def _rows(sweep: Config) -> Iterator[_Row]:
+    """List the rows of a sweep, in the order of its file."""
+    if sweep["search"]["kind"] == "optuna":
+        yield _Row("", {}, (), ())
+    elif sweep["search"]["kind"] == "random":
+        yield from _random_rows(sweep["search"])
     else:
         for part, options in (_parts(sweep) or {"": {}}).items():
-            common = flatten_options(options.get("overrides") or {})
+            overrides = tuple(flatten_options(options.get("overrides") or {}))
             axes = [list(_axis(name, v)) for name, v in (options.get("grid") or {}).items()]
             for point in itertools.product(*axes):
-                yield (
-                    part,
-                    {name: label for name, label, _ in point},
-                    common,
-                    list(itertools.chain.from_iterable(o for _, _, o in point)),
-                )
+                labels = {name: label for name, label, _ in point}
+                values = itertools.chain.from_iterable(values for _, _, values in point)
+                yield _Row(part, labels, overrides, tuple(values))
+
+
+def _random_rows(search: Config) -> Iterator[_Row]:
+    """Draw the rows of a random search; a small space has fewer than are asked for."""
+    generator = np.random.default_rng(search["seed"])
+    known: list[dict[str, Any]] = []
+    for _ in range(100 * search["n_samples"]):
+        axes = {name: _draw(d, generator) for name, d in search["space"].items()}
+        if axes not in known:
+            known.append(axes)
+            yield _Row("", axes, (), tuple(flatten_options(axes)))
+        if len(known) == search["n_samples"]:
+            return
+
+
+def _compose_row(preset: str, sweep: Config, row: _Row, common: Sequence[str]) -> Config:
+    """Compose a row's configuration, and check what Optuna may suggest.
+
+    Raises:
+        ValueError: If it cannot be composed; names the row.
+    """
+    try:
+        config = compose_preset(preset, row.overrides)
+        _forbid_seed(row.overrides)
+        if sweep["search"]["kind"] == "optuna":
+            for corner in _corners(sweep["search"]["space"]):
+                compose_preset(preset, [*common, *flatten_options(corner)])
+    except ValueError as error:
+        words = {"part": row.part} if row.part else {}
+        named = ", ".join(f"{k}={v}" for k, v in (words | row.axes).items()) or "1"
+        raise ValueError(f"sweep {sweep['name']}, row {named}: {error}") from error
+    return config
+
+
+def _show_rows(
+    rows: Sequence[_Row], configs: Sequence[Config]
+) -> list[tuple[tuple[str, str], ...]]:
+    """Write the values of every row on all axes; a row without an axis has its option's value."""
+    axes = list(dict.fromkeys(name for row in rows for name in row.axes))
+    short = shorten(axes)
+    several = len({row.part for row in rows}) > 1
+    cells = [
+        ({"part": row.part} if several else {})
+        | {
+            short[name]: row.axes[name] if name in row.axes else _configured(config, name)
+            for name in axes
+        }
+        for row, config in zip(rows, configs, strict=True)
+    ]
+    shown = [tuple((name, show(value)) for name, value in row.items()) for row in cells]
+    if len(set(shown)) < len(shown):  # values that differ in a later digit
+        return [tuple((name, str(value)) for name, value in row.items()) for row in cells]
+    return shown
 
 
 def _parts(sweep: Config) -> dict[str, Any]:
@@ -389,6 +423,17 @@ def _forbid_seed(overrides: Sequence[str]) -> None:
         if item.lstrip("+").split("=")[0] == "cpmm.seed":
             raise ValueError(
                 f"{item} cannot be set: a sweep gives its trials seeds 0, 1, ... (sweep.seeds)"
+            )
+
+
+def _forbid_twins(sweep: Config, trials: Sequence[Trial]) -> None:
+    known: dict[str, Trial] = {}
+    for trial in trials:
+        twin = known.setdefault(trial.fingerprint, trial)
+        if twin is not trial:
+            raise ValueError(
+                f"sweep {sweep['name']}: {twin.name!r} and {trial.name!r} are the same trial: "
+                "take one of them out"
             )
 
 

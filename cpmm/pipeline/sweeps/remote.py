@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
+import yaml
 from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cpmm.pipeline.config.fingerprints import hash_of
 from cpmm.pipeline.config.root import ROOT
-from cpmm.pipeline.sweeps.inputs import Located, SharedInputs, share
+from cpmm.pipeline.sweeps.inputs import Located
+from cpmm.pipeline.sweeps.shared import SharedInputs, share
 
 if TYPE_CHECKING:
     from cpmm.data import DataSplits
-    from cpmm.pipeline.sweeps.inputs import SharedSpaces
+    from cpmm.pipeline.sweeps.shared import SharedSpaces
 
 PULL_SECONDS = 3600
 
@@ -44,26 +46,26 @@ class RemoteInput:
 
 @dataclass(frozen=True)
 class RemoteInputs:
-    """Inputs that a trial gets from the holder of its node."""
+    """Inputs that a trial gets from the cache of its node; ``caches`` is an actor's handle."""
 
-    holders: Any
+    caches: Any
 
     def load(self) -> tuple[DataSplits, SharedSpaces | None]:
         """Get them on any node of the cluster."""
         node = ray.get_runtime_context().get_node_id()
-        holder = ray.get(self.holders.of_node.remote(node))
+        cache = ray.get(self.caches.of_node.remote(node))
         try:
-            return ray.get(holder.shared.remote(), timeout=PULL_SECONDS).load()
+            return ray.get(cache.shared.remote(), timeout=PULL_SECONDS).load()
         except RayActorError:
-            ray.get(self.holders.forget.remote(node))  # the next trial there tries anew
+            ray.get(self.caches.forget.remote(node))  # the next trial there tries anew
             raise
 
 
 class NodeCache:
     """Puts the inputs into its node's object store, once for all trials there."""
 
-    def __init__(self, offered: RemoteInput, at_home: bool) -> None:
-        self._shared = share(offered.located if at_home else pull(offered))
+    def __init__(self, remote_input: RemoteInput, at_home: bool) -> None:
+        self._shared = share(remote_input.located if at_home else pull(remote_input))
 
     def shared(self) -> SharedInputs:
         """References to them."""
@@ -71,35 +73,32 @@ class NodeCache:
 
 
 class NodeCaches:
-    """Starts a holder on each node that asks; they live as long as this actor, that is the sweep."""
+    """Starts a cache on each node that asks; they live as long as this actor, that is the sweep."""
 
-    def __init__(self, offered: RemoteInput, home: str) -> None:
-        self.offered, self.home = offered, home
+    def __init__(self, remote_input: RemoteInput, home: str) -> None:
+        self.remote_input, self.home = remote_input, home
         self.by_node: dict[str, Any] = {}
 
     def of_node(self, node: str) -> Any:
-        """Handle of a node's holder."""
+        """Handle of a node's cache."""
         if node not in self.by_node:
             there = NodeAffinitySchedulingStrategy(node, soft=False)
-            remote = ray.remote(num_cpus=0, max_restarts=-1)(NodeCache)
-            self.by_node[node] = remote.options(scheduling_strategy=there).remote(
-                self.offered, node == self.home
-            )
+            actor = ray.remote(num_cpus=0, max_restarts=-1)(NodeCache)
+            actor = actor.options(scheduling_strategy=there)
+            self.by_node[node] = actor.remote(self.remote_input, node == self.home)
         return self.by_node[node]
 
     def forget(self, node: str) -> None:
-        """Start another holder on the node next time."""
+        """Start another cache on the node next time."""
         self.by_node.pop(node, None)
 
 
-def offer(located: Located, cache: str) -> RemoteInputs | None:
+def push(located: Located, cache: str) -> RemoteInputs | None:
     """Push inputs to the default DVC remote for every node to pull; None for what DVC lacks.
 
     Raises:
         ValueError: If the project has no default remote, or the push fails.
     """
-    import yaml
-
     folders = [f for f in (located.prepared, located.spaces) if f is not None]
     lock = ROOT / "dvc.lock"
     stages = (yaml.safe_load(lock.read_text()) if lock.is_file() else {}).get("stages") or {}
@@ -111,16 +110,15 @@ def offer(located: Located, cache: str) -> RemoteInputs | None:
     run_dvc(ROOT, "push", *paths)
     home = ray.get_runtime_context().get_node_id()
     here = NodeAffinitySchedulingStrategy(home, soft=False)
-    holders = ray.remote(num_cpus=0)(NodeCaches).options(scheduling_strategy=here)
-    offered = RemoteInput(tuple(known[path] for path in paths), remote, cache, located)
-    return RemoteInputs(holders.remote(offered, home))
+    actor = ray.remote(num_cpus=0)(NodeCaches).options(scheduling_strategy=here)
+    remote_input = RemoteInput(tuple(known[path] for path in paths), remote, cache, located)
+    return RemoteInputs(actor.remote(remote_input, home))
 
 
 def pull(inputs: RemoteInput) -> Located:
     """Pull inputs into this node's cache; DVC checks every file against its hash.
 
-    A cache of the same hashes is used as it is: what is opened from it is checked once more, by the
-    seals of the artifacts.
+    A cache of the same hashes is used as it is; the artifacts' seals are checked when it is opened.
     """
     fingerprint = hash_of(inputs.outs)
     root = Path(inputs.cache).expanduser() / fingerprint
@@ -131,8 +129,8 @@ def pull(inputs: RemoteInput) -> Located:
             run_dvc(root, "pull", "--force")
         except ValueError as error:
             raise ValueError(
-                f"node {ray.util.get_node_ip_address()} cannot get the inputs: on the DVC remote they are out "
-                f"of reach, missing, or do not have their hashes: {error}"
+                f"node {ray.util.get_node_ip_address()} cannot get the inputs: on the DVC remote "
+                f"they are out of reach, missing, or do not have their hashes: {error}"
             ) from error
         finally:
             (root / ".dvc" / "config.local").unlink(missing_ok=True)  # it may hold credentials
@@ -142,7 +140,6 @@ def pull(inputs: RemoteInput) -> Located:
 
 def _make_repository(root: Path, inputs: RemoteInput) -> None:
     """Make a DVC repository that knows nothing but the inputs, one .dvc file for each."""
-    import yaml
     from dvc.config import Config
     from dvc.repo import Repo
 
@@ -175,7 +172,7 @@ def default_remote() -> dict[str, Any]:
         if not name:
             raise ValueError(
                 "ray.inputs is remote, but the project has no default DVC remote: add one with "
-                "`dvc remote add --local -d NAME URL`, or take ray.inputs=driver"
+                "`dvc remote add --local -d NAME URL`, or set ray.inputs=driver"
             )
         return dict(repo.config["remote"][name])
 
@@ -193,7 +190,8 @@ def run_dvc(folder: Path, *arguments: str) -> None:
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:
         raise ValueError(
-            f"`dvc {' '.join(arguments)}` did not end within {PULL_SECONDS} s in {folder}: is the remote in reach?"
+            f"`dvc {' '.join(arguments)}` did not end within {PULL_SECONDS} s in {folder}: "
+            "is the remote in reach?"
         ) from error
     if done.returncode:
         # What follows the first error names the targets, on lines of their own.

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -195,38 +193,6 @@ def draw(results: Results, rows: pd.DataFrame, unit: str) -> Figure:
         if score in trials or score == "density"
     }
     return plot_sweep(labels, np.array(place), panels, rows["n_failed"].tolist())
-
-
-def write_tables(
-    folder: Path,
-    results: Results,
-    rows: pd.DataFrame,
-    claims: Sequence[Mapping[str, Any]],
-    unit: str,
-    text: str,
-) -> None:
-    """Write trials, rows with their claims, the figure and ``text`` for people into a folder."""
-    from matplotlib import rc_context
-
-    from cpmm.pipeline.artifacts.store import write_json
-
-    trials_table(results).to_csv(folder / "trials.csv", index=False)
-    (folder / "table.md").write_text(text)
-    records = json.loads(rows.to_json(orient="records"))
-    write_json(folder / "table.json", {"unit": unit, "rows": records, "claims": claims})
-    with rc_context({"svg.hashsalt": "cpmm"}):
-        draw(results, rows, unit).savefig(folder / "rows.svg", metadata={"Date": None})
-
-
-def print_tables(title: str, rows: pd.DataFrame, claims: Sequence[Mapping[str, Any]]) -> None:
-    """Print the rows and the claims."""
-    from rich.console import Console
-
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-    console.print(terminal_table(title, rows))
-    for claim in claims:
-        ours = f"{claim['ours']['worse']} -> {claim['ours']['better']}"
-        print(f"claim: {claim['claim']}: {claim['holds']} ({claim['metric']} {ours})")
 
 
 def best_line(

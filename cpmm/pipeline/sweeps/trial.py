@@ -19,8 +19,8 @@ from cpmm.pipeline.errors import describe
 
 if TYPE_CHECKING:
     from cpmm.data import DataSplits
-    from cpmm.pipeline.artifacts.store import Spaces
-    from cpmm.pipeline.models.baselines import Fitted
+    from cpmm.pipeline.artifacts.spaces import Spaces
+    from cpmm.pipeline.models.fitted import Fitted
     from cpmm.pipeline.scores.ood import OodPoints
 
 FOLDERS = ("cpmm", "mixture", "baseline")  # what a trial leaves
@@ -95,9 +95,11 @@ def _train_cpmm(
     **options: Any,
 ) -> Fitted | None:
     from cpmm.pipeline.artifacts.store import save_model
-    from cpmm.pipeline.models.baselines import as_fitted, ended
+    from cpmm.pipeline.models.baselines import ended
     from cpmm.pipeline.models.fit import fit
-    from cpmm.pipeline.models.mixtures import extract, make_mixture_training, mixture_header
+    from cpmm.pipeline.models.fitted import of_mixture
+    from cpmm.pipeline.models.mixtures import make_mixture_training
+    from cpmm.pipeline.models.trajectories import extract, mixture_header
 
     module, rows = make_mixture_training(config["cpmm"], config["mixture"], data, spaces)
     progress["module"] = module
@@ -119,7 +121,7 @@ def _train_cpmm(
     mixture.save(
         scratch / "mixture", mixture_header(config, data, fingerprint), data.preprocessing.tensors
     )
-    return as_fitted(mixture, data, ended(module))
+    return of_mixture(mixture, data, config["cpmm"]["n_clusters"], ended(module))
 
 
 def _train_baseline(
@@ -132,7 +134,8 @@ def _train_baseline(
     alive: Callable[[], None],
     **options: Any,
 ) -> Fitted:
-    from cpmm.pipeline.models.baselines import save_baseline, train_baseline
+    from cpmm.pipeline.models.baselines import train_baseline
+    from cpmm.pipeline.models.fitted import save_baseline
 
     if options.get("ddp"):
         raise ValueError(f"ray.workers above 1 trains cpmm alone: model is {config['model']!r}")
@@ -161,7 +164,7 @@ def _score(
     """Scores of a trained model, and how long densities take."""
     import torch
 
-    from cpmm.pipeline.models.baselines import score_baseline
+    from cpmm.pipeline.models.fitted import score_baseline
     from cpmm.pipeline.scores.scorer import Scorer
 
     validation = None

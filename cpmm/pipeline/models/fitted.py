@@ -1,0 +1,214 @@
+"""Trained baselines: scored, written to data/<preset>/baselines/<row> and read again from there."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.distributions import MultivariateNormal
+
+from cpmm.artifact import load_artifact, load_header, save_artifact, seal_folder, verify_files
+from cpmm.data import DataSplits
+from cpmm.mixture import Mixture
+from cpmm.pipeline.config import Config
+from cpmm.pipeline.config.fingerprints import fingerprint_baseline
+from cpmm.pipeline.models.runtime import choose
+from cpmm.pipeline.models.trajectories import mixture_header
+
+if TYPE_CHECKING:
+    from cpmm.pipeline.scores.ood import OodPoints
+    from cpmm.pipeline.scores.scorer import Scorer
+
+LogProb = Callable[[Tensor], Tensor]
+NOT_TRAINED: dict[str, int | None] = {"best_epoch": None, "steps": None}
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A baseline, trained.
+
+    Attributes:
+        n_parameters: Numbers that are kept to score points; None: it is no model.
+        ended: How its training ended: ``best_epoch`` and ``steps``.
+        log_prob: Log-density of points in the models' space, (N, M) float64 to nats, (N,).
+        predict: Cluster of each point of a split, by the split's name.
+        mixture: If it is one.
+        weights: What is kept of it otherwise.
+        n_points: Points of a split that its density is measured on; None: all.
+        n_components: Components of its density; None: it has none.
+        split: The split that it is scored on.
+        missing: Why there is nothing of it; None: there is.
+    """
+
+    n_parameters: int | None
+    ended: Mapping[str, int | None]
+    log_prob: LogProb | None = None
+    predict: Callable[[str], Tensor] | None = None
+    mixture: Mixture | None = None
+    weights: Mapping[str, Tensor] | None = None
+    n_points: int | None = None
+    n_components: int | None = None
+    split: str = "test"
+    missing: str | None = None
+
+
+def of_mixture(
+    mixture: Mixture, data: DataSplits, n_clusters: int, ended: Mapping[str, int | None]
+) -> Fitted:
+    """Score a mixture in float64; it clusters points if its clusters are ``n_clusters``."""
+    mixture = mixture.to(torch.float64)
+
+    def predict(split: str) -> Tensor:
+        return mixture.predict(data.points(split)[0])
+
+    return Fitted(
+        n_parameters=mixture.components.n_parameters,
+        ended=ended,
+        log_prob=mixture.log_prob,
+        predict=predict if mixture.n_clusters == n_clusters else None,
+        mixture=mixture,
+        n_components=mixture.components.n_components,
+    )
+
+
+def of_gaussian(weights: Mapping[str, Tensor], data: DataSplits) -> Fitted:
+    """Score one Gaussian by its ``mean``, (M,), and ``scale_tril``, (M, M), in float64."""
+    gaussian = MultivariateNormal(weights["mean"], scale_tril=weights["scale_tril"])
+    n_parameters = data.n_features * (data.n_features + 3) // 2
+    return Fitted(
+        n_parameters, NOT_TRAINED, log_prob=gaussian.log_prob, weights=weights, n_components=1
+    )
+
+
+def of_kmeans(weights: Mapping[str, Tensor], data: DataSplits) -> Fitted:
+    """Cluster points by the nearest ``centre``, (C, M) float64, before any whitening."""
+
+    def predict(split: str) -> Tensor:
+        points = data.preprocessing.unwhiten(data.points(split)[0])
+        return torch.cdist(points, weights["centre"]).argmin(1)
+
+    return Fitted(weights["centre"].numel(), NOT_TRAINED, predict=predict, weights=weights)
+
+
+def of_groups(weights: Mapping[str, Tensor], _data: DataSplits) -> Fitted:
+    """Score the ``group`` of each training point, (N,), which no other points have."""
+    return Fitted(
+        None, NOT_TRAINED, predict=lambda _split: weights["group"], weights=weights, split="train"
+    )
+
+
+# Kinds that are no mixtures, and how their weights are scored again.
+KEPT: dict[str, Callable[[Mapping[str, Tensor], DataSplits], Fitted]] = {
+    "gaussian": of_gaussian,
+    "kmeans": of_kmeans,
+    "groups": of_groups,
+}
+
+
+def save_baseline(
+    row: str, fitted: Fitted, folder: Path, config: Config, data: DataSplits, fingerprint: str
+) -> None:
+    """Write what is kept of a baseline: a mixture as the pipeline's own, other models' weights.
+
+    Files that already lie in the folder are sealed along.
+    """
+    header = {
+        "fingerprint": fingerprint,
+        "row": row,
+        "kind_of_model": config["baselines"][row]["kind"],
+    }
+    if fitted.mixture is None:
+        missing = {} if fitted.missing is None else {"missing": fitted.missing}
+        save_artifact(folder, "baseline", fitted.weights or {}, header | missing)
+        return
+    pre = data.preprocessing
+    fitted.mixture.to(torch.float32).save(
+        folder / "mixture", mixture_header(config, data, fingerprint), pre.tensors
+    )
+    seal_folder(folder, "baseline", header, {})
+
+
+def load_baseline(row: str, folder: Path, config: Config, data: DataSplits) -> Fitted:
+    """Read a row of conf/baselines/ that was trained for ``data/<preset>``.
+
+    Args:
+        row: Its name.
+        folder: ``data/<preset>``.
+        config: The whole composed configuration.
+        data: The splits.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If a file is damaged or of another configuration, or the kind of the row is
+            neither a mixture nor one of :data:`KEPT`.
+    """
+    fingerprint, place = fingerprint_baseline(config, row), folder / "baselines" / row
+    try:
+        header = load_header(place, "baseline", fingerprint)
+        verify_files(place, header, header["files"])
+        if (place / "mixture").is_dir():
+            mixture = Mixture.load(place / "mixture", fingerprint=fingerprint)
+            return of_mixture(mixture, data, config["cpmm"]["n_clusters"], NOT_TRAINED)
+        weights, _ = load_artifact(place, "baseline", fingerprint=fingerprint)
+    except (FileNotFoundError, ValueError) as error:
+        command = f"python workflows/train_baseline.py {folder / 'config.yaml'} {row}"
+        raise type(error)(f"{error}; `{command}` trains this baseline alone") from error
+    if header.get("missing"):
+        return Fitted(None, NOT_TRAINED, missing=header["missing"])
+    kind = config["baselines"][row]["kind"]
+    return choose(f"baselines.{row}.kind, to be scored again,", kind, KEPT)(weights, data)
+
+
+def score_baseline(
+    fitted: Fitted,
+    score: Scorer,
+    n_clusters: int,
+    ood: OodPoints | None = None,
+    timed: bool = True,
+) -> dict[str, Any]:
+    """Density and clustering scores of a model on the split of ``score``.
+
+    Returns:
+        The scores of the split; for a density, if ``timed``, ``seconds_10k``, the time that it takes
+        for 10,000 points, and with ``ood`` the entry ``ood`` of
+        :meth:`cpmm.pipeline.scores.ood.OodPoints.scores`.
+
+    Raises:
+        FloatingPointError: If the density is not finite.
+    """
+    scores: dict[str, Any] = {}
+    if fitted.log_prob is not None:
+        with torch.no_grad():
+            inside, seconds = _timed(fitted.log_prob, score.z, 5 if timed else 1)
+            scores |= score.density(inside)
+            if not math.isfinite(scores["density"]):
+                raise FloatingPointError(
+                    f"the density of the trained model is not finite on the {score.split} split"
+                )
+            if timed:
+                scores["seconds_10k"] = seconds * 10_000 / len(score.z)
+            if ood is not None:
+                there = fitted.log_prob(ood.z[: fitted.n_points])
+                scores["ood"] = ood.scores(score, inside, there)
+    if fitted.predict is not None and score.label is not None:
+        scores |= score.clusters(fitted.predict(score.split).numpy(), n_clusters)
+    sizes = {"n_components": fitted.n_components, "n_parameters": fitted.n_parameters}
+    return scores | {name: size for name, size in sizes.items() if size is not None}
+
+
+def _timed(log_prob: LogProb, z: Tensor, most: int) -> tuple[Tensor, float]:
+    """Log-densities and the seconds they take, the least of ``most`` where that is soon done."""
+    seconds = math.inf
+    for _ in range(most):
+        started = time.perf_counter()
+        found = log_prob(z)
+        seconds = min(seconds, time.perf_counter() - started)
+        if seconds > 1:
+            break
+    return found, seconds

@@ -1,0 +1,148 @@
+"""Plan a sweep, run the trials that have no record yet, publish what it found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import yaml
+
+from cpmm.pipeline.config.compose import compose_preset, known_sweeps, read_overrides, split_preset
+from cpmm.pipeline.config.root import ROOT
+from cpmm.pipeline.sweeps import cluster, plan
+from cpmm.pipeline.sweeps.archive import CHECKPOINT, Archive
+from cpmm.pipeline.sweeps.inputs import Located, locate_inputs, size_of
+from cpmm.pipeline.sweeps.sweep import Sweep
+from cpmm.pipeline.sweeps.trial import trial_code
+
+OWN = ("sweep", "ray")  # groups that are the sweep's, not its trials'
+
+
+def run_sweep(overrides: list[str], only_config: bool = False, only_plan: bool = False) -> None:
+    """Plan, run and tabulate a sweep.
+
+    Args:
+        overrides: Of the preset, of the sweep and of what Ray is asked for, in Hydra's syntax.
+        only_config: Print the composed configuration instead.
+        only_plan: Print the trials instead, each with its command.
+    """
+    preset, rest = split_preset(overrides)
+    for item in rest:
+        if item.startswith("sweep=") and item.removeprefix("sweep=") not in known_sweeps():
+            raise ValueError(f"unknown {item}: choose one of {', '.join(known_sweeps())}")
+    params = read_overrides(preset)
+    config = compose_preset(preset, [*params, *rest], "sweep")
+    if only_config:
+        print(yaml.safe_dump(config, sort_keys=False), end="")
+        return
+
+    params, rest = ([item for item in items if not _is_own(item)] for items in (params, rest))
+    options, ray = config["sweep"], config["ray"]
+    cluster.check_options(ray)
+    trials = plan.plan_trials(preset, options, params, rest, trial_code())
+    plan.check_models(trials, options, ray["workers"])
+    if only_plan:
+        for trial in trials:
+            print(f"{trial.name}\n    {trial.command}")
+        return
+
+    from cpmm.pipeline.artifacts.store import load_prepared
+    from cpmm.pipeline.sweeps.publish import publish_sweep
+
+    home = ROOT / "data" / preset
+    archive = Archive(ray["storage"] or str(home / ".scratch" / "sweep"))
+    configs = {trial.inputs: trial.config for trial in trials}
+    located = {key: locate_inputs(config, home) for key, config in configs.items()}
+    sweep = Sweep(preset, trials, options, ray, archive, home)
+    prepared = load_prepared(located[trials[0].inputs].prepared)
+    unit, _, _ = prepared.preprocessing.density_unit
+    _run(sweep, located, unit)
+    publish_sweep(sweep, unit)
+
+
+def _run(sweep: Sweep, located: Mapping[tuple[str, str | None], Located], unit: str) -> None:
+    """Run the trials that the archive has no record of."""
+    cluster.prepare_environment(sweep.ray)  # before Ray is imported
+    for trial, record in sweep.results():
+        if record["status"] == "lost":
+            sweep.archive.delete_record(trial.fingerprint)
+    n_done = len(sweep.results())
+    print(f"sweep {sweep.name} | {_beginning(sweep, n_done)}", flush=True)
+    if n_done >= sweep.n_trials:
+        return
+    from cpmm.pipeline.sweeps.driver import run_trials, share_all
+    from cpmm.pipeline.sweeps.progress import Progress
+
+    names = {trial.fingerprint: trial.name for trial in sweep.trials}
+    progress = Progress(sweep.name, names, sweep.n_trials, n_done, unit)
+    size, n_cpus = sum(map(size_of, located.values())), sweep.ray["cpus"] * sweep.ray["workers"]
+    with cluster.connected(sweep.ray, size, n_cpus) as line:
+        print(f"sweep {sweep.name} | {line}", flush=True)
+        inputs = share_all(located, sweep.ray)
+        if sweep.suggests and (begun := sweep.unfinished()):  # go on from their checkpoints
+            progress.names |= {trial.fingerprint: trial.name for trial in begun}
+            run_trials(_as_grid(sweep, begun), inputs, progress)
+        if len(sweep.results()) < sweep.n_trials:
+            run_trials(sweep, inputs, progress)
+    _check_complete(sweep)
+
+
+def _as_grid(sweep: Sweep, trials: list[plan.Trial]) -> Sweep:
+    """Make a sweep of trials that Optuna suggested before."""
+    search = sweep.options["search"] | {"kind": "grid"}
+    return replace(sweep, trials=trials, options=sweep.options | {"search": search})
+
+
+def _check_complete(sweep: Sweep) -> None:
+    """Check that every trial has a record; Optuna may have nothing more to suggest.
+
+    Raises:
+        ChildProcessError: If some have none.
+    """
+    n_done = len(sweep.results())
+    missing = sweep.n_trials - n_done
+    if missing > 0 and sweep.suggests and not sweep.unfinished():
+        print(
+            f"sweep {sweep.name} | {n_done} trials in place of {sweep.n_trials}: the search "
+            "suggested nothing else; its space has few points, a grid would do",
+            flush=True,
+        )
+    elif missing > 0:
+        raise ChildProcessError(f"{missing} trials have no record: the same command goes on")
+
+
+def _beginning(sweep: Sweep, n_done: int) -> str:
+    """Say whether the sweep goes on or starts afresh, and note in the archive what it consists of.
+
+    Args:
+        sweep: What is to run.
+        n_done: Number of its trials that have ended.
+    """
+    archive, trials = sweep.archive, sweep.trials
+    name = f"sweeps/{sweep.name}-{trials[0].config['name']}.json"
+    fingerprints = [trial.fingerprint for trial in trials]
+    before = archive.read_json(name) or {}
+    archive.write_json(name, {"fingerprint": sweep.fingerprint, "trials": fingerprints})
+    begun = sum(
+        archive.record(trial.fingerprint) is None
+        and archive.has(f"trials/{trial.fingerprint}/{CHECKPOINT}")
+        for trial in trials
+    )
+    state = f"{sweep.n_trials} trials, {n_done} done before, {begun} begun"
+    if not before.get("fingerprint"):
+        return f"starting, {state}"
+    if before["fingerprint"] == sweep.fingerprint:
+        done = n_done >= sweep.n_trials
+        return f"all done: {state}" if done else f"same configuration: resuming, {state}"
+    known = set(before.get("trials", ()))
+    if set(fingerprints) != known and set(fingerprints) & known:
+        return f"other trials asked for than before, {state}"
+    what = "configuration or code changed"
+    if n_done or begun:
+        return f"{what}: {state} with the same options and code, the rest starts afresh"
+    return f"{what}: starting afresh, {state}"
+
+
+def _is_own(override: str) -> bool:
+    key = override.lstrip("+~").split("=", 1)[0]
+    return key.split(".")[0].split("@")[0] in OWN

@@ -40,11 +40,8 @@ NONE = "–"
 # them, under which heading they stand, and beside which row of the paper's Table 1.
 MODELS = {
     "cpmm": {"title": "CPMM", "block": "CPMM", "paper": "CPMM"},
-    "refined": {"title": "CPMM's components trained on", "block": "CPMM"},
     "teacher": {"title": "teacher", "block": "flows", "paper": "Teacher"},
-    "groups": {"title": "groups told (training points)", "block": "clustering only"},
 }
-EVALUATED = ("refined", "teacher", "groups")  # of the pipeline's own run, if not of the sweep
 # Headings in their order; others follow, then what has none, and what only the paper has.
 BLOCKS = ("CPMM", "mixtures", "circuits", "flows", "clustering only", "sanity rows")
 OTHERS = "others"
@@ -129,9 +126,9 @@ def compare(trials: pd.DataFrame, metrics: Mapping[str, Any], config: Config) ->
     data = published.data_of(str(metrics.get("preset")))
     found = {model: _of_sweep(group) for model, group in trials.groupby("model", sort=False)}
     detected = (metrics.get("ood") or {}).get("models", {})
-    for model in EVALUATED:
-        if model in metrics["models"] and model not in found:
-            found[model] = _of_evaluation(metrics["models"][model], detected.get(model, {}))
+    for model, scores in metrics["models"].items():
+        if model != "cpmm" and model not in found:  # of CPMM the table has the sweep's seeds alone
+            found[model] = _of_evaluation(scores, detected.get(model, {}))
     rows = []
     for model, row in found.items():
         about = describe(model, config)
@@ -354,14 +351,14 @@ def _notes(
 ) -> list[str]:
     """Say of each group of numbers where it comes from, a sentence or two each."""
     return [
-        *_notes_on_rows(table, metrics),
+        *_notes_on_rows(table, metrics, config),
         *_notes_on_scores(table, metrics, rules, config),
         *_notes_on_costs(table),
         *_notes_on_absent(table, metrics, config),
     ]
 
 
-def _notes_on_rows(table: pd.DataFrame, metrics: Mapping[str, Any]) -> list[str]:
+def _notes_on_rows(table: pd.DataFrame, metrics: Mapping[str, Any], config: Config) -> list[str]:
     sources = table.groupby("source")["name"].agg(", ".join)
     notes = [
         f"Means ± standard deviations over the seeds of the sweep `{SWEEP}`, on the "
@@ -379,7 +376,8 @@ def _notes_on_rows(table: pd.DataFrame, metrics: Mapping[str, Any]) -> list[str]
         )
     if "refined" in set(table["model"]):
         notes.append(
-            f"{MODELS['refined']['title']}: on their own likelihood, free of their trajectories."
+            f"{describe('refined', config)['title']}: on their own likelihood, free of their "
+            "trajectories."
         )
     return notes
 

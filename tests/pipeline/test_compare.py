@@ -180,7 +180,7 @@ def test_rows_are_means_and_deviations_over_seeds_in_blocks(made):
     assert list(shown) == [
         "**CPMM**", "CPMM", "CPMM's components trained on", "**Mixtures**", "matched mixture",
         "**Circuits**", "EiNet (large)", "**Flows**", "CNF (MLP)", "CNF (conv)", "teacher",
-        "**Clustering only**", "k-means", "groups told (training points)", "**Sanity rows**",
+        "**Clustering only**", "k-means", "groups (training points)", "**Sanity rows**",
         "one Gaussian", "**Others**", "my_model",
     ]  # fmt: skip
     # Of a table that is in no paper, and of a sweep that measured neither, there are no columns.
@@ -204,7 +204,7 @@ def test_what_beats_cpmm_is_said(made):
     ) in text
     assert "In clustering accuracy, matched mixture by 10.0 points beats CPMM, judged" in text
     assert "Worse: k-means by 8.0 points, my_model by 30.0 points. Not" in text
-    assert "- Not there: spectral (overlap), spectral (Fréchet), curriculum mixture" in text
+    assert "- Not there: autoencoder + k-means, continuous mixture, curriculum mixture" in text
     assert f"Density, bits per dimension: {RULES['density']}" in text
 
 

@@ -155,6 +155,15 @@ def make_trial(
     return Trial(preset, row, seed, (*kept, f"cpmm.seed={seed}"), config, fingerprint)
 
 
+def require_trial(model: str, rows: Mapping[str, Any]) -> None:
+    """Refuse a model that no trial trains; ``rows`` are those of conf/baselines/."""
+    if why := NO_TRIAL.get(rows.get(model, {}).get("kind", "")):
+        raise ValueError(
+            f"model is {model!r}, which no trial trains: {why}; its own stage does, "
+            f"`python workflows/train_baseline.py data/<preset>/config.yaml {model}`"
+        )
+
+
 def suggested_trial(trial: Trial, values: Mapping[str, Any], code: str) -> Trial:
     """Change a trial by what a searcher suggests: values of plain options."""
     config = trial.config

@@ -1,34 +1,37 @@
-"""Write the paper's tables and figures as far as presets were evaluated, small files to be committed.
+"""Write the paper's tables and figures, as far as presets were evaluated: small files for git.
 
-    python workflows/paper.py                        what data/ holds of MNIST and Fashion-MNIST
-    python workflows/paper.py mnist fashion_mnist --out docs/results/paper
-    python workflows/paper.py mnist --keep           what the tables have of others stays
+    python benchmarks/paper.py                        what data/ holds of MNIST and Fashion-MNIST
+    python benchmarks/paper.py mnist fashion_mnist --out docs/results/paper
+    python benchmarks/paper.py mnist --keep           what the tables have of others stays
 
-Tables 1 and 3 have the paper's column, that of small measured anchors, and one for each preset; "-" stands where
-nothing was measured. Figures 2, 4 and 5 are those that evaluate drew. A preset's sweep of models,
-``table1``, or of a single row, such as one over seeds, is a column of its own, with mean and standard deviation.
+Tables 1 and 3 have the paper's column, that of small measured anchors, and one for each preset; "-"
+stands where nothing was measured. Figures 2, 4 and 5 are those that evaluate drew. A preset's sweep
+of models, ``table1``, or of a single row, such as one over seeds, is a column of its own, with mean
+and standard deviation.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
-import csv
 import io
 import json
+import math
 import re
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from cpmm.pipeline.artifacts.files import write_text
 from cpmm.pipeline.artifacts.store import verify_evaluation
 from cpmm.pipeline.config import Config
-from cpmm.pipeline.config.fingerprints import fingerprint_trial
 from cpmm.pipeline.errors import command
-from cpmm.pipeline.scores.published import TITLES, Figure, data_of, published
-from cpmm.pipeline.scores.tables import DENSITY_SPACES
+from cpmm.pipeline.scores.published import TITLES, PublishedScore, data_of, published
+from cpmm.pipeline.scores.tables import OOD, SCORES, SPACES, write_score, write_table
+from cpmm.pipeline.scores.trials import OtherConfigurationError, over_seeds, read_trials
 from cpmm.pipeline.stage import load_config
 
 LARGEST_FIGURE = 300_000  # bytes
@@ -39,15 +42,12 @@ FIGURES = (
     (4, "trajectories", "mnist"),
     (5, "trajectories", "fashion_mnist"),
 )
-PERCENT = ("accuracy", "auroc", "aupr", "aupr_out")
-# Models of a sweep by the names of evaluate's rows that they share a row of the paper with.
-EVALUATED = {
-    "matched": "matched",
-    "spectral_frechet": "direct",
-    "gaussian": "gaussian",
-}
+# Models of a sweep that share a row of the paper with a model of evaluate's.
+SAME_ROW = {"spectral_frechet": "direct"}
+TABLE_1 = {"density": "BPD", "accuracy": "Acc."}  # headings
+TABLE_3 = {metric: SCORES[metric].title for metric in ("auroc", "aupr", "aupr_out")}
 RECORD = ("data", "ood", "row", "source", "space", "metric", "value", "spread")
-DETECTION = {"auroc": "AUROC", "aupr": "AUPR", "aupr_out": "AUPR out"}
+Values = Mapping[tuple[str, str, str], tuple[float, float | None]]
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,14 @@ class Column:
     Attributes:
         name: Of the preset, and of the sweep if there is one.
         data: Data set of the paper.
-        values: Value and spread by model and metric, or by model, space and metric of Table 3.
+        values: Value and spread by model, space (empty in Table 1) and metric.
         ood: Data set that was told apart; None if none was.
         note: How it was made, one sentence.
     """
 
     name: str
     data: str
-    values: Mapping[tuple[str, ...], tuple[float, float | None]]
+    values: Values
     ood: str | None
     note: str
 
@@ -80,7 +80,8 @@ def read_preset(folder: Path) -> Column:
     data = data_of(folder.name)
     if data is None:
         raise ValueError(
-            f"{folder.name} is no preset of the paper's images: its name must begin with {' or '.join(TITLES)}"
+            f"{folder.name} is no preset of the paper's images: its name must begin with "
+            f"{' or '.join(TITLES)}"
         )
     if not (folder / "metrics.json").is_file():
         raise FileNotFoundError(
@@ -91,100 +92,74 @@ def read_preset(folder: Path) -> Column:
     metrics = json.loads((folder / "metrics.json").read_text())
     if metrics["unit"] != "bits per dimension":
         raise ValueError(
-            f"{folder / 'metrics.json'} is in {metrics['unit']}, the paper's images are in bits per dimension"
+            f"{folder / 'metrics.json'} is in {metrics['unit']}, the paper's images are in bits "
+            "per dimension"
         )
-    values = {}
-    for model, row in metrics["models"].items():
-        for metric in ("density", "accuracy"):
-            if metric in row:
-                values[model, metric] = (row[metric], row.get(f"{metric}_standard_error"))
+    values = {
+        (model, "", metric): (row[metric], row.get(f"{metric}_standard_error"))
+        for model, row in metrics["models"].items()
+        for metric in TABLE_1
+        if metric in row
+    }
     ood = metrics.get("ood")
     for model, row in ood["models"].items() if ood else ():
-        for space, _ in DENSITY_SPACES:
-            for metric in DETECTION:
-                values[model, space, metric] = (row[space][metric], None)
+        values |= {(model, space, key): (row[space][key], None) for space, key in OOD.values()}
     return Column(
         folder.name, data, values, ood["name"] if ood else None, _describe_preset(config, metrics)
     )
 
 
 def read_sweeps(folder: Path) -> tuple[list[Column], list[str]]:
-    """Read a preset's sweeps of models, such as ``table1``, and those of a single row: CPMM over seeds.
+    """Read a preset's sweeps of models, such as ``table1``, and those of CPMM alone over seeds.
 
     Returns:
-        Their columns; and what was left out because its trials are of another configuration than the
-        preset's, a line each.
+        Their columns; and what was left out because its trials are of another configuration than
+        the preset's, a line each.
 
     Raises:
-        ValueError: If a table is damaged, or not the one that its metrics were written with.
+        FileNotFoundError: If a file of a sweep is missing.
+        ValueError: If one is damaged.
     """
     config = load_config(folder / "config.yaml")
     columns, left_out = [], []
     for path in sorted((folder / "sweep").glob("*.csv")):
-        rows = _read_csv(path)
-        if not rows or (len(rows) > 1 and "model" not in rows[0]):
+        rows = pd.read_csv(path)
+        if len(rows) > 1 and "model" not in rows:
             continue
-        if not _is_of(config, path.with_suffix("") / "trials.csv"):
-            left_out.append(
-                f"left out {path}: its trials are of another configuration than {folder / 'config.yaml'}; "
-                "run the sweep with overrides in params.yaml alone"
-            )
-            continue
-        values, counts, agree = {}, [], True
         try:
-            told = json.loads(path.with_suffix(".json").read_text())["rows"]
-            for row in rows:
-                model = row.get("model") or "cpmm"
-                for metric in ("density", "accuracy"):
-                    if row.get(f"{metric}_mean"):
-                        mean = float(row[f"{metric}_mean"])
-                        values[EVALUATED.get(model, model), metric] = (
-                            mean,
-                            _number(row[f"{metric}_sd"]),
-                        )
-                        agree &= told[row["row"]][f"{metric}_mean"] == mean
-                counts.append(int(row["n"]) - int(row["n_failed"]) - int(row["n_stopped"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path} and its .json are no table of a sweep ({error!r}): run the sweep again"
-            ) from error
-        if not agree:
-            raise ValueError(
-                f"{path} is not what {path.with_suffix('.json')} was written with: run the sweep again"
-            )
+            trials = read_trials(path.with_suffix(""), config)
+        except OtherConfigurationError as error:
+            left_out.append(f"left out {path}: {error}")
+            continue
+        values = {}
+        for model, group in trials.groupby("model", sort=False):
+            found = over_seeds(group, TABLE_1)
+            for metric in TABLE_1:
+                if not math.isnan(mean := found[f"{metric}_mean"]):
+                    values[SAME_ROW.get(model, model), "", metric] = (mean, found[f"{metric}_sd"])
         if values:
             name = f"{folder.name}, sweep {path.stem}"
-            done = "-".join(str(n) for n in sorted({min(counts), max(counts)}))
-            note = f"mean ± standard deviation over {done} seeds, test points"
-            if done == "1":
-                note = "one seed, test points"
-            note += _describe_sweep(config, {row.get("model") or "cpmm" for row in rows})
+            note = _describe_sweep(config, trials)
             columns.append(Column(name, data_of(folder.name), values, None, note))
     return columns, left_out
 
 
-def _describe_sweep(config: Config, models: Set[str]) -> str:
-    """What is to be known of the rows of a sweep beside the number of their seeds."""
-    parts = []
+def _describe_sweep(config: Config, trials: pd.DataFrame) -> str:
+    """Say over how many seeds the rows of a sweep are, and what else is to be known of them."""
+    counts = trials["status"].eq("finished").groupby(trials["model"]).sum()
+    done = "-".join(str(n) for n in sorted({counts.min(), counts.max()}))
+    note = f"mean ± standard deviation over {done} seeds, test points"
+    if done == "1":
+        note = "one seed, test points"
+    rows = {model: config["baselines"].get(model, {}) for model in counts.index}
     n_points = config["evaluation"]["teacher_points"]
-    if n_points is not None and any(
-        config["baselines"].get(m, {}).get("kind") == "flow" for m in models
-    ):
-        parts.append(f", flows: the first {n_points} of them")
-    if "matched" in models and config["baselines"]["matched"]["em_iterations"]:
-        parts.append(
+    if n_points is not None and any(row.get("kind") == "flow" for row in rows.values()):
+        note += f", flows: the first {n_points} of them"
+    if rows.get("matched", {}).get("em_iterations"):
+        note += (
             ", Matched GMM: the likelier of Adam and EM by validation, that of a preset is by Adam"
         )
-    return "".join(parts)
-
-
-def _is_of(config: Config, path: Path) -> bool:
-    """Whether the trials of a sweep are those of a preset's configuration, but for the model and the seed."""
-    return all(
-        trial["fingerprint"]
-        == fingerprint_trial(config, trial.get("model") or config["model"], int(trial["seed"]))
-        for trial in _read_csv(path)
-    )
+    return note
 
 
 def kept_columns(out: Path, but: Iterable[Column]) -> list[Column]:
@@ -199,32 +174,28 @@ def kept_columns(out: Path, but: Iterable[Column]) -> list[Column]:
         ValueError: If they are damaged.
     """
     replaced = {column.name for column in but}
-    values: dict[str, dict[tuple[str, ...], tuple[float, float | None]]] = {}
+    text = {"keep_default_na": False, "dtype": str}
+    values: dict[str, dict[tuple[str, str, str], tuple[float, float | None]]] = {}
     columns = []
     try:
         for number in (1, 3):
-            figures = [figure for figure in published() if figure.table == number]
-            model = {figure.row: figure.model for figure in figures}
-            for row in _read_csv(out / f"table{number}.csv"):
-                space = (row["space"],) if row["space"] else ()
-                found = float(row["value"]), _number(row["spread"])
-                values.setdefault(row["source"], {})[(model[row["row"]], *space, row["metric"])] = (
-                    found
-                )
-        for row in _read_csv(out / "columns.csv"):
-            if row["name"] not in replaced:
-                columns.append(
-                    Column(
-                        row["name"], row["data"], values[row["name"]], row["ood"] or None, row["note"]
-                    )
-                )  # fmt: skip
+            model = {score.row: score.model for score in published() if score.table == number}
+            for row in pd.read_csv(out / f"table{number}.csv", **text).to_dict("records"):
+                key = (model[row["row"]], row["space"], row["metric"])
+                spread = float(row["spread"]) if row["spread"] else None
+                values.setdefault(row["source"], {})[key] = (float(row["value"]), spread)
+        for row in pd.read_csv(out / "columns.csv", **text).to_dict("records"):
+            if (name := row["name"]) not in replaced:
+                ood = row["ood"] or None
+                columns.append(Column(name, row["data"], values[name], ood, row["note"]))
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{error.filename} is missing: leave --keep out to write all anew"
         ) from error
     except (KeyError, ValueError, TypeError) as error:
         raise ValueError(
-            f"{out}: its tables are not as they were written ({error!r}): `git checkout` them, or leave --keep out"
+            f"{out}: its tables are not as they were written ({error!r}): `git checkout` them, or "
+            "leave --keep out"
         ) from error
     return columns
 
@@ -234,35 +205,21 @@ def table_1(columns: Sequence[Column]) -> tuple[str, str]:
     lines = [
         "# Table 1: bits per dimension (BPD, lower is better) and clustering accuracy (Acc., %)",
         "",
-        "Paper: as printed there. Anchor: small runs of another implementation, one seed, untuned, alpha 1e-6. "
-        "The others are this project's, from sealed evaluations; ± is the standard error over test points, for sweeps "
+        "Paper: as printed there. Anchor: small runs of another implementation, one seed, untuned, "
+        "alpha 1e-6. "
+        "The others are this project's, from sealed evaluations; ± is the standard error over test "
+        "points, for sweeps "
         'the standard deviation over seeds. "-": the paper has none, or it was not measured.',
     ]
+    printed = [("paper", "density"), ("paper", "accuracy"), ("anchor", "density")]
     records = []
     for data, title in TITLES.items():
-        figures = [figure for figure in published() if figure.table == 1 and figure.data == data]
         own = [column for column in columns if column.data == data]
-        header = ["model", "paper BPD", "paper Acc.", "anchor BPD"]
-        header += [f"{column.name} {short}" for column in own for short in ("BPD", "Acc.")]
-        rows = []
-        for name, group in _by_row(figures).items():
-            of = {figure.metric: figure for figure in group}
-            model, density, accuracy = group[0].model, of.get("density"), of.get("accuracy")
-            cells = [
-                _cell(density and density.paper, "", 2),
-                _cell(accuracy and accuracy.paper, "", 2),
-                _cell(density and density.anchor, "", 3),
-            ]
-            for figure in group:
-                records += _printed(figure)
-            for column in own:
-                for metric in ("density", "accuracy"):
-                    value, spread = column.values.get((model, metric), (None, None))
-                    cells.append(_cell(value, metric, 3, spread))
-                    if value is not None:
-                        records.append([data, "", name, column.name, "", metric, value, spread])
-            rows.append([name, *cells])
-        lines += ["", f"## {title}", "", *_markdown(header, rows), *_notes(own)]
+        scores = [score for score in published() if (score.table, score.data) == (1, data)]
+        found = _records(scores, own, ("",), TABLE_1)
+        lines += ["", f"## {title}", "", *_markdown(scores, found, printed, own, {"": ""}, TABLE_1)]
+        lines += _notes(own)
+        records += found
     return "\n".join([*lines, ""]), _csv(RECORD, records)
 
 
@@ -271,40 +228,91 @@ def table_3(columns: Sequence[Column]) -> tuple[str, str]:
     lines = [
         "# Table 3: telling another data set apart by log-density, %, higher is better",
         "",
-        "AUROC and AUPR have the points of the data set that is modelled as positives, AUPR out those of the other one. "
-        "The paper does not state the space of its densities, and its CNF is FFJORD. Anchor: small runs of another "
+        "AUROC and AUPR have the points of the data set that is modelled as positives, AUPR out "
+        "those of the other one. "
+        "The paper does not state the space of its densities, and its CNF is FFJORD. Anchor: small "
+        "runs of another "
         'implementation. "-": the paper has none, or it was not measured.',
     ]
+    printed = [(source, metric) for source in ("paper", "anchor") for metric in ("auroc", "aupr")]
     records = []
     for data, ood in (("mnist", "fashion_mnist"), ("fashion_mnist", "mnist")):
-        figures = [f for f in published() if (f.table, f.data, f.ood) == (3, data, ood)]
         own = [column for column in columns if (column.data, column.ood) == (data, ood)]
-        header = ["model", "space", "paper AUROC", "paper AUPR", "anchor AUROC", "anchor AUPR"]
-        header += [f"{column.name} {short}" for column in own for short in DETECTION.values()]
-        rows = []
-        for name, group in _by_row(figures).items():
-            model = group[0].model
-            for figure in group:
-                records += _printed(figure)
-            for space, where in DENSITY_SPACES:
-                told = [
-                    _cell(_stated(group, source, space, metric), "", 2)
-                    for source in ("paper", "anchor")
-                    for metric in ("auroc", "aupr")
-                ]
-                cells = [where, *told]
-                for column in own:
-                    for metric in DETECTION:
-                        value, _ = column.values.get((model, space, metric), (None, None))
-                        cells.append(_cell(value, metric, 2))
-                        if value is not None:
-                            records.append(
-                                [data, ood, name, column.name, space, metric, value, None]
-                            )
-                rows.append([name, *cells])
+        scores = [s for s in published() if (s.table, s.data, s.ood) == (3, data, ood)]
+        found = _records(scores, own, SPACES, TABLE_3)
         title = f"## {TITLES[data]} known, {TITLES[ood]} told apart"
-        lines += ["", title, "", *_markdown(header, rows), *_notes(own)]
+        lines += [
+            "",
+            title,
+            "",
+            *_markdown(scores, found, printed, own, SPACES, TABLE_3),
+            *_notes(own),
+        ]
+        records += found
     return "\n".join([*lines, ""]), _csv(RECORD, records)
+
+
+def _records(
+    scores: Sequence[PublishedScore],
+    columns: Sequence[Column],
+    spaces: Iterable[str],
+    metrics: Iterable[str],
+) -> list[tuple]:
+    """Every number of a table, RECORD each: row by row the paper's, the anchor's and our own."""
+    rows: dict[str, list[PublishedScore]] = {}
+    for score in scores:
+        rows.setdefault(score.row, []).append(score)
+    records = []
+    for name, group in rows.items():
+        records += [
+            (s.data, s.ood, name, source, s.space, s.metric, value, None)
+            for s in group
+            for source in ("paper", "anchor")
+            if (value := getattr(s, source)) is not None
+        ]
+        first = group[0]
+        records += [
+            (first.data, first.ood, name, column.name, space, metric, *column.values[key])
+            for space in spaces
+            for column in columns
+            for metric in metrics
+            if (key := (first.model, space, metric)) in column.values
+        ]
+    return records
+
+
+def _markdown(
+    scores: Sequence[PublishedScore],
+    records: Iterable[tuple],
+    printed: Sequence[tuple[str, str]],
+    columns: Sequence[Column],
+    spaces: Mapping[str, str],
+    metrics: Mapping[str, str],
+) -> list[str]:
+    """Lay records out in a table, a line for each row and space.
+
+    Args:
+        scores: Of the paper, in which order rows stand.
+        records: As :func:`_records` returns them.
+        printed: Sources beside our own columns, "paper" or "anchor", and their metrics.
+        columns: Our own.
+        spaces: Their names for people.
+        metrics: Their headings.
+    """
+    found = {record[2:6]: record[6:] for record in records}
+    shown = [*printed, *((column.name, metric) for column in columns for metric in metrics)]
+    lines = []
+    for row in dict.fromkeys(score.row for score in scores):
+        for space, where in spaces.items():
+            cells = [row, where] if where else [row]
+            for source, metric in shown:
+                nothing = found.get((row, source, "", metric), (None, None))  # of any space
+                value, spread = found.get((row, source, space, metric), nothing)
+                digits = 2 if source == "paper" or SCORES[metric].unit == "%" else None
+                cells.append(write_score(metric, value, spread, "-", digits))
+            lines.append(cells)
+    header = ["model", *(["space"] if any(spaces.values()) else [])]
+    return write_table([*header, *(f"{source} {metrics[m]}" for source, m in shown)], lines)
 
 
 def shrink_svg(text: str) -> str:
@@ -338,8 +346,8 @@ def write_paper(folders: Iterable[Path], out: Path, keep: bool = False) -> list[
 
     Raises:
         FileNotFoundError: As :func:`read_preset` and :func:`kept_columns`.
-        ValueError: As :func:`read_preset`, :func:`read_sweeps` and :func:`kept_columns`, or if a figure is too
-            large.
+        ValueError: As :func:`read_preset`, :func:`read_sweeps` and :func:`kept_columns`, or if a
+            figure is too large.
     """
     columns, said = [], []
     for folder in (folders := list(folders)):
@@ -367,7 +375,8 @@ def write_paper(folders: Iterable[Path], out: Path, keep: bool = False) -> list[
             size = len(texts[name].encode())
             if size > LARGEST_FIGURE:
                 raise ValueError(
-                    f"{path} has {size} bytes in its smallest form, more than the {LARGEST_FIGURE} that are "
+                    f"{path} has {size} bytes in its smallest form, more than the {LARGEST_FIGURE} "
+                    "that are "
                     f"committed: leave {folder.name} out"
                 )
     out.mkdir(parents=True, exist_ok=True)
@@ -386,7 +395,8 @@ def evaluated_presets(root: Path) -> list[Path]:
     folders = [folder for folder in folders if data_of(folder.name)]
     if not folders:
         raise FileNotFoundError(
-            f"{root} holds no evaluated preset of {' or '.join(TITLES.values())}: name one in params.yaml, say "
+            f"{root} holds no evaluated preset of {' or '.join(TITLES.values())}: name one in "
+            "params.yaml, say "
             "where its files are, and run `dvc repro report`"
         )
     return folders
@@ -420,48 +430,6 @@ def _describe_preset(config: Config, metrics: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _by_row(figures: Iterable[Figure]) -> dict[str, list[Figure]]:
-    rows: dict[str, list[Figure]] = {}
-    for figure in figures:
-        rows.setdefault(figure.row, []).append(figure)
-    return rows
-
-
-def _stated(group: Iterable[Figure], source: str, space: str, metric: str) -> float | None:
-    """The figure of a row of Table 3 by ``source``, paper or anchor, in a space or in none."""
-    found = [
-        getattr(figure, source)
-        for figure in group
-        if figure.metric == metric and figure.space in ("", space)
-    ]
-    return found[0] if found else None
-
-
-def _printed(figure: Figure) -> list[list[Any]]:
-    """Records of the paper's figure and the anchor, percent as shares like our own."""
-    factor = 100 if figure.metric in PERCENT else 1
-    start = [figure.data, figure.ood, figure.row]
-    return [
-        [*start, source, figure.space, figure.metric, round(value / factor, 6), None]
-        for source in ("paper", "anchor")
-        if (value := getattr(figure, source)) is not None
-    ]
-
-
-def _cell(value: float | None, metric: str, digits: int, spread: float | None = None) -> str:
-    """Write a value; those of PERCENT are shares."""
-    if value is None:
-        return "-"
-    factor, digits = (100, 2) if metric in PERCENT else (1, digits)
-    text = f"{factor * value:.{digits}f}"
-    return text if spread is None else f"{text} ± {factor * spread:.{digits}f}"
-
-
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines]
-
-
 def _notes(columns: Sequence[Column]) -> list[str]:
     if not columns:
         return ["", "Not measured yet."]
@@ -469,20 +437,7 @@ def _notes(columns: Sequence[Column]) -> list[str]:
 
 
 def _csv(header: Sequence[str], records: Iterable[Sequence[Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(records)
-    return text.getvalue()
-
-
-def _read_csv(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def _number(text: str) -> float | None:
-    return float(text) if text else None
+    return pd.DataFrame(records, columns=list(header)).to_csv(index=False, lineterminator="\n")
 
 
 def main() -> None:
@@ -496,8 +451,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the presets")
     parser.add_argument("--out", type=Path, default=Path("docs/results/paper"), help="%(default)s")
     parser.add_argument(
-        "--keep", action="store_true", help="what the tables in --out have of other presets and sweeps stays"
-    )  # fmt: skip
+        "--keep",
+        action="store_true",
+        help="what the tables in --out have of other presets and sweeps stays",
+    )
     arguments = parser.parse_args()
     with command("paper", arguments.out):
         folders = [arguments.data / preset for preset in arguments.presets]

@@ -1,7 +1,7 @@
 """Put CPMM and its baselines into one table, with what they cost: data/<preset>/comparison.
 
-Reads the trials of the sweep ``table1``, a row a trial of a model, and what evaluate found in the pipeline's
-own run; beside them stands the paper's Table 1, where the preset is one of its data sets.
+Reads the trials of the sweep ``table1``, a row a trial of a model, and what evaluate found in the
+pipeline's own run; beside them stands the paper's Table 1, where the preset is one of its data sets.
 """
 
 from __future__ import annotations
@@ -36,21 +36,19 @@ SWEEP = "table1"
 SHOWN = ("density", "accuracy", "nmi")
 JUDGED = {"density": "density", "accuracy": "clustering accuracy"}
 NONE = "–"
-# Models that are no rows of conf/baselines/, which say the same of themselves: what tables call them, under
-# which heading they stand, and beside which row of the paper's Table 1.
+# Models that are no rows of conf/baselines/, whose files say the same of them: what tables call
+# them, under which heading they stand, and beside which row of the paper's Table 1.
 MODELS = {
     "cpmm": {"title": "CPMM", "block": "CPMM", "paper": "CPMM"},
-    "refined": {"title": "CPMM's components trained on", "block": "CPMM"},
     "teacher": {"title": "teacher", "block": "flows", "paper": "Teacher"},
-    "groups": {"title": "groups told (training points)", "block": "clustering only"},
 }
-EVALUATED = ("refined", "teacher", "groups")  # of the pipeline's own run, if not of the sweep
 # Headings in their order; others follow, then what has none, and what only the paper has.
 BLOCKS = ("CPMM", "mixtures", "circuits", "flows", "clustering only", "sanity rows")
 OTHERS = "others"
 REPORTED = "reported, not rerun"
 NOT_RERUN = {
-    "SPC": "its published code picks its best epoch by ground-truth accuracy, so labels take part in the selection",
+    "SPC": "its published code picks its best epoch by ground-truth accuracy, so labels take part "
+    "in the selection",
     "DLS": "there is no code to rerun under these rules",
 }
 Cell = Callable[[Mapping[str, Any]], str]  # writes what a row has in a column
@@ -81,7 +79,8 @@ def main(folder: Path, config: Config) -> str:
     publish(scratch, "comparison", folder / "comparison")
     n_failed = int(table["n_failed"].sum())
     return (
-        f"{len(table)} rows, {len(trials)} trials, {n_failed} failed; {_headline(table, metrics['unit'])} -> "
+        f"{len(table)} rows, {len(trials)} trials, {n_failed} failed; "
+        f"{_headline(table, metrics['unit'])} -> "
         f"{folder / 'comparison'}"
     )
 
@@ -106,13 +105,13 @@ def fingerprint_comparison(folder: Path) -> str:
 
 
 def describe(model: str, config: Config) -> dict[str, Any]:
-    """Title, block and row of the paper's Table 1 of a model, as its file in conf/baselines/ has them."""
+    """Say what tables call a model, its block, and its row of the paper's Table 1."""
     unknown = {"title": model, "block": OTHERS, "paper": None}
     return unknown | MODELS.get(model, {}) | config["baselines"].get(model, {})
 
 
 def compare(trials: pd.DataFrame, metrics: Mapping[str, Any], config: Config) -> pd.DataFrame:
-    """Lay out the models in blocks: of scores means and standard deviations over seeds, of costs medians.
+    """Lay out the models in blocks: mean scores over seeds, their deviations, and median costs.
 
     The standard deviation is that of the seeds (n - 1), none for a single one. Trials that failed
     are counted, and do not enter the means. ``_n`` counts the seeds of what not all may have.
@@ -127,9 +126,9 @@ def compare(trials: pd.DataFrame, metrics: Mapping[str, Any], config: Config) ->
     data = published.data_of(str(metrics.get("preset")))
     found = {model: _of_sweep(group) for model, group in trials.groupby("model", sort=False)}
     detected = (metrics.get("ood") or {}).get("models", {})
-    for model in EVALUATED:
-        if model in metrics["models"] and model not in found:
-            found[model] = _of_evaluation(metrics["models"][model], detected.get(model, {}))
+    for model, scores in metrics["models"].items():
+        if model != "cpmm" and model not in found:  # of CPMM the table has the sweep's seeds alone
+            found[model] = _of_evaluation(scores, detected.get(model, {}))
     rows = []
     for model, row in found.items():
         about = describe(model, config)
@@ -312,7 +311,7 @@ def _verdicts(table: pd.DataFrame, unit: str) -> list[str]:
 
 
 def _verdict(table: pd.DataFrame, metric: str, what: str) -> str:
-    """Say which rows are better than CPMM by a score, which are worse, and of which nothing is known."""
+    """Say which rows are better than CPMM by a score, which are worse, and which not judged."""
     found = judge(table, metric)
     if found is None:
         return f"In {what} CPMM has no score: nothing is compared with it."
@@ -324,7 +323,8 @@ def _verdict(table: pd.DataFrame, metric: str, what: str) -> str:
     parts = []
     if judged:
         parts.append(
-            f"In {what}, {named['better'] or 'no row'} beat{'' if len(found['better']) > 1 else 's'} CPMM, "
+            f"In {what}, {named['better'] or 'no row'} "
+            f"beat{'' if len(found['better']) > 1 else 's'} CPMM, "
             f"judged by the seeds (Welch's t-test, p < {LEVEL})."
         )
         parts += [f"No such difference: {named['level']}."] if found["level"] else []
@@ -351,20 +351,23 @@ def _notes(
 ) -> list[str]:
     """Say of each group of numbers where it comes from, a sentence or two each."""
     return [
-        *_notes_on_rows(table, metrics),
+        *_notes_on_rows(table, metrics, config),
         *_notes_on_scores(table, metrics, rules, config),
         *_notes_on_costs(table),
         *_notes_on_absent(table, metrics, config),
     ]
 
 
-def _notes_on_rows(table: pd.DataFrame, metrics: Mapping[str, Any]) -> list[str]:
+def _notes_on_rows(table: pd.DataFrame, metrics: Mapping[str, Any], config: Config) -> list[str]:
     sources = table.groupby("source")["name"].agg(", ".join)
     notes = [
         f"Means ± standard deviations over the seeds of the sweep `{SWEEP}`, on the "
-        f"{metrics['n_test']:,} test points. Where one seed finished there is no ±. Costs are medians over the "
-        "seeds, which one slow trial does not change. Where not all seeds have a number, it says how many do.",
-        "Verdicts: their standard errors are over seeds only; all rows have the same test points, and which points "
+        f"{metrics['n_test']:,} test points. Where one seed finished there is no ±. Costs are "
+        "medians over the "
+        "seeds, which one slow trial does not change. Where not all seeds have a number, it says "
+        "how many do.",
+        "Verdicts: their standard errors are over seeds only; all rows have the same test points, "
+        "and which points "
         "these are is not part of the error.",
     ]
     if "evaluation" in sources:
@@ -373,7 +376,8 @@ def _notes_on_rows(table: pd.DataFrame, metrics: Mapping[str, Any]) -> list[str]
         )
     if "refined" in set(table["model"]):
         notes.append(
-            f"{MODELS['refined']['title']}: on their own likelihood, free of their trajectories."
+            f"{describe('refined', config)['title']}: on their own likelihood, free of their "
+            "trajectories."
         )
     return notes
 
@@ -398,14 +402,16 @@ def _notes_on_scores(
     ]
     if grey and metrics["unit"] == "bits per dimension":
         notes.append(
-            f"{', '.join(grey)}: of raw grey levels k / (n - 1), without the others' dequantization and logit; "
+            f"{', '.join(grey)}: of raw grey levels k / (n - 1), without the others' "
+            "dequantization and logit; "
             "they give no density."
         )
     if "accuracy" in rules:
         notes.append(f"Accuracy: {rules['accuracy']} NMI: {rules['nmi']}")
     if metrics.get("ood") and table["auroc_mean"].notna().any():
         notes.append(
-            f"AUROC: how well log-density tells the test points from those of {metrics['ood']['name']}, in "
+            "AUROC: how well log-density tells the test points from those of "
+            f"{metrics['ood']['name']}, in "
             "the models' space and in units of the data."
         )
     return notes
@@ -414,12 +420,16 @@ def _notes_on_scores(
 def _notes_on_costs(table: pd.DataFrame) -> list[str]:
     notes = {
         "n_parameters": "Parameters: of the model that is used, of CPMM the extracted mixture's.",
-        "seconds_median": "Training: wall-clock time of a trial on the machine of the sweep, without the teacher "
+        "seconds_median": "Training: wall-clock time of a trial on the machine of the sweep, "
+        "without the teacher "
         "and the spaces, which are made before it; in brackets how many times that of CPMM.",
-        "seconds_10k_median": "10,000 densities: time for the log-densities of as many points on that machine, "
-        "scaled from fewer; mixtures and circuits in float64 on the CPU, flows where they were trained; in brackets "
+        "seconds_10k_median": "10,000 densities: time for the log-densities of as many points on "
+        "that machine, "
+        "scaled from fewer; mixtures and circuits in float64 on the CPU, flows where they were "
+        "trained; in brackets "
         "how many times that of CPMM.",
-        "memory_gb_median": "Memory: peak of the trial's process above what it held before; on a GPU that of "
+        "memory_gb_median": "Memory: peak of the trial's process above what it held before; on a "
+        "GPU that of "
         "its own.",
     }
     return [note for column, note in notes.items() if table[column].notna().any()]
@@ -430,7 +440,8 @@ def _notes_on_absent(table: pd.DataFrame, metrics: Mapping[str, Any], config: Co
     notes = []
     if data := published.data_of(str(metrics.get("preset"))):
         notes.append(
-            f"Paper: its Table 1, {published.TITLES[data]}; its FFJORD stands beside both CNFs, its GMM w/ S.Clust. "
+            f"Paper: its Table 1, {published.TITLES[data]}; its FFJORD stands beside both CNFs, "
+            "its GMM w/ S.Clust. "
             "beside both spectral rows."
         )
         notes += [f"{name}, of the paper alone: {reason}." for name, reason in NOT_RERUN.items()]

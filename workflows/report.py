@@ -277,8 +277,8 @@ def tabulate_ood(metrics: dict) -> dict[str, Any] | None:
     """Lay out how the models tell another data set apart, with the paper's scores where it has any.
 
     Returns:
-        ``name`` of that data set, ``headings``, ``rows`` of a name and cells, ``paper``, whether the
-        paper has the pair; None if there is no other data set.
+        ``name`` of that data set, ``headings``, ``rows`` of a name and cells, ``paper``, which says
+        whether the paper has the pair; None if there is no other data set.
     """
     ood = metrics.get("ood")
     if not ood:

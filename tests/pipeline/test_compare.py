@@ -19,7 +19,11 @@ from cpmm.artifact import file_digest, load_header, seal_folder, verify_files
 from cpmm.figures import plot_costs
 from cpmm.pipeline.artifacts.store import seal_sweep
 from cpmm.pipeline.config.compose import compose_preset
-from cpmm.pipeline.config.fingerprints import fingerprint_evaluation, fingerprint_options
+from cpmm.pipeline.config.fingerprints import (
+    fingerprint_evaluation,
+    fingerprint_options,
+    fingerprint_trial,
+)
 from cpmm.pipeline.scores.comparison import LEVEL
 from cpmm.pipeline.scores.published import printed, published
 from cpmm.pipeline.scores.trials import NUMBERS, read_trials
@@ -84,9 +88,8 @@ def compose():
 def marked(row, config):
     """A trial's row with the fingerprint that the sweep gives it."""
     cpmm = config["cpmm"] | {"seed": row["seed"]}
-    return {
-        "fingerprint": fingerprint_options(config | {"model": row["model"], "cpmm": cpmm})
-    } | row
+    options = config | {"model": row["model"], "cpmm": cpmm}
+    return {"fingerprint": fingerprint_options(options)} | row
 
 
 def add_preset(root, trials=TRIALS, name="digits", ood=None, columns=None):
@@ -177,7 +180,7 @@ def test_rows_are_means_and_deviations_over_seeds_in_blocks(made):
     assert list(shown) == [
         "**CPMM**", "CPMM", "CPMM's components trained on", "**Mixtures**", "matched mixture",
         "**Circuits**", "EiNet (large)", "**Flows**", "CNF (MLP)", "CNF (conv)", "teacher",
-        "**Clustering only**", "k-means", "groups told (training points)", "**Sanity rows**",
+        "**Clustering only**", "k-means", "groups (training points)", "**Sanity rows**",
         "one Gaussian", "**Others**", "my_model",
     ]  # fmt: skip
     # Of a table that is in no paper, and of a sweep that measured neither, there are no columns.
@@ -191,14 +194,17 @@ def test_what_beats_cpmm_is_said(made):
     # freedom ask for 4.3 times that.
     _, _, _, text = made
     assert (
-        "In density (bits per dimension), EiNet (large) by 0.390 beats CPMM, judged by the seeds (Welch's t-test, "
-        "p < 0.05). No such difference: matched mixture 0.050 better. Worse: my_model by 0.400, one Gaussian by "
-        "0.900. Not judged, one seed: teacher 0.600 better, CNF (MLP) 0.500 better, CPMM's components trained on "
+        "In density (bits per dimension), EiNet (large) by 0.390 beats CPMM, judged by the seeds "
+        "(Welch's t-test, "
+        "p < 0.05). No such difference: matched mixture 0.050 better. Worse: my_model by 0.400, "
+        "one Gaussian by "
+        "0.900. Not judged, one seed: teacher 0.600 better, CNF (MLP) 0.500 better, CPMM's "
+        "components trained on "
         "0.250 better.\n"
     ) in text
     assert "In clustering accuracy, matched mixture by 10.0 points beats CPMM, judged" in text
     assert "Worse: k-means by 8.0 points, my_model by 30.0 points. Not" in text
-    assert "- Not there: spectral (overlap), spectral (Fréchet), curriculum mixture" in text
+    assert "- Not there: autoencoder + k-means, continuous mixture, curriculum mixture" in text
     assert f"Density, bits per dimension: {RULES['density']}" in text
 
 
@@ -293,7 +299,8 @@ def test_failures_stay_with_their_reason(made):
     assert (rows["cnf_mlp"]["n_failed"], rows["cnf_mlp"]["n_stopped"]) == ("1", "1")
     assert rows["cnf_mlp"]["density_mean"] == "1.6"
     assert (
-        "- CNF (MLP), 2 of 3: seed 1: diverged at step 40: the loss is NaN: lower the learning rate; "
+        "- CNF (MLP), 2 of 3: seed 1: diverged at step 40: the loss is NaN: lower the learning "
+        "rate; "
         "seed 2: stopped at step 40: by the scheduler"
     ) in text
     assert "- CNF (conv), 3 of 3: seeds 0, 1, 2: failed at step 40: no memory | at all" in text
@@ -404,9 +411,18 @@ def test_trials_of_another_configuration_are_refused(make, overrides, said):
     assert len(read_trials(compare.sweep_of(folder), config)) == len(TRIALS)
 
 
+def test_what_tables_call_a_row_changes_no_fingerprint():
+    named = [f"baselines.einet_large.{key}=other" for key in ("title", "block", "paper")]
+    config = compose_preset("digits", named)
+    assert compare.describe("einet_large", config)["title"] == "other"
+    got, expected = (fingerprint_trial(c, "einet_large", 0) for c in (config, compose()))
+    assert got == expected
+
+
 def test_trials_without_fingerprint_or_of_an_unknown_model_are_refused(make):
     folder, config = make()
-    again = "another configuration than .*run the sweep table1 of this preset again.*preset=digits sweep=table1"
+    again = "another configuration than .*run the sweep table1 of this preset again.*preset=digits "
+    "sweep=table1"
     for row in (
         trial("cpmm", 0, 2.0) | {"fingerprint": ""},
         trial("unknown", 0, 2.0) | {"fingerprint": "0f"},

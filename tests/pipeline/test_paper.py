@@ -17,6 +17,7 @@ from PIL import Image
 from benchmarks import paper
 from cpmm.artifact import file_digest, seal_folder
 from cpmm.figures import plot_trajectory_means
+from cpmm.pipeline.artifacts.store import seal_sweep
 from cpmm.pipeline.config.compose import compose_preset
 from cpmm.pipeline.config.fingerprints import fingerprint_evaluation, fingerprint_trial
 from cpmm.pipeline.scores.published import data_of, published
@@ -68,32 +69,39 @@ def add_preset(root, preset, name=None, ood=None, **options):
 
 
 def add_sweep(folder, name, rows, models=False):
-    table = [
-        ({"part": "clusters", "model": label.split()[-1]} if models else {})
-        | {
-            "seed_of": "cpmm.seed", "row": label, "n": 5, "n_failed": 1, "n_stopped": 0,
-            "density_mean": density, "density_sd": 0.01, "accuracy_mean": 0.8, "accuracy_sd": 0.02,
-        }
-        for label, density in rows.items()
-    ]  # fmt: skip
-    (folder / "sweep").mkdir(exist_ok=True)
-    with (folder / "sweep" / f"{name}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, table[0])
-        writer.writeheader()
-        writer.writerows(table)
-    told = {
-        row["row"]: {"density_mean": row["density_mean"], "accuracy_mean": 0.8} for row in table
-    }
-    (folder / "sweep" / f"{name}.json").write_text(json.dumps({"rows": told}))
+    """Write and seal a sweep of rows with this density, of five seeds of which one failed."""
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    (folder / "sweep" / name).mkdir()
-    with (folder / "sweep" / name / "trials.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["model", "seed", "fingerprint"])
+    table, trials = [], []
+    for label, density in rows.items():
+        model = label.split()[-1] if models else "cpmm"
+        axes = {"part": "clusters", "model": model} if models else {"seed_of": "cpmm.seed"}
+        table.append(axes | {"row": label, "n": 5, "density_mean": density})
+        for seed in range(5):
+            # Of four numbers at this distance from their mean, the standard deviation is 0.01 and 0.02.
+            shift = 0.01 * 0.75**0.5 * (-1) ** seed
+            trials.append(
+                axes
+                | {
+                    "seed": seed,
+                    "fingerprint": fingerprint_trial(config, model, seed),
+                    "status": "failed" if seed == 4 else "finished",
+                    "density": density + shift if density != "" and seed < 4 else "",
+                    "accuracy": 0.8 + 2 * shift if seed < 4 else "",
+                }
+            )
+    sweep = folder / "sweep" / name
+    sweep.mkdir(parents=True)
+    write_rows(sweep / "trials.csv", trials)
+    write_rows(sweep.with_suffix(".csv"), table)
+    sweep.with_suffix(".json").write_text(json.dumps({"rows": table}))
+    seal_sweep(sweep, "0f", [sweep.with_suffix(".csv"), sweep.with_suffix(".json")])
+
+
+def write_rows(path, rows):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
-        for label in rows:
-            model = label.split()[-1] if models else "cpmm"
-            fingerprint = fingerprint_trial(config, model, 0)
-            writer.writerow({"model": model, "seed": 0, "fingerprint": fingerprint})
+        writer.writerows(rows)
 
 
 def rows_of(text, title):
@@ -123,9 +131,9 @@ def test_every_figure_of_the_paper_is_there_once():
     assert {f.model for f in figures} <= evaluated | trials
     # Every row of the sweep has one of Table 1.
     known = {f.model for f in figures if f.table == 1}
-    assert {paper.EVALUATED.get(row, row) for row in trials} <= known
-    assert set(paper.EVALUATED) <= trials
-    assert set(paper.EVALUATED.values()) <= evaluated
+    assert {paper.SAME_ROW.get(row, row) for row in trials} <= known
+    assert set(paper.SAME_ROW) <= trials
+    assert set(paper.SAME_ROW.values()) <= evaluated
     assert data_of("fashion_mnist_map") == "fashion_mnist"
     assert data_of("mnist_small") == "mnist"
     assert data_of("digits") is None
@@ -225,10 +233,12 @@ def test_a_sweep_of_another_configuration_is_no_column_of_the_preset(root, tmp_p
     folder = add_preset(root, "mnist")
     add_sweep(folder, "seeds", {"mnist": 2.5})
     add_sweep(folder, "table1", {"clusters matched": 2.3}, models=True)
-    path = folder / "sweep" / "table1" / "trials.csv"
+    sweep = folder / "sweep" / "table1"
+    path = sweep / "trials.csv"
     other = fingerprint_trial(compose_preset("mnist", ["cpmm.n_factors=12"]), "matched", 0)
     fingerprint = fingerprint_trial(compose_preset("mnist", []), "matched", 0)
     path.write_text(path.read_text().replace(fingerprint, other))
+    seal_sweep(sweep, "0f", [sweep.with_suffix(".csv"), sweep.with_suffix(".json")])
     said = paper.write_paper([folder], tmp_path / "out")
     assert any(line.startswith(f"left out {folder / 'sweep' / 'table1.csv'}") for line in said)
     text = (tmp_path / "out" / "table1.md").read_text()
@@ -307,18 +317,20 @@ def test_what_is_damaged_or_absent_is_named(root, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"mnist_2/metrics\.json is missing: `dvc repro`"):
         paper.read_preset(root / "mnist_2")
     add_sweep(folder, "seeds", {"mnist": 2.5})
-    told = json.loads((folder / "sweep" / "seeds.json").read_text())
-    told["rows"]["mnist"]["density_mean"] = 2.4
-    (folder / "sweep" / "seeds.json").write_text(json.dumps(told))
-    with pytest.raises(ValueError, match=r"seeds\.csv is not what .*seeds\.json was written with"):
-        paper.read_sweeps(folder)
-    (folder / "sweep" / "seeds.json").write_text("{")
-    with pytest.raises(ValueError, match="run the sweep again"):
-        paper.read_sweeps(folder)
+    for name in ("seeds.csv", "seeds.json", "seeds/trials.csv", "seeds/sweep.json"):
+        path = folder / "sweep" / name
+        content = path.read_bytes()
+        path.write_bytes(content.replace(b"5", b"6", 1))
+        assert path.read_bytes() != content
+        with pytest.raises(
+            ValueError, match=rf"{path.name} is .*sweep\.py preset=mnist sweep=seeds"
+        ):
+            paper.read_sweeps(folder)
+        path.write_bytes(content)
     metrics = json.loads((folder / "metrics.json").read_text())
     metrics["models"]["cpmm"]["density"] = 0.5
     (folder / "metrics.json").write_text(json.dumps(metrics))
-    command = [sys.executable, ROOT / "workflows" / "paper.py", "mnist", "--data", root,
+    command = [sys.executable, ROOT / "benchmarks" / "paper.py", "mnist", "--data", root,
                "--out", tmp_path / "out"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1

@@ -237,8 +237,8 @@ def two_rows(metric, first, second):
     return rows_table(results)
 
 
-# Standard deviation 1: by Welch's test, of 4 degrees of freedom, the difference to another such row must reach
-# 2.776 sqrt(2 / 3) = 2.267.
+# Standard deviation 1: by Welch's test, of 4 degrees of freedom, the difference to another such
+# row must reach 2.776 sqrt(2 / 3) = 2.267.
 NOISY = [1.0, 2.0, 3.0]
 
 

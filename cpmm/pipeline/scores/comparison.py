@@ -23,7 +23,8 @@ class Comparison(NamedTuple):
     Attributes:
         gain: By how much its mean is better, below 0 if it is worse.
         pvalue: Of Welch's t-test; None if one of the two has a single seed.
-        verdict: "better", "worse", "level" if the test tells no difference, "single" without a test.
+        verdict: "better", "worse", "level" if the test tells no difference, or "single" if there
+            is no test.
     """
 
     gain: float
@@ -41,7 +42,7 @@ def compare_rows(score: str, row: Seeds, other: Seeds) -> Comparison:
     """
     from scipy.stats import ttest_ind_from_stats
 
-    gain = SCORES[score].gain(row.mean, other.mean)
+    gain = float(SCORES[score].gain(row.mean, other.mean))
     if min(row.n, other.n) < 2:
         return Comparison(gain, None, "single")
     pvalue = float(ttest_ind_from_stats(*row, *other, equal_var=False).pvalue)

@@ -76,7 +76,8 @@ def read_ood(options: Mapping[str, Any], data: DataSplits) -> OodPoints:
     name = options.get("name")
     if name is None:
         raise ValueError(
-            "evaluation.ood.name is missing: choose a file of conf/ood/, such as ood@evaluation.ood=mnist"
+            "evaluation.ood.name is missing: choose a file of conf/ood/, such as "
+            "ood@evaluation.ood=mnist"
         )
     try:
         source = read_source({"source": options.get("source"), **options.get("options", {})})
@@ -103,7 +104,8 @@ def _require_same_kind(name: str, source: Source, data: DataSplits) -> None:
     ):
         if got != expected:
             raise ValueError(
-                f"evaluation.ood, {name}, does not compare with the data: {what}: {_short(got)}, expected "
+                f"evaluation.ood, {name}, does not compare with the data: {what}: {_short(got)}, "
+                "expected "
                 f"{_short(expected)}; choose another data set, or evaluation.ood=null"
             )
 
@@ -113,7 +115,8 @@ def _require_other_points(name: str, raw: Tensor, data: DataSplits) -> None:
     same = sum(row.tobytes() in known for row in raw.numpy())
     if same > len(raw) / 2:
         raise ValueError(
-            f"evaluation.ood, {name}, is the data set itself: {same} of its {len(raw)} test points are among "
+            f"evaluation.ood, {name}, is the data set itself: {same} of its {len(raw)} test points "
+            "are among "
             "the data; choose another one, or evaluation.ood=null"
         )
 

@@ -1,9 +1,9 @@
 """The scores in the paper's tables, and what was measured beside them: all stand in published.csv.
 
 ``paper`` is the paper's score; ``anchor`` that of a small run of another implementation on the same
-data, one seed, untuned: alpha 1e-6, log-determinant included, one noise sample, the 10k test images.
-The file has percent, as the paper prints them; they are read as shares, like our own. Table 3 of the
-paper does not say in which space its densities are.
+data, one seed, untuned: alpha 1e-6, log-determinant included, one noise sample, the 10k test
+images. The file has percent, as the paper prints them; they are read as shares, like our own. Table 3
+of the paper does not say in which space its densities are.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class PublishedScore:
         data: Data set that is modelled.
         ood: Data set that is told from it, Table 3 only.
         row: Name of the row.
-        model: What this project calls the model, in ``metrics.json`` or else in the sweep ``table1``;
-            empty if it has none.
+        model: What this project calls the model, in ``metrics.json`` or else in the sweep
+            ``table1``; empty if it has none.
         space: Space of the densities, "data" or "mixture"; empty if it is not stated.
         metric: density, accuracy, auroc or aupr.
         paper: Bits per dimension, or a share; None if the paper has none.

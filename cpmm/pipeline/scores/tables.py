@@ -1,4 +1,4 @@
-"""Every score of a model: what it is called, how it is written for people, and which way is better."""
+"""Every score of a model: what it is called, how it is written, and which way is better."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Score:
         of: What a model must give to have it: "density", "clusters", "ood" (densities of another
             data set, too), "size" or "cost".
         digits: After the point.
-        unit: "%" of a share in [0, 1], "s" or "GB"; empty for numbers, and for densities, whose unit
-            is the data's.
+        unit: "%" of a share in [0, 1], "s" or "GB"; empty for numbers, and for densities, whose
+            unit is the data's.
         lower_is_better: None if neither way is.
         space: Of the densities, where two are compared: a name of :data:`SPACES`.
     """

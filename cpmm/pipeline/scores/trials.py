@@ -18,6 +18,10 @@ TEXTS = ("model", "status", "reason", "fingerprint")
 NUMBERS = ("steps", *TEST, *COSTS, *OOD)
 
 
+class OtherConfigurationError(ValueError):
+    """Trials are of another configuration than the preset's."""
+
+
 def over_seeds(trials: pd.DataFrame, scores: Iterable[str]) -> dict[str, Any]:
     """Summarize the trials of a row.
 
@@ -48,7 +52,8 @@ def read_trials(folder: Path, config: Config) -> pd.DataFrame:
 
     Raises:
         FileNotFoundError: If the sweep was not run.
-        ValueError: If a file of it is damaged, or a trial is of another configuration.
+        OtherConfigurationError: If a trial is of another configuration.
+        ValueError: If a file of the sweep is damaged.
     """
     verify_sweep(folder)
     path = folder / "trials.csv"
@@ -61,7 +66,7 @@ def read_trials(folder: Path, config: Config) -> pd.DataFrame:
     trials = trials.astype({"seed": int})
     for index, row in trials.iterrows():
         if row["fingerprint"] != fingerprint_trial(config, row["model"], row["seed"]):
-            raise ValueError(
+            raise OtherConfigurationError(
                 f"{path}: trial {index + 1} ({row['model']}, seed {row['seed']}) is of another "
                 f"configuration than {folder.parents[1] / 'config.yaml'}: run the sweep "
                 f"{folder.name} of this preset again, with overrides in params.yaml alone: "

@@ -42,6 +42,12 @@ class Sweep:
         return self.options["name"]
 
     @property
+    def fingerprint(self) -> str:
+        """Fingerprint of its search and of all its trials, code included."""
+        fingerprints = [trial.fingerprint for trial in self.trials]
+        return hash_of(self.options["search"], self.options["scheduler"], fingerprints)
+
+    @property
     def suggests(self) -> bool:
         """Whether Optuna suggests the trials while the sweep runs."""
         return self.options["search"]["kind"] == "optuna"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -135,8 +133,11 @@ def markdown(
     lines += [write_line(cells) for cells in cells_of(rows, axes, scores)]
     if claims:
         lines += ["", "## The paper's claims", ""]
-        lines += ["From the row that should be worse to the one that should be better. Differences "
-                  f"with p ≥ {LEVEL} in Welch's t-test of the seeds are within noise.", ""]  # fmt: skip
+        lines.append(
+            "From the row that should be worse to the one that should be better. Differences with "
+            f"p ≥ {LEVEL} in Welch's t-test of the seeds are within noise."
+        )
+        lines.append("")
         lines += [write_line(["claim", "paper", "here", "holds"]), write_line(["---"] * 4)]
         for claim in claims:
             paper = f"{claim['paper']['worse']} → {claim['paper']['better']}"

@@ -63,12 +63,6 @@ class Sweep:
         return self.options["search"]["n_samples"] if self.suggests else len(self.trials)
 
     @property
-    def fingerprint(self) -> str:
-        """Fingerprint of its search and of all its trials, code included."""
-        trials = [trial.fingerprint for trial in self.trials]
-        return hash_of(self.options["search"], self.options["scheduler"], trials)
-
-    @property
     def suggestions_file(self) -> str:
         """Name in the archive of the list of what Optuna has suggested."""
         return f"searches/{self.trials[0].fingerprint}.json"

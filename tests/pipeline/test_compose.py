@@ -20,7 +20,11 @@ from cpmm.pipeline.config.compose import (
     read_overrides,
     split_preset,
 )
-from cpmm.pipeline.config.fingerprints import fingerprint_prepared
+from cpmm.pipeline.config.fingerprints import (
+    fingerprint_cpmm,
+    fingerprint_evaluation,
+    fingerprint_prepared,
+)
 from workflows import compose, prepare_data
 
 PRESETS = sorted(path.stem for path in (ROOT / "conf" / "preset").glob("*.yaml"))
@@ -135,6 +139,17 @@ def test_an_override_changes_its_value_alone():
     assert changed["teacher"].pop("batch_size") == 7
     plain["teacher"].pop("batch_size")
     assert plain == changed
+
+
+def test_numbers_are_written_in_one_way():
+    whole, real = (
+        compose_preset("digits", [f"cpmm.temperature={n}", f"evaluation.direct.shrinkages=[{n},1]"])
+        for n in ("30", "30.0")
+    )
+    assert yaml.safe_dump(whole) == yaml.safe_dump(real)
+    assert fingerprint_cpmm(whole) == fingerprint_cpmm(real)
+    assert fingerprint_evaluation(whole) == fingerprint_evaluation(real)
+    assert "temperature: 30.0" in yaml.safe_dump(whole)
 
 
 def test_a_group_override_swaps_the_group():

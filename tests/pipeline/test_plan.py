@@ -356,7 +356,7 @@ def test_a_suggestion_is_the_trial_that_its_overrides_compose_to(template):
         "cpmm.learning_rate": 1.2345678901234567e-05,
         "cpmm.n_factors": 3,
         "cpmm.ode": "separate",
-        "cpmm.path_weight": 0.0,
+        "cpmm.path_weight": 0,  # composed, 0.0
         "cpmm.initialization.mean_scale": 1e-300,
         "mixture.drop_idle": True,
     }

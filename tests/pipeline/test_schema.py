@@ -15,7 +15,7 @@ from cpmm.pipeline.config.compose import (
     known_sweeps,
     option_rules,
 )
-from cpmm.pipeline.config.schema import ROWS, leaves
+from cpmm.pipeline.config.schema import ANYTHING, ROWS, canonical, leaves
 from cpmm.pipeline.models.fit import PRECISIONS
 from cpmm.pipeline.models.mixtures import SPACES
 from cpmm.preprocessing import STANDARDIZATIONS
@@ -23,6 +23,13 @@ from cpmm.trajectory import DIAGONALS
 
 OPTIONS = option_rules()
 NEEDED = {"csv": ["data.options.path=x.csv"], "npy": ["data.options.path=x.npy"]}
+
+
+def nested(name, value):
+    """A configuration of one option."""
+    for part in reversed(name.split(".")):
+        value = {part: value}
+    return value
 
 
 def composed():
@@ -94,6 +101,28 @@ def test_choices_are_those_of_the_code(option, known):
 def test_what_an_option_may_be(option, good, bad):
     assert [value for value in good if not OPTIONS[option].accepts(value)] == []
     assert [value for value in bad if OPTIONS[option].accepts(value)] == []
+
+
+def test_30_and_30_point_0_are_one_fingerprint():
+    config = compose_preset("mnist", ["ood@evaluation.ood=mnist"], "sweep")
+    found = dict(leaves(config))
+    numbers = {
+        name: rule
+        for name, rule in OPTIONS.items()
+        if rule is not ANYTHING and any(rule.accepts(v) and rule.accepts(v + 0.0) for v in (0, 7))
+    }
+    assert {"cpmm.temperature", "cpmm.noise", "baselines.einet_large.size_factor"} <= set(numbers)
+    for name, rule in numbers.items():
+        for value in (v for v in (0, 1, 7, 30) if rule.accepts(v)):
+            texts = {repr(canonical(nested(name, v), OPTIONS)) for v in (value, float(value))}
+            assert len(texts) == 1, name
+    assert canonical(nested("cpmm.noise", -0.0), OPTIONS) == {"cpmm": {"noise": 0.0}}
+    assert "-" not in repr(canonical(nested("cpmm.noise", -0.0), OPTIONS))
+    lists = nested("evaluation.direct.shrinkages", [5, 20.0])
+    assert repr(canonical(lists, OPTIONS)).endswith("[5.0, 20.0]}}}")
+    kinds = {name: type(value) for name, value in found.items() if name in numbers}
+    assert set(kinds.values()) <= {float, type(None)}
+    assert canonical(config, OPTIONS) == config
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,14 @@ from typing import Any
 
 from cpmm.pipeline.config.fingerprints import digest_files
 from cpmm.pipeline.config.root import ROOT
-from cpmm.pipeline.config.schema import Rule, check_cpmm, check_options, options_with, show
+from cpmm.pipeline.config.schema import (
+    Rule,
+    canonical,
+    check_cpmm,
+    check_options,
+    options_with,
+    show,
+)
 
 
 def flatten(overrides: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -39,7 +46,7 @@ def flatten(overrides: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 def compose_preset(
     preset: str, overrides: Sequence[str], primary: str = "config"
 ) -> dict[str, Any]:
-    """Compose ``conf/config.yaml`` with a preset and overrides, everything resolved.
+    """Compose ``conf/config.yaml`` with a preset and overrides, resolved and in canonical form.
 
     Args:
         preset: A file of ``conf/preset/``, without its ending.
@@ -55,7 +62,9 @@ def compose_preset(
         raise ValueError(f"unknown preset {preset!r}: choose one of {', '.join(known_presets())}")
     _require_ours(overrides)
     resolved = _resolve(primary, preset, overrides)
-    check_options(resolved, _compose_plain(ROOT, primary, preset), option_rules(ROOT))
+    options = option_rules(ROOT)
+    check_options(resolved, _compose_plain(ROOT, primary, preset), options)
+    resolved = canonical(resolved, options)
     check_cpmm(resolved["cpmm"])
     for source in (resolved["data"], resolved["evaluation"]["ood"]):
         if source is not None and (digests := digest_files(source["options"])):

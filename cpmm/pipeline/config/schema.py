@@ -1,9 +1,9 @@
 """What every option of conf/ may be: one table, checked as soon as a configuration is composed.
 
-A value out of range ends here, in the first second and by its own name, not in a stage hours later. Whole
-numbers are written without a point: 3.0 is refused where 3 is meant, as it would be another fingerprint
-of the same configuration. What options of CPMM say together, without the data, is checked beside it; the
-rest where it is used.
+A value out of range ends here, in the first second and by its own name, not in a stage hours later.
+Where a real number is expected, 30 becomes 30.0, so that both are one fingerprint; where a whole number
+is, 3.0 is refused. What options of CPMM say together, without the data, is checked beside it; the rest
+where it is used.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ class Rule:
     Attributes:
         expected: For people, such as "expected a whole number of at least 1".
         accepts: Whether a value is allowed.
+        canonical: The one way to write an allowed value, for fingerprints.
     """
 
     expected: str
     accepts: Callable[[Any], bool]
+    canonical: Callable[[Any], Any] = lambda value: value
 
 
 FIXED_STEP = ("euler", "midpoint", "heun2", "heun3", "rk4")  # as in cpmm/odes.py, which needs torch
@@ -43,7 +45,7 @@ def whole(low: int, high: int = MANY) -> Rule:
 
 
 def number(low: float = -LARGEST, high: float = LARGEST, ends: str = "[]") -> Rule:
-    """A number in an interval; a round bracket leaves its end out."""
+    """A number in an interval; a round bracket leaves its end out. It is written with a point."""
     above = "of at least" if ends[0] == "[" else "above"
     below = "at most" if ends[1] == "]" else "below"
 
@@ -52,7 +54,11 @@ def number(low: float = -LARGEST, high: float = LARGEST, ends: str = "[]") -> Ru
             return False
         return (value > low or ends[0] == "[") and (value < high or ends[1] == "]")
 
-    return Rule(f"expected a number {above} {low:g} and {below} {high:g}", accepts)
+    return Rule(
+        f"expected a number {above} {low:g} and {below} {high:g}",
+        accepts,
+        lambda value: float(value) + 0.0,  # -0.0 is 0.0
+    )
 
 
 def choice(*names: str) -> Rule:
@@ -89,7 +95,11 @@ def flag() -> Rule:
 
 def or_null(rule: Rule) -> Rule:
     """What ``rule`` allows, or null."""
-    return Rule(f"{rule.expected}, or null", lambda value: value is None or rule.accepts(value))
+    return Rule(
+        f"{rule.expected}, or null",
+        lambda value: value is None or rule.accepts(value),
+        lambda value: None if value is None else rule.canonical(value),
+    )
 
 
 def several(what: str, rule: Rule, least: int = 1, most: int = 1000) -> Rule:
@@ -101,6 +111,7 @@ def several(what: str, rule: Rule, least: int = 1, most: int = 1000) -> Rule:
             and least <= len(value) <= most
             and all(map(rule.accepts, value))
         ),
+        lambda value: [rule.canonical(item) for item in value],
     )
 
 
@@ -450,6 +461,26 @@ def check_options(
             raise ValueError(
                 f"{name} is missing: it cannot be left out (in conf/ it is {show(value)})"
             )
+
+
+def canonical(
+    config: Mapping[str, Any], options: Mapping[str, Rule], prefix: str = ""
+) -> dict[str, Any]:
+    """Write each value in one way, so that 30 and 30.0 are one configuration with one fingerprint.
+
+    Args:
+        config: A configuration whose options have been checked.
+        options: From :func:`options_with`.
+        prefix: Of the names in ``config``.
+    """
+    written = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and (name not in options or name in SECTIONS):
+            written[key] = canonical(value, options, f"{name}.")
+        else:
+            written[key] = options[name].canonical(value) if name in options else value
+    return written
 
 
 def check_cpmm(cpmm: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from cpmm.pipeline.config import Config
 from cpmm.pipeline.config.compose import compose_preset, flatten
 from cpmm.pipeline.config.fingerprints import fingerprint_inputs, fingerprint_model, hash_of
+from cpmm.pipeline.config.schema import canonical, options_with
 from cpmm.pipeline.scores.tables import SCORES, TEST
 
 SECTIONS = ("name", "seeds", "overrides", "parts", "search", "scheduler", "claims")
@@ -175,6 +176,7 @@ def suggested_trial(trial: Trial, values: Mapping[str, Any], code: str) -> Trial
     config = trial.config
     for option, value in values.items():
         config = set_option(config, option, value)
+    config = canonical(config, options_with(config["baselines"]))
     short = shorten(list(values))
     row = tuple((short[option], show(value, 6)) for option, value in values.items())
     overrides = [item for item in trial.overrides[:-1] if item.split("=")[0] not in values] + list(

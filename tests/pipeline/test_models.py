@@ -6,7 +6,6 @@ from conftest import TINY
 from sklearn.datasets import load_digits
 
 from cpmm.data import DataSplits
-from cpmm.pipeline.config import fingerprints
 from cpmm.pipeline.config.compose import compose_preset
 from cpmm.pipeline.models import mixtures as models
 from cpmm.pipeline.models import runtime
@@ -135,13 +134,6 @@ def test_more_knots_than_steps_are_refused(data):
         models.make_trajectories(config | {"weight_knots": 6}, data)
 
 
-def test_a_configuration_from_before_an_option_joined_still_makes_trajectories(data):
-    config = compose_preset("digits", TINY)["cpmm"]
-    before = {name: value for name, value in config.items() if name not in fingerprints.LATER}
-    now, then = (models.make_trajectories(c, data).state_dict() for c in (config, before))
-    assert now.keys() == then.keys()
-
-
 @pytest.mark.parametrize("precision", ["32-true", "tf32"])
 @pytest.mark.parametrize("accelerator", ["auto", "gpu", "cpu"])
 def test_what_lightning_does_not_compute_goes_to_the_same_device(
@@ -157,15 +149,3 @@ def test_what_lightning_does_not_compute_goes_to_the_same_device(
     assert torch.backends.cudnn.allow_tf32 is False
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert runtime.compute_device(trainer) == "cpu"
-
-
-def test_options_that_joined_later_change_a_fingerprint_only_if_they_are_set():
-    config = compose_preset("digits", TINY)
-    before = {
-        name: value for name, value in config["cpmm"].items() if name not in fingerprints.LATER
-    }
-    assert fingerprints.fingerprint_cpmm(
-        config | {"cpmm": before}
-    ) == fingerprints.fingerprint_cpmm(config)
-    varied = compose_preset("digits", [*TINY, "cpmm.weight_knots=3"])
-    assert fingerprints.fingerprint_cpmm(varied) != fingerprints.fingerprint_cpmm(config)

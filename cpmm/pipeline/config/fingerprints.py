@@ -55,8 +55,6 @@ def _digest_file(path: Path, mtime_ns: int, size: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# Options of ``cpmm`` that joined after artifacts were published: null leaves those valid.
-LATER = ("weight_knots",)
 # What a row of conf/baselines/ says for tables alone.
 DESCRIPTION = ("title", "block", "paper")
 
@@ -80,17 +78,16 @@ def fingerprint_teacher(config: Config) -> str | None:
 
 
 def fingerprint_spaces(config: Config) -> str:
-    """Fingerprint of ``spaces``; an option that is null, such as a limit that is not set, is not in it."""
-    options = {name: value for name, value in config["spaces"].items() if value is not None}
+    """Fingerprint of ``spaces``."""
     return hash_of(
-        "spaces", options, config["seed"], fingerprint_prepared(config), fingerprint_teacher(config)
-    )
+        "spaces", config["spaces"], config["seed"], fingerprint_prepared(config),
+        fingerprint_teacher(config),
+    )  # fmt: skip
 
 
 def fingerprint_cpmm(config: Config) -> str:
-    """Fingerprint of ``cpmm``; an option of :data:`LATER` that is null is not in it."""
+    """Fingerprint of ``cpmm``."""
     options = config["cpmm"]
-    options = {k: v for k, v in options.items() if v is not None or k not in LATER}
     spaces = fingerprint_spaces(config) if options["curriculum"] else None
     precision = config["trainer"]["precision"]
     return hash_of(

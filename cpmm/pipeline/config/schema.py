@@ -498,7 +498,7 @@ def check_cpmm(cpmm: Mapping[str, Any]) -> None:
             f"cpmm.initialization.kind {kind!r} makes no groups: choose one of {', '.join(GROUPINGS)}, or set "
             "both to 0"
         )
-    n_knots = cpmm.get("weight_knots")
+    n_knots = cpmm["weight_knots"]
     method, n_steps = cpmm["solver"]["method"], cpmm["solver"]["n_steps"]
     if n_knots is not None and method in FIXED_STEP and n_knots > n_steps + 1:
         raise ValueError(

@@ -115,9 +115,7 @@ def make_trajectories(
 
     check_cpmm(config)
     blocks = make_blocks(config["field"], data)
-    n_knots = config.get(
-        "weight_knots"
-    )  # one of fingerprints.LATER: an earlier configuration has none
+    n_knots = config["weight_knots"]
     solver = Solver(**config["solver"])
 
     def shared() -> nn.Module:

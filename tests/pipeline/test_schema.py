@@ -75,8 +75,10 @@ def test_choices_are_those_of_the_code(option, known):
 @pytest.mark.parametrize(
     ("option", "good", "bad"),
     [
-        ("cpmm.batch_size", [1, 10**6], [0, -1, 10**6 + 1, 3.0, 2.5, True, None, "3", [3], math.nan]),
-        ("cpmm.noise", [0, 0.5, 3], [-1e-9, 1e10, math.inf, math.nan, 10**400, False, None, "0.5", {}]),
+        ("cpmm.batch_size", [1, 10**6],
+         [0, -1, 10**6 + 1, 3.0, 2.5, True, None, "3", [3], math.nan]),
+        ("cpmm.noise", [0, 0.5, 3],
+         [-1e-9, 1e10, math.inf, math.nan, 10**400, False, None, "0.5", {}]),
         ("cpmm.learning_rate", [1e-300, 1], [0, 0.0, -1]),
         ("data.alpha", [None, 0.01], [0, 0.5, math.nan, "null"]),
         ("data.options.gap_width", [0, 359.9], [360, -0.1]),

@@ -38,8 +38,8 @@ def flatten(overrides: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{name}={_quote(value)}"
         else:
             raise ValueError(
-                f"{prefix}{name} is {show(value)}: expected a number, text (in quotes, if it looks like "
-                "something else), true, false, null or a list of these"
+                f"{prefix}{name} is {show(value)}: expected a number, text (in quotes, "
+                "if it looks like something else), true, false, null or a list of these"
             )
 
 
@@ -86,9 +86,9 @@ def missing_ood_files(config: Mapping[str, Any]) -> str | None:
         names = (name, name.removesuffix(".gz"), f"{name}.gz")
         if not any((place / other).is_file() for place in places for other in names):
             return (
-                f"evaluation.ood is {ood['name']}, and {name} is missing (evaluation.ood.options.folder is "
-                f"{show(options['folder'])}): evaluate will refuse at the end; set the folder in params.yaml's "
-                "overrides, or evaluation.ood to null"
+                f"evaluation.ood is {ood['name']}, and {name} is missing "
+                f"(evaluation.ood.options.folder is {show(options['folder'])}): evaluate will refuse "
+                "at the end; set the folder in params.yaml's overrides, or evaluation.ood to null"
             )
     return None
 
@@ -212,8 +212,8 @@ def _require_ours(overrides: Sequence[str]) -> None:
         key = item.lstrip("+~").split("=")[0].strip()
         if key == "preset" or key.split(".")[0].split("/")[0] == "hydra":
             raise ValueError(
-                f"{show(item)} cannot be an override: presets are named in params.yaml or by preset=... on a "
-                "command line, and Hydra's own options change nothing"
+                f"{show(item)} cannot be an override: presets are named in params.yaml or by "
+                "preset=... on a command line, and Hydra's own options change nothing"
             )
 
 

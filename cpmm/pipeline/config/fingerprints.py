@@ -43,8 +43,8 @@ def check_digests(section: Mapping[str, Any], name: str, stage: str = "config") 
     for option, digest in section.get("digests", {}).items():
         if now.get(option) != digest:
             raise ValueError(
-                f"{section['options'][option]} ({name}.options.{option}) has changed since the configuration was "
-                f"composed: run `dvc repro -f {stage}` first"
+                f"{section['options'][option]} ({name}.options.{option}) has changed since "
+                f"the configuration was composed: run `dvc repro -f {stage}` first"
             )
 
 

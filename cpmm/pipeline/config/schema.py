@@ -1,9 +1,9 @@
 """What every option of conf/ may be: one table, checked as soon as a configuration is composed.
 
 A value out of range ends here, in the first second and by its own name, not in a stage hours later.
-Where a real number is expected, 30 becomes 30.0, so that both are one fingerprint; where a whole number
-is, 3.0 is refused. What options of CPMM say together, without the data, is checked beside it; the rest
-where it is used.
+Where a real number is expected, 30 becomes 30.0, so that both are one fingerprint; where a whole
+number is, 3.0 is refused. What options of CPMM say together, without the data, is checked beside it;
+the rest where it is used.
 """
 
 from __future__ import annotations
@@ -494,9 +494,10 @@ def check_cpmm(cpmm: Mapping[str, Any]) -> None:
         raise ValueError(f"cpmm.initialization.kind is {show(kind)}: {kinds.expected}")
     if (cpmm["pseudo_label_spaces"] or cpmm["pseudo_label_weight"]) and kind not in GROUPINGS:
         raise ValueError(
-            f"cpmm.pseudo_label_spaces is {cpmm['pseudo_label_spaces']}, cpmm.pseudo_label_weight {cpmm['pseudo_label_weight']}, but "
-            f"cpmm.initialization.kind {kind!r} makes no groups: choose one of {', '.join(GROUPINGS)}, or set "
-            "both to 0"
+            f"cpmm.pseudo_label_spaces is {cpmm['pseudo_label_spaces']}, "
+            f"cpmm.pseudo_label_weight {cpmm['pseudo_label_weight']}, but "
+            f"cpmm.initialization.kind {kind!r} makes no groups: choose one of "
+            f"{', '.join(GROUPINGS)}, or set both to 0"
         )
     n_knots = cpmm["weight_knots"]
     method, n_steps = cpmm["solver"]["method"], cpmm["solver"]["n_steps"]

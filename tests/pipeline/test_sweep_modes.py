@@ -240,7 +240,7 @@ def test_workers_killed_for_their_memory_are_recorded_and_tried_again(project):
 def test_what_no_node_offers_is_said_in_time(project):
     status, _, err = run(project(), "ray.gpus=3", "ray.resources_seconds=1")
     assert status == 1
-    assert "a trial's worker asks for {'CPU': 1, 'GPU': 3}, but no node offers that" in err
+    assert "a trial's worker asks for {'CPU': 1.0, 'GPU': 3.0}, but no node offers that" in err
 
 
 @pytest.mark.slow

@@ -186,7 +186,7 @@ def _find_mode(address: str, seconds: float) -> str:
         if REFUSED not in answer or mode == "token":
             break
     if time.monotonic() > deadline:
-        answer = f"no answer within {seconds} s, ray.connect_seconds"
+        answer = f"no answer within {seconds:g} s, ray.connect_seconds"
     raise ConnectionError(
         f"cannot attach to a Ray cluster at {address} ({answer}): start one with `ray start --head`, correct "
         "ray.address or RAY_ADDRESS, or leave both out for a Ray of the sweep's own; a cluster with tokens "

@@ -55,7 +55,7 @@ def _density(config: Config, data: DataSplits) -> str:
     pre = data.preprocessing
     common = (
         f"mean over the {len(data.raw['test'])} test points, one noise sample of seed {data.noise_seed}, "
-        f"computed in float64; floor of log d {config['cpmm']['log_diagonal_floor']}"
+        f"computed in float64; floor of log d {config['cpmm']['log_diagonal_floor']:g}"
     )
     if pre.levels is None:
         return f"-(log p(z) + log|dz/dx|) / M, nats, in units of the data; {common}"

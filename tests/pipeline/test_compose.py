@@ -21,8 +21,8 @@ from cpmm.pipeline.config.compose import (
     split_preset,
 )
 from cpmm.pipeline.config.fingerprints import (
+    fingerprint_baseline,
     fingerprint_cpmm,
-    fingerprint_evaluation,
     fingerprint_prepared,
 )
 from workflows import compose, prepare_data
@@ -143,12 +143,12 @@ def test_an_override_changes_its_value_alone():
 
 def test_numbers_are_written_in_one_way():
     whole, real = (
-        compose_preset("digits", [f"cpmm.temperature={n}", f"evaluation.direct.shrinkages=[{n},1]"])
+        compose_preset("digits", [f"cpmm.temperature={n}", f"baselines.direct.shrinkages=[{n},1]"])
         for n in ("30", "30.0")
     )
     assert yaml.safe_dump(whole) == yaml.safe_dump(real)
     assert fingerprint_cpmm(whole) == fingerprint_cpmm(real)
-    assert fingerprint_evaluation(whole) == fingerprint_evaluation(real)
+    assert fingerprint_baseline(whole, "direct") == fingerprint_baseline(real, "direct")
     assert "temperature: 30.0" in yaml.safe_dump(whole)
 
 

@@ -120,7 +120,7 @@ def test_30_and_30_point_0_are_one_fingerprint():
             assert len(texts) == 1, name
     assert canonical(nested("cpmm.noise", -0.0), OPTIONS) == {"cpmm": {"noise": 0.0}}
     assert "-" not in repr(canonical(nested("cpmm.noise", -0.0), OPTIONS))
-    lists = nested("evaluation.direct.shrinkages", [5, 20.0])
+    lists = nested("baselines.direct.shrinkages", [5, 20.0])
     assert repr(canonical(lists, OPTIONS)).endswith("[5.0, 20.0]}}}")
     kinds = {name: type(value) for name, value in found.items() if name in numbers}
     assert set(kinds.values()) <= {float, type(None)}

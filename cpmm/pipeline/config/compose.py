@@ -87,8 +87,8 @@ def missing_ood_files(config: Mapping[str, Any]) -> str | None:
         if not any((place / other).is_file() for place in places for other in names):
             return (
                 f"evaluation.ood is {ood['name']}, and {name} is missing "
-                f"(evaluation.ood.options.folder is {show(options['folder'])}): evaluate will refuse "
-                "at the end; set the folder in params.yaml's overrides, or evaluation.ood to null"
+                f"(evaluation.ood.options.folder is {show(options['folder'])}): evaluate will "
+                "refuse at the end; set the folder in params.yaml's overrides, or evaluation.ood to null"
             )
     return None
 

@@ -2,8 +2,8 @@
 
 A value out of range ends here, in the first second and by its own name, not in a stage hours later.
 Where a real number is expected, 30 becomes 30.0, so that both are one fingerprint; where a whole
-number is, 3.0 is refused. What options of CPMM say together, without the data, is checked beside it;
-the rest where it is used.
+number is, 3.0 is refused. What options of CPMM say together, without the data, is checked beside
+it; the rest where it is used.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import yaml
 import cpmm.pipeline.stage
 from cpmm.pipeline.config.compose import compose_preset
 from cpmm.pipeline.config.fingerprints import EVALUATED
+from cpmm.pipeline.scores.scorer import Scorer
 from cpmm.pipeline.sweeps.inputs import locate_inputs, open_inputs
 from cpmm.pipeline.sweeps.trial import run_trial
 
@@ -160,6 +161,17 @@ def train_trial(home, scratch, options, **how):
     scratch.mkdir(exist_ok=True)
     inputs = open_inputs(locate_inputs(config, home))
     return run_trial(config, *inputs, "fingerprint", scratch, **{"quiet": True} | how), scratch
+
+
+def score_mixture(mixture, data):
+    """Scores of a mixture in float64 on test points, as records and reports have them."""
+    score, fa = Scorer(data, "test"), mixture.components
+    return {
+        **score.density(mixture.log_prob(score.z)),
+        **score.clusters(mixture.predict(score.z).numpy(), mixture.n_clusters),
+        "n_components": fa.n_components,
+        "n_parameters": fa.n_parameters,
+    }
 
 
 def check_last_step(module):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, STAGES, run_commands, stage_command
+from conftest import ROOT, STAGES, run_commands, score_mixture, stage_command
 
 from cpmm.artifact import load_header
 from cpmm.fitted import FittedMixture
@@ -23,7 +23,6 @@ from cpmm.pipeline.artifacts.spaces import open_spaces
 from cpmm.pipeline.artifacts.store import load_prepared
 from cpmm.pipeline.config.code import reached_files
 from cpmm.pipeline.models.trajectories import load_trajectories
-from cpmm.pipeline.scores.scorer import Scorer
 from cpmm.pipeline.stage import load_config
 from cpmm.pipeline.sweeps.plan import set_option
 from cpmm.seeds import seeded_generator
@@ -123,7 +122,7 @@ def test_a_row_of_the_report_is_the_score_of_the_mixture_that_is_kept(row, finis
     data = load_prepared(folder / "prepared")
     nats = fitted.log_prob(data.raw["test"], seeded_generator(data.noise_seed, 2))
     assert float(fitted.density(nats).mean()) == pytest.approx(reported["density"], rel=1e-12)
-    scores = Scorer(data, "test").mixture(fitted.mixture)
+    scores = score_mixture(fitted.mixture, data)
     if row == "direct":  # its components are no clusters of digits
         assert fitted.mixture.n_clusters == 30
         scores = {name: scores[name] for name in reported if name != "name"}

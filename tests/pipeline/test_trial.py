@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, check_last_step, make_inputs, train_trial
+from conftest import TINY, check_last_step, make_inputs, score_mixture, train_trial
 
 from cpmm.artifact import load_header
 from cpmm.mixture import Mixture
@@ -95,7 +95,7 @@ def test_a_record_holds_the_scores_of_the_mixture(finished, home):
     config = compose_preset("digits", [*SMALL, *overrides])
     data, _ = open_inputs(locate_inputs(config, home))
     mixture = Mixture.load(scratch / "mixture").to(torch.float64)
-    assert record["test"] == Scorer(data, "test").mixture(mixture)
+    assert record["test"] == score_mixture(mixture, data)
     z, log_det = data.points("validation")
     nats = -(mixture.log_prob(z) + log_det) / data.n_features
     _, factor, offset = data.preprocessing.density_unit

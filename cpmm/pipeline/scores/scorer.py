@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from torch import Generator, Tensor
 
     from cpmm.data import DataSplits
-    from cpmm.mixture import Mixture
     from cpmm.teacher import Flow
 
 
@@ -58,15 +57,6 @@ class Scorer:
     def clusters(self, cluster: np.ndarray, n_clusters: int) -> dict[str, float]:
         """Clustering scores, nothing without labels."""
         return {} if self.label is None else clustering_scores(self.label, cluster, n_clusters)
-
-    def mixture(self, mixture: Mixture) -> dict[str, float]:
-        """Both, of a mixture in float64."""
-        return {
-            **self.density(mixture.log_prob(self.z)),
-            **self.clusters(mixture.predict(self.z).numpy(), mixture.n_clusters),
-            "n_components": mixture.components.n_components,
-            "n_parameters": mixture.components.n_parameters,
-        }
 
 
 def flow_log_prob(

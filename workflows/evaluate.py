@@ -130,7 +130,7 @@ def _sizes(mixture: Mixture) -> str:
 def _score_teacher(
     folder: Path, config: Config, data: DataSplits, ood: OodPoints | None
 ) -> dict[str, Any]:
-    """Density of the teacher by a solve at the stated tolerance, and how it tells points outside."""
+    """Density of the teacher at the stated tolerance, and how it tells points outside."""
     from cpmm.odes import Solver
     from cpmm.pipeline.artifacts.store import load_model
     from cpmm.pipeline.config.fingerprints import fingerprint_teacher

@@ -175,8 +175,8 @@ def score_baseline(
     """Density and clustering scores of a model on the split of ``score``.
 
     Returns:
-        The scores of the split; for a density, if ``timed``, ``seconds_10k``, the time that it takes
-        for 10,000 points, and with ``ood`` the entry ``ood`` of
+        The scores of the split; for a density, if ``timed``, ``seconds_10k``, the time that it
+        takes for 10,000 points, and with ``ood`` the entry ``ood`` of
         :meth:`cpmm.pipeline.scores.ood.OodPoints.scores`.
 
     Raises:

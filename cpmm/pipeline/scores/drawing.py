@@ -94,7 +94,7 @@ def _draw_spaces(data: DataSplits, spaces: Spaces) -> Figure:
 
 
 def _draw_mixture(data: DataSplits, mixture: Mixture, seed: int) -> dict[str, Figure]:
-    """Draw samples, the confusion with classes, and the components where there is a picture of them."""
+    """Draw samples, the confusion with classes, and the components of points in the plane."""
     from cpmm import figures
 
     z, _ = data.points("test")

@@ -29,7 +29,7 @@ def main(folder: Path, config: Config) -> str:
 
     options = config["data"]
     source = read_source({"source": options["source"], **options["options"]})
-    check_digests(options, "data", f"config@{config['name']}")
+    check_digests(options, "data", f"compose@{config['name']}")
     raw = torch.from_numpy(source.x)
     index = split_indices(
         len(raw),

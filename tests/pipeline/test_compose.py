@@ -66,7 +66,7 @@ def test_a_file_that_was_edited_is_another_configuration(tmp_path):
     assert len(fingerprints) == 2
     path.write_text("a,b\n" + "1,2\n3,4\n" * 300)
     with pytest.raises(
-        ValueError, match=r"table\.csv \(data\.options\.path\) has changed since .* config@csv"
+        ValueError, match=r"table\.csv \(data\.options\.path\) has changed since .* compose@csv"
     ):
         prepare_data.main(tmp_path, config)
     assert "digests" not in compose_preset("digits", [])["data"]

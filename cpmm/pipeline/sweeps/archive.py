@@ -59,11 +59,7 @@ class Archive:
         return None
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a file.
-
-        Raises:
-            ArchiveError: If it cannot be written, or the archive has gone.
-        """
+        """Write a file; an :class:`ArchiveError` if that fails, or the archive has gone."""
         with self._saying("writing", name):
             if not self._is_file(ROOT_MARK):
                 raise FileNotFoundError("the archive is no longer there")

@@ -149,13 +149,7 @@ def train_here(
 class Reporter:
     """After each epoch, report to Tune and Prometheus; now and then, keep the checkpoint.
 
-    Args:
-        trial: What is trained.
-        assignment: Of the sweep.
-        scratch: Where Lightning leaves ``last.ckpt``.
-        data: The splits.
-        report: Sends a report to Tune.
-        keep: Whether this process sends checkpoints: of those that train one trial, one does.
+    Lightning leaves it in ``scratch``; of several processes that train one trial, one is to keep.
     """
 
     def __init__(

@@ -99,7 +99,7 @@ def _run(sweep: Sweep, located: Mapping[tuple[str, str | None], Located], unit: 
 
 
 def _beginning(sweep: Sweep, n_done: int) -> str:
-    """Say whether the sweep goes on or starts afresh, and note in the archive what it consists of."""
+    """Say whether the sweep goes on or starts afresh, and note in the archive what it is of."""
     from cpmm.pipeline.sweeps.archive import CHECKPOINT
 
     archive, trials = sweep.archive, sweep.trials

@@ -120,8 +120,8 @@ def markdown(
     lines = [
         f"# Sweep {sweep} of {preset}",
         "",
-        f"Densities in {unit}, lower is better; mean ± standard deviation over the seeds of a row. "
-        "Trials are chosen by their validation density alone.",
+        f"Densities in {unit}, lower is better; mean ± standard deviation over the seeds of a "
+        "row. Trials are chosen by their validation density alone.",
     ]
     if "auroc_mean" in rows:
         lines.append("AUROC and AUPR: how well log-density tells another data set apart.")

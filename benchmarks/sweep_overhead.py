@@ -59,11 +59,9 @@ def measure(arguments: argparse.Namespace) -> dict:
     ):
         print(line, flush=True)
         archive = Archive(str(Path(folder) / "archive"))
-        names = {trial.fingerprint: trial.name for trial in trials}
-        progress = Progress("overhead", names, len(trials), 0, "bits")
         inputs = {trials[0].inputs: share(located)}
         sweep = Sweep("digits", trials, section, options, archive, Path(folder))
-        run_trials(sweep, inputs, progress)
+        run_trials(sweep, inputs, Progress(sweep, 0, "bits"))
         records = [archive.record(trial.fingerprint) for trial in trials]
     starts = sorted(record["worker"]["began"] for record in records)
     ended = max(record["worker"]["ended"] for record in records)

@@ -29,9 +29,8 @@ def no_op(config: dict, assignment: object) -> None:
     from cpmm.pipeline.sweeps.reporter import call
     from cpmm.pipeline.sweeps.worker import final_report
 
-    fingerprint = config["fingerprint"]
+    fingerprint, record = config["fingerprint"], {"status": "finished", "validation": 0.0}
     call(assignment.archive.record, fingerprint)
-    record = {"status": "finished", "validation": 0.0}
     call(assignment.archive.save_record, fingerprint, record)
     tune.report(final_report(fingerprint, record))
 
@@ -64,10 +63,8 @@ def measure(arguments: argparse.Namespace) -> dict:
     template = compose_preset("digits", [])
     # As many trials as asked for; they differ by their seeds.
     trials = [make_trial("digits", (), seed, [], template, "") for seed in range(arguments.trials)]
-    names = {trial.fingerprint: trial.name for trial in trials}
-    simulated = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 10**8}
-    )
+    head = {"num_cpus": 0, "object_store_memory": 10**8}
+    simulated = Cluster(initialize_head=True, head_node_args=head)
     for _ in range(arguments.nodes):
         simulated.add_node(num_cpus=arguments.cpus, object_store_memory=10**8)
     options = config["ray"] | {"address": simulated.address}
@@ -77,11 +74,11 @@ def measure(arguments: argparse.Namespace) -> dict:
         with tempfile.TemporaryDirectory() as folder, cluster.connected(options, 0, 1) as line:
             print(line, flush=True)
             archive = Archive(str(Path(folder) / "archive"))
-            progress = Progress("no-op", names, len(trials), 0, "bits")
-            progress._say = lambda line: None
-            started = time.monotonic()
             section = config["sweep"] | {"name": "no-op"}
             sweep = Sweep("digits", trials, section, options, archive, Path(folder))
+            progress = Progress(sweep, 0, "bits")
+            progress._say = lambda line: None
+            started = time.monotonic()
             run_trials(sweep, {}, progress, no_op)
             seconds = time.monotonic() - started
             n_done = sum(archive.record(trial.fingerprint) is not None for trial in trials)

@@ -22,12 +22,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    of_out = "where record, checkpoint and mixture go; data/<preset>/trial"
     parser.add_argument(
         "overrides", nargs="*", help="in Hydra's syntax; preset=digits if not given"
     )
-    parser.add_argument(
-        "--out", type=Path, help="where record, checkpoint and mixture go; data/<preset>/trial"
-    )
+    parser.add_argument("--out", type=Path, help=of_out)
     arguments = parser.parse_intermixed_args()
     with command("trial", arguments.out):
         _run(arguments.overrides, arguments.out)

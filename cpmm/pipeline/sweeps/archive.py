@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,58 +53,38 @@ class Archive:
 
     def read(self, name: str) -> bytes | None:
         """Read a file, None if there is none."""
-        try:
-            with self.files.open_input_stream(f"{self.root}/{name}") as stream:
-                return stream.read()
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise self._error("reading", name, error) from error
+        path, opened = f"{self.root}/{name}", self.files.open_input_stream
+        with self._saying("reading", name), suppress(FileNotFoundError), opened(path) as stream:
+            return stream.read()
+        return None
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a file.
-
-        Raises:
-            ArchiveError: If it cannot be written, or the archive has gone.
-        """
-        try:
+        """Write a file; an :class:`ArchiveError` if that fails, or the archive has gone."""
+        with self._saying("writing", name):
             if not self._is_file(ROOT_MARK):
                 raise FileNotFoundError("the archive is no longer there")
             self.files.create_dir(f"{self.root}/{name}".rpartition("/")[0], recursive=True)
             self._write(name, content)
-        except OSError as error:
-            raise self._error("writing", name, error) from error
 
     def delete(self, name: str) -> None:
         """Delete a file if it is there."""
-        try:
+        with self._saying("deleting", name):
             if self._is_file(name):
                 self.files.delete_file(f"{self.root}/{name}")
-        except OSError as error:
-            raise self._error("deleting", name, error) from error
 
     def names(self, folder: str) -> list[str]:
         """List the files below a folder, as names for :meth:`read`."""
-        try:
-            found = self.files.get_file_info(
-                fs.FileSelector(f"{self.root}/{folder}", recursive=True, allow_not_found=True)
-            )
-        except OSError as error:
-            raise self._error("listing", folder, error) from error
-        start = len(self.root) + 1
-        return sorted(
-            f.path[start:]
-            for f in found
-            if f.type == fs.FileType.File and not f.path.endswith(".partial")
-        )
+        below = fs.FileSelector(f"{self.root}/{folder}", recursive=True, allow_not_found=True)
+        with self._saying("listing", folder):
+            found = self.files.get_file_info(below)
+        paths = [f.path for f in found if f.type == fs.FileType.File]
+        return sorted(p[len(self.root) + 1 :] for p in paths if not p.endswith(".partial"))
 
     def read_json(self, name: str) -> Any:
         """Read JSON, None if there is none or it is damaged: what it says is then made again."""
-        content = self.read(name)
-        try:
-            return None if content is None else json.loads(content)
-        except ValueError:
-            return None
+        with suppress(ValueError):
+            return json.loads(self.read(name) or b"null")
+        return None
 
     def write_json(self, name: str, value: Any) -> None:
         """Write JSON."""
@@ -129,10 +110,8 @@ class Archive:
 
     def has(self, name: str) -> bool:
         """Whether there is a file."""
-        try:
+        with self._saying("looking for", name):
             return self._is_file(name)
-        except OSError as error:
-            raise self._error("looking for", name, error) from error
 
     def fetch(self, folder: str, target: Path) -> None:
         """Copy the files below a folder of the archive."""
@@ -140,8 +119,9 @@ class Archive:
             path = target / Path(name).relative_to(folder)
             path.parent.mkdir(parents=True, exist_ok=True)
             content = self.read(name)
-            if content is None:
-                raise self._error("reading", name, FileNotFoundError("it has just gone"))
+            with self._saying("reading", name):
+                if content is None:
+                    raise FileNotFoundError("it has just gone")
             path.write_bytes(content)
 
     def _is_file(self, name: str) -> bool:
@@ -162,11 +142,15 @@ class Archive:
                 Path(target).unlink(missing_ok=True)
             raise
 
-    def _error(self, verb: str, name: str, error: OSError) -> ArchiveError:
-        return ArchiveError(
-            f"{verb} {name} in ray.storage {self.uri!r} failed: {_reason(error)}; put that right, "
-            "and the same command goes on from the last checkpoints"
-        )
+    @contextmanager
+    def _saying(self, verb: str, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ArchiveError(
+                f"{verb} {name} in ray.storage {self.uri!r} failed: {_reason(error)}; put that "
+                "right, and the same command goes on from the last checkpoints"
+            ) from error
 
 
 def _reason(error: Exception) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import socket
@@ -18,6 +19,11 @@ from cpmm.pipeline.config.code import PACKAGE
 
 REFUSED = "InvalidAuthToken"  # in what Ray says where a token is missing or wrong
 OUTER_CPU = 0.01  # of a trial whose workers train together, taken from theirs; Tune refuses 0
+CODE = {  # our package is sent to the workers of a cluster: they need no checkout
+    "py_modules": [str(PACKAGE)],
+    "excludes": ["__pycache__"],
+    "env_vars": {"RAY_TRAIN_V2_ENABLED": "1", "RAY_CHDIR_TO_TRIAL_DIR": "0"},
+}
 SPARE_BYTES = 256 * 2**20  # of the object store, beside the inputs
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -33,19 +39,6 @@ ENVIRONMENT = {
 }
 
 
-def check_options(options: dict[str, Any]) -> None:
-    """Check what the table of options cannot say of the section ``ray``.
-
-    Raises:
-        ValueError: If the address is one that a sweep cannot use.
-    """
-    if str(options["address"]).startswith("ray://"):
-        raise ValueError(
-            f"ray.address is {options['address']!r}, a Ray client's: run the sweep on a node of "
-            "the cluster, with ray.address=auto"
-        )
-
-
 def prepare_environment(options: dict[str, Any]) -> None:
     """Set what Ray reads from the environment when it is imported: call this before.
 
@@ -55,20 +48,19 @@ def prepare_environment(options: dict[str, Any]) -> None:
     Raises:
         ConnectionError: If no cluster answers in time.
     """
-    address = _address(options)
-    chosen = dict(ENVIRONMENT)
-    if address is None:
-        chosen["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    if address := _address(options):
+        mode = _find_mode(address, options["connect_seconds"])
+        os.environ.setdefault("RAY_AUTH_MODE", mode)
     else:
-        chosen["RAY_AUTH_MODE"] = _find_mode(address, options["connect_seconds"])
-    for name, value in chosen.items():
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
 
 def _address(options: dict[str, Any]) -> str | None:
     """Address of a running cluster, None for a Ray of our own."""
     address = options["address"] or os.environ.get("RAY_ADDRESS")
-    return None if address in (None, "", "local") else address
+    return None if address in ("", "local") else address
 
 
 @contextmanager
@@ -95,18 +87,17 @@ def connected(options: dict[str, Any], input_bytes: int, cpus_at_least: float) -
     started = time.monotonic()
     if address is not None:
         try:
-            context = ray.init(address=address, runtime_env=_code(), **quiet)
+            context = ray.init(address=address, runtime_env=CODE, **quiet)
         except (ConnectionError, RuntimeError) as error:
-            raise ConnectionError(
-                f"cannot attach to the Ray cluster at {address}: {error}"
-            ) from error
+            said = f"cannot attach to the Ray cluster at {address}: {error}"
+            raise ConnectionError(said) from error
         what = f"attached to {context.address_info['gcs_address']}"
     else:
         store = options["object_store_gb"]
         size = int(store * 2**30) if store else int(1.25 * input_bytes) + SPARE_BYTES
         context = ray.init(
             address="local",
-            num_cpus=max(os.cpu_count() or 1, int(-(-cpus_at_least // 1))),
+            num_cpus=max(os.cpu_count() or 1, math.ceil(cpus_at_least)),
             object_store_memory=size,
             include_dashboard=options["dashboard"],
             dashboard_host="127.0.0.1",
@@ -133,9 +124,8 @@ def resources(options: dict[str, Any]) -> dict[str, float]:
     """CPUs and GPUs of one worker: a GPU each if the cluster has any and nothing else is asked."""
     import ray
 
-    gpus = options["gpus"]
-    if gpus is None:
-        gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
+    given = options["gpus"]
+    gpus = int(ray.cluster_resources().get("GPU", 0) > 0) if given is None else given
     return {"CPU": options["cpus"], "GPU": gpus}
 
 
@@ -200,10 +190,9 @@ def _find_mode(address: str, seconds: float) -> str:
 def _refused(address: str, seconds: float) -> str | None:
     """Whether nothing listens at ``host:port``: Ray itself would try for most of a minute."""
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
-        return None
     try:
-        socket.create_connection((host, int(port)), timeout=seconds).close()
+        if host and port.isdigit():
+            socket.create_connection((host, int(port)), timeout=seconds).close()
     except OSError as error:
         return str(error)
     return None
@@ -214,12 +203,8 @@ def _ask(address: str, mode: str, deadline: float) -> str | None:
     command = [sys.executable, "-m", "ray.scripts.scripts", "health-check"]
     command += [] if address == "auto" else ["--address", address]
     with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(
-            command,
-            stdout=said,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "RAY_AUTH_MODE": mode},
-        )
+        environment = {**os.environ, "RAY_AUTH_MODE": mode}
+        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, env=environment)
         while process.poll() is None:
             said.seek(0)
             # It would try again for 20 s.
@@ -233,12 +218,3 @@ def _ask(address: str, mode: str, deadline: float) -> str | None:
         return None
     refused = [line for line in lines if REFUSED in line]
     return (refused or lines or ["no reason given"])[-1].strip()
-
-
-def _code() -> dict[str, Any]:
-    """Send our package to the workers of a cluster: they need no checkout."""
-    return {
-        "py_modules": [str(PACKAGE)],
-        "excludes": ["__pycache__"],
-        "env_vars": {"RAY_TRAIN_V2_ENABLED": "1", "RAY_CHDIR_TO_TRIAL_DIR": "0"},
-    }

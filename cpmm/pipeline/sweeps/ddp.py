@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +19,10 @@ from cpmm.pipeline.sweeps.reporter import (
     Assignment,
     call,
     failure,
-    on_given_device,
-    prepare,
+    train_here,
     trained_files,
     trial_scratch,
 )
-from cpmm.pipeline.sweeps.trial import run_trial
 
 # Errors of the trial itself, on whatever worker; a lost peer is a RuntimeError.
 TRIAL_ERRORS = (ValueError, TypeError, LookupError, MemoryError, NotImplementedError)
@@ -37,20 +33,14 @@ class WorkersLost(RayError):
 
 
 def train_ddp(trial: Trial, assignment: Assignment, scratch: Path) -> dict[str, Any]:
-    """Train a trial with ``ray.workers`` workers; its files come back through the archive.
+    """Train a trial with ``ray.workers`` workers, and return its record.
 
-    Args:
-        trial: What is trained.
-        assignment: Of the sweep.
-        scratch: Where Ray Train keeps its own small state.
-
-    Returns:
-        The record of the trial.
+    Its files come back through the archive; Ray Train keeps its own small state in ``scratch``.
 
     Raises:
         WorkersLost: If the workers ended without a record.
     """
-    worker = cluster.resources(assignment.options)
+    worker, archive = cluster.resources(assignment.options), assignment.archive
     each = {"CPU": worker["CPU"] - cluster.OUTER_CPU}
     trainer = TorchTrainer(
         _work,
@@ -67,16 +57,16 @@ def train_ddp(trial: Trial, assignment: Assignment, scratch: Path) -> dict[str, 
             callbacks=[TuneReportCallback()],
         ),
     )
-    call(assignment.archive.delete, _outcome_file(trial))
+    call(archive.delete, _outcome_file(trial))
+    lost = None
     try:
         trainer.fit()
     except Exception as error:
-        record = call(assignment.archive.read, _outcome_file(trial))
-        if record is None:
-            raise WorkersLost(str(error).splitlines()[0]) from error
-    else:
-        record = call(assignment.archive.read, _outcome_file(trial))
-    call(assignment.archive.delete, _outcome_file(trial))
+        lost = error
+    record = call(archive.read, _outcome_file(trial))
+    if lost and record is None:
+        raise WorkersLost(str(lost).splitlines()[0]) from lost
+    call(archive.delete, _outcome_file(trial))
     return json.loads(record)
 
 
@@ -85,30 +75,20 @@ def _work(config: dict[str, Any]) -> None:
     trial, assignment = config["trial"], config["assignment"]
     first = ray.train.get_context().get_world_rank() == 0
     ddp = {"strategy": RayDDPStrategy(), "plugins": [RayLightningEnvironment()], "devices": "auto"}
-    with trial_scratch(trial.fingerprint) as scratch, _failures_written(trial, assignment):
-        reporter = prepare(trial, assignment, scratch, ray.train.report, keep=first)
-        record = run_trial(
-            on_given_device(trial.config), *reporter.inputs, trial.fingerprint, scratch,
-            listeners=[reporter], quiet=True, ddp=ddp,
-        )  # fmt: skip
+    with trial_scratch(trial.fingerprint) as scratch:
+        try:
+            record = train_here(trial, assignment, scratch, ray.train.report, first, ddp=ddp)
+        except TRIAL_ERRORS as error:
+            _write_outcome(trial, assignment, failure(error))
+            raise
         if first and record["status"] == "finished":
             for name, content in trained_files(scratch).items():
                 call(assignment.archive.write, f"trials/{trial.fingerprint}/{name}", content)
         # Numbers may break in one worker alone, and the others then only lose their peer.
         if first or record["status"] != "finished":
-            _write_outcome(trial, assignment, record | {"reports": reporter.reports})
+            _write_outcome(trial, assignment, record)
         if record["status"] != "finished":  # the others wait for this one until they are stopped
             raise FloatingPointError(record["reason"])
-
-
-@contextmanager
-def _failures_written(trial: Trial, assignment: Assignment) -> Iterator[None]:
-    """Write the record of an error that is the trial's own, for :func:`train_ddp` to find."""
-    try:
-        yield
-    except TRIAL_ERRORS as error:
-        _write_outcome(trial, assignment, failure(error))
-        raise
 
 
 def _write_outcome(trial: Trial, assignment: Assignment, record: dict[str, Any]) -> None:

@@ -44,11 +44,7 @@ def run_trials(
 ) -> None:
     """Run the trials that the archive has no record of; at the end it has one of each.
 
-    Args:
-        sweep: Its trials, and how they are run.
-        inputs: What trials load, by fingerprints.
-        progress: The live table.
-        trainable: What a worker runs, from a configuration of Tune and an ``assignment``.
+    A worker runs ``trainable`` with a configuration of Tune and an ``assignment``.
 
     Raises:
         ArchiveError: If records cannot be written; what is done is kept.

@@ -33,17 +33,11 @@ STAGES = {"prepared": "prepare_data", "teacher": "train_teacher", "spaces": "bui
 
 @dataclass(frozen=True)
 class Located:
-    """Where the inputs of a trial lie.
+    """Where the inputs of a trial lie."""
 
-    Attributes:
-        prepared: Folder of the data.
-        spaces: The zarr store of the curriculum, None without one.
-        fingerprints: Their fingerprints.
-    """
-
-    prepared: Path
-    spaces: Path | None
-    fingerprints: tuple[str, str | None]
+    prepared: Path  # folder of the data
+    spaces: Path | None  # the zarr store of the curriculum, None without one
+    fingerprints: tuple[str, str | None]  # of both
 
 
 def locate_inputs(config: Config, home: Path) -> Located:
@@ -51,10 +45,6 @@ def locate_inputs(config: Config, home: Path) -> Located:
 
     What the pipeline has made from the same options is used as it is. The rest is made by the
     commands of the same stages, and kept for other trials and sweeps.
-
-    Args:
-        config: The whole configuration of a trial.
-        home: ``data/<preset>``.
 
     Raises:
         ChildProcessError: If a stage fails; names it, and gives its own error.

@@ -38,24 +38,14 @@ DISTRIBUTIONS = ("uniform", "loguniform", "integer", "choice")
 
 @dataclass(frozen=True)
 class Trial:
-    """One training run of a sweep.
+    """One training run of a sweep."""
 
-    Attributes:
-        preset: Whose configuration it starts from.
-        row: The values of the sweep's axes, the same for all seeds of a row.
-        seed: ``cpmm.seed``.
-        overrides: In Hydra's syntax, on the preset's committed configuration; with the preset they
-            make the trial's whole configuration.
-        config: Composed from them.
-        fingerprint: Fingerprint of everything that decides the result, code included.
-    """
-
-    preset: str
-    row: tuple[tuple[str, str], ...]
-    seed: int
-    overrides: tuple[str, ...]
-    config: Config
-    fingerprint: str
+    preset: str  # whose configuration it starts from
+    row: tuple[tuple[str, str], ...]  # values of the sweep's axes, the same for all seeds of a row
+    seed: int  # ``cpmm.seed``
+    overrides: tuple[str, ...]  # in Hydra's syntax, on the preset's committed configuration
+    config: Config  # composed from the preset and the overrides
+    fingerprint: str  # of everything that decides the result, code included
 
     @property
     def inputs(self) -> tuple[str, str | None]:
@@ -63,14 +53,15 @@ class Trial:
         return fingerprint_inputs(self.config)
 
     @property
+    def described(self) -> dict[str, Any]:
+        """What its record says of it."""
+        return {"overrides": list(self.overrides), "row": dict(self.row), "seed": self.seed}
+
+    @property
     def label(self) -> str:
         """Values of the row, for people; a number says what it is of."""
-        words = [
-            f"{name}={value}" if _is_number(value) else value
-            for name, value in self.row
-            if value != "-"
-        ]
-        return " ".join(words) or "-"
+        cells = [(name, value) for name, value in self.row if value != "-"]
+        return " ".join(f"{n}={v}" if _is_number(v) else v for n, v in cells) or "-"
 
     @property
     def name(self) -> str:
@@ -86,19 +77,12 @@ class Trial:
 
 @dataclass(frozen=True)
 class _Row:
-    """A row of a sweep.
+    """A row of a sweep."""
 
-    Attributes:
-        part: The part of the sweep that it is of.
-        axes: Its value on each axis, or the value's label.
-        overrides: Of its part; completed by :func:`plan_trials`.
-        values: Overrides that its values stand for.
-    """
-
-    part: str
-    axes: Mapping[str, Any]
-    overrides: tuple[str, ...]
-    values: tuple[str, ...]
+    part: str  # of the sweep
+    axes: Mapping[str, Any]  # its value on each axis, or the value's label
+    overrides: tuple[str, ...]  # of its part; completed by :func:`plan_trials`
+    values: tuple[str, ...]  # overrides that its values stand for
 
 
 def plan_trials(
@@ -124,11 +108,10 @@ def plan_trials(
         for row in _rows(sweep)
     ]
     configs = [_compose_row(preset, sweep, row, common) for row in rows]
-    shown = _show_rows(rows, configs)
     seeds = {part: options.get("seeds", sweep["seeds"]) for part, options in _parts(sweep).items()}
     trials = [
         make_trial(preset, cells, seed, row.overrides, config, code)
-        for row, cells, config in zip(rows, shown, configs, strict=True)
+        for row, cells, config in zip(rows, _show_rows(rows, configs), configs, strict=True)
         for seed in range(seeds.get(row.part, sweep["seeds"]))
     ]
     _forbid_twins(sweep, trials)
@@ -151,8 +134,8 @@ def make_trial(
     require_trial(config["model"], config["baselines"])
     config = {**config, "cpmm": {**config["cpmm"], "seed": seed}}
     fingerprint = hash_of("trial", fingerprint_model(config), config["evaluation"]["ood"], code)
-    last = {item.split("=")[0]: item for item in overrides}  # what is overruled says nothing
-    kept = [item for item in overrides if last[item.split("=")[0]] is item]
+    last = {_option(item): item for item in overrides}  # what is overruled says nothing
+    kept = [item for item in overrides if last[_option(item)] is item]
     return Trial(preset, row, seed, (*kept, f"cpmm.seed={seed}"), config, fingerprint)
 
 
@@ -173,7 +156,7 @@ def suggested_trial(trial: Trial, values: Mapping[str, Any], code: str) -> Trial
     config = canonical(config, options_with(config["baselines"]))
     short = shorten(list(values))
     row = tuple((short[option], show(value, 6)) for option, value in values.items())
-    kept = [item for item in trial.overrides[:-1] if item.split("=")[0] not in values]
+    kept = [item for item in trial.overrides[:-1] if _option(item) not in values]
     return make_trial(trial.preset, row, trial.seed, [*kept, *flatten(values)], config, code)
 
 
@@ -201,12 +184,9 @@ def check(sweep: Config) -> None:
     if unknown := sorted(set(sweep) - set(SECTIONS)):
         raise ValueError(f"sweep {name}: unknown {unknown}: choose among {', '.join(SECTIONS)}")
     search, scheduler = sweep["search"], sweep["scheduler"]
-    for key, value, known in (
-        ("search.kind", search["kind"], SEARCHES),
-        ("scheduler.kind", scheduler["kind"], SCHEDULERS),
-    ):
-        if value not in known:
-            raise ValueError(f"sweep.{key} is {value!r}: choose one of {', '.join(known)}")
+    for key, section, known in (("search", search, SEARCHES), ("scheduler", scheduler, SCHEDULERS)):
+        if (kind := section["kind"]) not in known:
+            raise ValueError(f"sweep.{key}.kind is {kind!r}: choose one of {', '.join(known)}")
     _check_count("seeds", sweep["seeds"])
     _check_count("search.n_samples", search["n_samples"])
     _check_parts(sweep)
@@ -222,12 +202,7 @@ def check(sweep: Config) -> None:
 
 
 def check_models(trials: Sequence[Trial], sweep: Config, n_workers: int) -> None:
-    """Check that a sweep's models can be trained and compared as it is to do.
-
-    Args:
-        trials: All of the sweep; for a search by Optuna, the one that it changes.
-        sweep: The section ``sweep``.
-        n_workers: ``ray.workers``.
+    """Check that a sweep's models can be trained, by ``ray.workers`` together, and compared.
 
     Raises:
         ValueError: If not; names the models.
@@ -356,14 +331,10 @@ def _show_rows(
     axes = list(dict.fromkeys(name for row in rows for name in row.axes))
     short = shorten(axes)
     several = len({row.part for row in rows}) > 1
-    cells = [
-        ({"part": row.part} if several else {})
-        | {
-            short[name]: row.axes[name] if name in row.axes else _configured(config, name)
-            for name in axes
-        }
-        for row, config in zip(rows, configs, strict=True)
-    ]
+    cells = []
+    for row, config in zip(rows, configs, strict=True):
+        values = {short[n]: row.axes[n] if n in row.axes else _configured(config, n) for n in axes}
+        cells.append(({"part": row.part} if several else {}) | values)
     shown = [tuple((name, show(value)) for name, value in row.items()) for row in cells]
     if len(set(shown)) < len(shown):  # values that differ in a later digit
         return [tuple((name, str(value)) for name, value in row.items()) for row in cells]
@@ -376,12 +347,9 @@ def _parts(sweep: Config) -> dict[str, Any]:
 
 
 def _axis(name: str, values: list | Mapping[str, Any]) -> Iterator[tuple[str, Any, list[str]]]:
-    if isinstance(values, Mapping):
-        for label, overrides in values.items():
-            yield name, label, list(flatten(overrides))
-    else:
-        for value in values:
-            yield name, value, list(flatten({name: value}))
+    bundles = values.items() if isinstance(values, Mapping) else ((v, {name: v}) for v in values)
+    for label, overrides in bundles:
+        yield name, label, list(flatten(overrides))
 
 
 def _configured(config: Any, option: str) -> Any:
@@ -394,11 +362,7 @@ def _configured(config: Any, option: str) -> Any:
 def _corners(space: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Suggestions at both ends of every distribution."""
     for end in (0, -1):
-        yield {
-            option: values[end]
-            for option, distribution in space.items()
-            for values in distribution.values()
-        }
+        yield {option: next(iter(values.values()))[end] for option, values in space.items()}
 
 
 def _forbid_axes(sweep: Config, overrides: Sequence[str]) -> None:
@@ -406,7 +370,7 @@ def _forbid_axes(sweep: Config, overrides: Sequence[str]) -> None:
     for part in _parts(sweep).values():
         swept |= set(part.get("grid") or {})
     for item in overrides:
-        if item.lstrip("+").split("=")[0] in swept:
+        if _option(item.lstrip("+")) in swept:
             raise ValueError(
                 f"sweep {sweep['name']}: {item} is one of its axes: leave it out, or change "
                 "the sweep"
@@ -415,7 +379,7 @@ def _forbid_axes(sweep: Config, overrides: Sequence[str]) -> None:
 
 def _forbid_seed(overrides: Sequence[str]) -> None:
     for item in overrides:
-        if item.lstrip("+").split("=")[0] == "cpmm.seed":
+        if _option(item.lstrip("+")) == "cpmm.seed":
             raise ValueError(
                 f"{item} cannot be set: a sweep gives its trials seeds 0, 1, ... (sweep.seeds)"
             )
@@ -430,6 +394,10 @@ def _forbid_twins(sweep: Config, trials: Sequence[Trial]) -> None:
                 f"sweep {sweep['name']}: {twin.name!r} and {trial.name!r} are the same trial: "
                 "take one of them out"
             )
+
+
+def _option(override: str) -> str:
+    return override.partition("=")[0]
 
 
 def _is_whole(value: Any) -> bool:

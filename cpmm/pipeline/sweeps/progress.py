@@ -12,31 +12,22 @@ from ray import tune
 
 from cpmm.pipeline.progress import duration
 from cpmm.pipeline.sweeps.plan import shorten, show
+from cpmm.pipeline.sweeps.sweep import Sweep
 
 EVERY = 15.0  # seconds between lines where there is no terminal
 
 
 class Progress(tune.Callback):
-    """Shows the sweep while it runs.
+    """Shows a sweep while it runs, of which ``n_done`` trials were recorded before."""
 
-    Args:
-        name: Of the sweep.
-        names: Of its trials, by fingerprint.
-        n_trials: Of the sweep.
-        n_done: Of them, recorded before.
-        unit: Of the density.
-    """
-
-    def __init__(
-        self, name: str, names: Mapping[str, str], n_trials: int, n_done: int, unit: str
-    ) -> None:
-        self.name, self.names, self.unit = name, dict(names), unit
-        self.n_trials, self.n_done, self.n_failed = n_trials, n_done, 0
+    def __init__(self, sweep: Sweep, n_done: int, unit: str) -> None:
+        self.name, self.unit = sweep.name, unit
+        self.names = {trial.fingerprint: trial.name for trial in sweep.trials}
+        self.n_trials, self.n_done, self.n_failed = sweep.n_trials, n_done, 0
         self.already = n_done
         self.running: dict[str, dict[str, Any]] = {}
         self.best: tuple[float, str] | None = None
         self.started = self.printed = time.monotonic()
-        self.first_report: float | None = None
         self.live = None
 
     def __enter__(self) -> Progress:
@@ -62,7 +53,6 @@ class Progress(tune.Callback):
     ) -> None:
         """Show what a trial reports."""
         now = time.monotonic()
-        self.first_report = self.first_report or now
         row = self.running.setdefault(trial.trial_id, {"name": self._name(trial), "since": now})
         if "first" not in row and "n_steps" in result:
             row["first"] = (now, result["step"])
@@ -76,19 +66,17 @@ class Progress(tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """Print how a trial ended."""
         result = trial.last_result or {}
-        if "archive_error" in result:
-            return
-        self._end(trial, result.get("status", "stopped"), result)
+        if "archive_error" not in result:
+            self._end(trial, result.get("status", "stopped"), result)
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """Print that a trial is given up."""
         self._end(trial, "lost", {"reason": "its worker was lost too often"})
 
     def _end(self, trial: Any, status: str, result: Mapping[str, Any]) -> None:
-        row = self.running.pop(trial.trial_id, {"since": time.monotonic()})
+        now, name = time.monotonic(), self._name(trial)
+        seconds = now - self.running.pop(trial.trial_id, {"since": now})["since"]
         self.n_done += 1
-        seconds = time.monotonic() - row["since"]
-        name = self._name(trial)
         if status in ("finished", "stopped"):
             value = result.get("validation")
             if status == "finished" and value is not None:
@@ -143,10 +131,8 @@ class Progress(tune.Callback):
         failed = f", {self.n_failed} failed" if self.n_failed else ""
         done = f"{self.n_done}/{self.n_trials} done{failed}, eta {self._eta(now)}"
         table = Table(title=f"sweep {self.name}: {done}{best}", title_justify="left")
-        for column in ("trial", "space"):
-            table.add_column(column)
-        for column in ("step", "train", "validation", "density", "progress", "eta"):
-            table.add_column(column, justify="right")
+        for name in ("trial", "space", "step", "train", "validation", "density", "progress", "eta"):
+            table.add_column(name, justify="left" if name in ("trial", "space") else "right")
         for row in self.running.values():
             density = row.get("validation", float("inf"))
             table.add_row(

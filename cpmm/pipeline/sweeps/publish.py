@@ -16,12 +16,7 @@ KEPT = ("cpmm", "mixture")  # of the best trial; the weights of a flow or a circ
 
 
 def publish_sweep(sweep: Sweep, unit: str) -> None:
-    """Write the tables, the figure and the best trial's mixture, seal them, and print the tables.
-
-    Args:
-        sweep: A sweep that has run.
-        unit: Of its densities.
-    """
+    """Write the tables, the figure and the best trial's mixture, seal them, print the tables."""
     results = sweep.results()
     rows = table.rows_table(results)
     claims = table.check_claims(rows, sweep.options["claims"])

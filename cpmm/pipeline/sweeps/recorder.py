@@ -11,7 +11,6 @@ import ray
 from ray import tune
 
 from cpmm.pipeline.sweeps.archive import ArchiveError
-from cpmm.pipeline.sweeps.plan import Trial
 from cpmm.pipeline.sweeps.reporter import METRIC
 from cpmm.pipeline.sweeps.sweep import Sweep
 
@@ -68,14 +67,9 @@ class TrialRecorder(tune.Callback):
         if "status" in (trial.last_result or {}) or not reports or not early:
             return  # it has its own record, or the whole sweep is being ended
         at, by = reports[-1], self.sweep.options["scheduler"]["kind"]
-        record = {
-            "status": "stopped",
-            "step": at["step"],
-            "reason": f"stopped early by {by} after epoch {at['epoch']}",
-            METRIC: at.get(METRIC),
-            "reports": reports,
-        }
-        self._record(trial, record)
+        reason = f"stopped early by {by} after epoch {at['epoch']}"
+        record = {"status": "stopped", "step": at["step"], "reason": reason, "reports": reports}
+        self._record(trial, record | {METRIC: at.get(METRIC)})
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """Record a trial whose workers died more often than ``ray.max_failures`` allows."""
@@ -89,29 +83,22 @@ class TrialRecorder(tune.Callback):
 
     def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
         """Kill the worker of a trial that has been silent for ``ray.stall_seconds``."""
+        now = time.monotonic()
         for trial in trials:
-            heard = self.heard.get(trial.trial_id)
-            if trial.status != "RUNNING" or heard is None:
-                continue
-            if time.monotonic() - heard > self.sweep.ray["stall_seconds"]:
-                self.heard[trial.trial_id] = time.monotonic()
+            silent = now - self.heard.get(trial.trial_id, now)
+            if trial.status == "RUNNING" and silent > self.sweep.ray["stall_seconds"]:
+                self.heard[trial.trial_id] = now
                 actor = trial.temporary_state.ray_actor
                 if actor is not None:
                     ray.kill(actor, no_restart=True)
 
     def _record(self, trial: Any, record: dict[str, Any]) -> None:
-        planned = self._planned(trial.config)
-        record |= {
-            "overrides": list(planned.overrides), "row": dict(planned.row), "seed": planned.seed
-        }  # fmt: skip
+        planned = self.trials.get(trial.config.get("fingerprint"))
+        planned = planned or self.sweep.suggested_trial(trial.config)
         archive = self.sweep.archive
         if archive.record(planned.fingerprint) is None:
+            record |= planned.described
             self._guarded(lambda: archive.save_record(planned.fingerprint, record))
-
-    def _planned(self, config: Mapping[str, Any]) -> Trial:
-        if "fingerprint" in config:
-            return self.trials[config["fingerprint"]]
-        return self.sweep.suggested_trial(dict(config))
 
     def _guarded(self, write: Callable[[], None]) -> None:
         try:

@@ -29,19 +29,12 @@ PULL_SECONDS = 3600
 
 @dataclass(frozen=True)
 class RemoteInput:
-    """How any node gets the inputs.
+    """How any node gets the inputs."""
 
-    Attributes:
-        outs: What ``dvc.lock`` says of each input: its path, its hash, its size.
-        remote: Options of the DVC remote, its url among them.
-        cache: Folder of the node-local cache.
-        located: Where the driver's node has them, and the fingerprints that they must have.
-    """
-
-    outs: tuple[dict[str, Any], ...]
-    remote: dict[str, Any]
-    cache: str
-    located: Located
+    outs: tuple[dict[str, Any], ...]  # what ``dvc.lock`` says of each: its path, hash and size
+    remote: dict[str, Any]  # options of the DVC remote, its url among them
+    cache: str  # folder of the node-local cache
+    located: Located  # where the driver's node has them; the fingerprints that they must have
 
 
 @dataclass(frozen=True)

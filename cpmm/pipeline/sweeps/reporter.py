@@ -13,20 +13,24 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayError
+from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError
 from ray.util.metrics import Gauge
 
 from cpmm.pipeline.artifacts.files import is_checkpoint
 from cpmm.pipeline.sweeps.archive import CHECKPOINT, ArchiveError
 from cpmm.pipeline.sweeps.plan import Trial
-from cpmm.pipeline.sweeps.trial import FOLDERS
+from cpmm.pipeline.sweeps.trial import FOLDERS, run_trial
+
+if TYPE_CHECKING:
+    from cpmm.data import DataSplits
 
 ARCHIVE_SECONDS = 300  # for one read or write, before the archive counts as lost
 ARCHIVE_PAUSES = (1, 2, 5, 10, 20)  # seconds between tries while its actor starts anew
 METRIC = "validation"
+TAGS = ("sweep", "row", "seed")
 GAUGES = {
     "validation_density": "Validation density of the model so far, bits or nats per dimension.",
     "validation_loss": "Validation loss in the space being trained on, nats per dimension.",
@@ -38,34 +42,14 @@ GAUGES = {
 
 @dataclass(frozen=True)
 class Assignment:
-    """What every worker is given.
+    """What every worker is given."""
 
-    Attributes:
-        sweep: Its name.
-        trials: By fingerprint; for a search by Optuna, the one to change, called "template".
-        inputs: By fingerprints of data and spaces: an object with ``load()``.
-        archive: Handle of the archive's actor.
-        options: The section ``ray``.
-        every_epoch: Report every epoch, for a scheduler that compares them.
-    """
-
-    sweep: str
-    trials: Mapping[str, Trial]
-    inputs: Mapping[tuple[str, str | None], Any]
-    archive: Any
-    options: Mapping[str, Any]
-    every_epoch: bool
-
-
-class GPULost(RayError):
-    """A GPU failed, or had no memory left beside other trials: the trial is tried again."""
-
-
-def is_of_a_gpu(error: Exception) -> bool:
-    """Whether a GPU is at fault, not the trial."""
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError)
+    sweep: str  # its name
+    trials: Mapping[str, Trial]  # by fingerprint; Optuna's changes one, called "template"
+    inputs: Mapping[tuple[str, str | None], Any]  # by fingerprints: objects with ``load()``
+    archive: Any  # handle of the archive's actor
+    options: Mapping[str, Any]  # the section ``ray``
+    every_epoch: bool  # report every epoch, for a scheduler that compares them
 
 
 def on_given_device(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,31 +122,34 @@ def failure(error: BaseException) -> dict[str, Any]:
     return {"status": "failed", "reason": reason, "traceback": lines[-4000:]}
 
 
-def prepare(
+def train_here(
     trial: Trial,
     assignment: Assignment,
     scratch: Path,
     report: Callable[[dict], None],
     keep: bool = True,
-) -> Reporter:
-    """Fetch the inputs and the last checkpoint of a trial; the arguments are the reporter's."""
+    **options: Any,
+) -> dict[str, Any]:
+    """Train a trial in this process from its last checkpoint; its record has the reports, too.
+
+    The arguments are those of :class:`Reporter`, and further ones of :func:`run_trial`.
+    """
     checkpoint = call(assignment.archive.read, f"trials/{trial.fingerprint}/{CHECKPOINT}")
     if checkpoint is not None:
         (scratch / CHECKPOINT).write_bytes(checkpoint)
     inputs = assignment.inputs[trial.inputs].load()
-    return Reporter(trial, assignment, scratch, inputs, report, keep)
+    reporter = Reporter(trial, assignment, scratch, inputs[0], report, keep)
+    record = run_trial(
+        on_given_device(trial.config), *inputs, trial.fingerprint, scratch, reporter.alive,
+        listeners=[reporter], quiet=True, **options,
+    )  # fmt: skip
+    return record | {"reports": reporter.reports}
 
 
 class Reporter:
     """After each epoch, report to Tune and Prometheus; now and then, keep the checkpoint.
 
-    Args:
-        trial: What is trained.
-        assignment: Of the sweep.
-        scratch: Where Lightning leaves ``last.ckpt``.
-        inputs: Data and spaces.
-        report: Sends a report to Tune.
-        keep: Whether this process sends checkpoints: of those that train one trial, one does.
+    Lightning leaves it in ``scratch``; of several processes that train one trial, one is to keep.
     """
 
     def __init__(
@@ -170,15 +157,14 @@ class Reporter:
         trial: Trial,
         assignment: Assignment,
         scratch: Path,
-        inputs: tuple[Any, Any],
+        data: DataSplits,
         report: Callable[[dict], None],
         keep: bool = True,
     ) -> None:
         self.trial, self.assignment, self.scratch = trial, assignment, scratch
-        self.inputs, self.report, self.keep = inputs, report, keep
+        self.report, self.keep = report, keep
         self.reports: list[dict[str, Any]] = []
         self.reported = self.kept = time.monotonic()
-        data = inputs[0]
         _, factor, offset = data.preprocessing.density_unit
         volume = float(data.points("validation")[1].mean()) / data.n_features
         self.to_density = lambda nats: factor * (nats - volume) + offset
@@ -186,13 +172,15 @@ class Reporter:
     def __call__(self, module: Any) -> None:
         """Report the epoch that has just ended."""
         options, now = self.assignment.options, time.monotonic()
-        row = self._describe(module)
-        if not self.reports and module.current_epoch:  # resumed: what came before
+        if not self.reports:  # if it was resumed, with what came before
             self.reports = [self._describe(module, past) for past in module.history[:-1]]
+        row = self._describe(module, module.history[-1])
         self.reports.append(row)
         last = module.current_epoch + 1 == module.n_epochs
         if self.keep and now - self.kept >= options["checkpoint_seconds"] and not last:
-            self._keep_checkpoint()
+            if is_checkpoint(path := self.scratch / CHECKPOINT):
+                name = f"trials/{self.trial.fingerprint}/{CHECKPOINT}"
+                call(self.assignment.archive.write, name, path.read_bytes())
             self.kept = time.monotonic()
         if self.assignment.every_epoch or now - self.reported >= options["report_seconds"]:
             self.reported = now
@@ -206,8 +194,7 @@ class Reporter:
             self.reported = now
             self.report({"fingerprint": self.trial.fingerprint, "alive": True})
 
-    def _describe(self, module: Any, row: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        row = module.history[-1] if row is None else row
+    def _describe(self, module: Any, row: Mapping[str, Any]) -> dict[str, Any]:
         loss = row.get("validation", float("inf"))
         described = {
             "fingerprint": self.trial.fingerprint,
@@ -221,25 +208,14 @@ class Reporter:
             return described
         return described | {METRIC: self.to_density(loss)}
 
-    def _keep_checkpoint(self) -> None:
-        path = self.scratch / CHECKPOINT
-        if is_checkpoint(path):
-            name = f"trials/{self.trial.fingerprint}/{CHECKPOINT}"
-            call(self.assignment.archive.write, name, path.read_bytes())
-
     def _set_gauges(self, row: Mapping[str, Any]) -> None:
-        tags = {
-            "sweep": self.assignment.sweep, "row": self.trial.label, "seed": str(self.trial.seed)
-        }  # fmt: skip
-        values = row | ({"validation_density": row[METRIC]} if METRIC in row else {})
-        for name, gauge in _gauges().items():
-            if name in values:
-                gauge.set(values[name], tags)
+        tags = (self.assignment.sweep, self.trial.label, str(self.trial.seed))
+        for name in GAUGES:
+            value = row.get(METRIC if name == "validation_density" else name)
+            if value is not None:
+                _gauge(name).set(value, dict(zip(TAGS, tags, strict=True)))
 
 
 @lru_cache
-def _gauges() -> dict[str, Gauge]:
-    return {
-        name: Gauge(f"cpmm_{name}", text, tag_keys=("sweep", "row", "seed"))
-        for name, text in GAUGES.items()
-    }
+def _gauge(name: str) -> Gauge:
+    return Gauge(f"cpmm_{name}", GAUGES[name], tag_keys=TAGS)

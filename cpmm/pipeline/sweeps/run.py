@@ -18,12 +18,9 @@ OWN = ("sweep", "ray")  # groups that are the sweep's, not its trials'
 
 
 def run_sweep(overrides: list[str], only_config: bool = False, only_plan: bool = False) -> None:
-    """Plan, run and tabulate a sweep.
+    """Plan, run and tabulate a sweep, or print its configuration or its trials instead.
 
-    Args:
-        overrides: Of the preset, of the sweep and of what Ray is asked for, in Hydra's syntax.
-        only_config: Print the composed configuration instead.
-        only_plan: Print the trials instead, each with its command.
+    Overrides are of the preset, of the sweep and of what Ray is asked for, in Hydra's syntax.
     """
     preset, rest = split_preset(overrides)
     for item in rest:
@@ -37,7 +34,11 @@ def run_sweep(overrides: list[str], only_config: bool = False, only_plan: bool =
 
     params, rest = ([item for item in items if not _is_own(item)] for items in (params, rest))
     options, ray = config["sweep"], config["ray"]
-    cluster.check_options(ray)
+    if str(ray["address"]).startswith("ray://"):
+        raise ValueError(
+            f"ray.address is {ray['address']!r}, a Ray client's: run the sweep on a node of the "
+            "cluster, with ray.address=auto"
+        )
     trials = plan.plan_trials(preset, options, params, rest, trial_code())
     plan.check_models(trials, options, ray["workers"])
     if only_plan:
@@ -73,32 +74,18 @@ def _run(sweep: Sweep, located: Mapping[tuple[str, str | None], Located], unit: 
     from cpmm.pipeline.sweeps.driver import run_trials, share_all
     from cpmm.pipeline.sweeps.progress import Progress
 
-    names = {trial.fingerprint: trial.name for trial in sweep.trials}
-    progress = Progress(sweep.name, names, sweep.n_trials, n_done, unit)
+    progress = Progress(sweep, n_done, unit)
     size, n_cpus = sum(map(size_of, located.values())), sweep.ray["cpus"] * sweep.ray["workers"]
     with cluster.connected(sweep.ray, size, n_cpus) as line:
         print(f"sweep {sweep.name} | {line}", flush=True)
         inputs = share_all(located, sweep.ray)
         if sweep.suggests and (begun := sweep.unfinished()):  # go on from their checkpoints
             progress.names |= {trial.fingerprint: trial.name for trial in begun}
-            run_trials(_as_grid(sweep, begun), inputs, progress)
+            search = sweep.options["search"] | {"kind": "grid"}
+            options = sweep.options | {"search": search}
+            run_trials(replace(sweep, trials=begun, options=options), inputs, progress)
         if len(sweep.results()) < sweep.n_trials:
             run_trials(sweep, inputs, progress)
-    _check_complete(sweep)
-
-
-def _as_grid(sweep: Sweep, trials: list[plan.Trial]) -> Sweep:
-    """Make a sweep of trials that Optuna suggested before."""
-    search = sweep.options["search"] | {"kind": "grid"}
-    return replace(sweep, trials=trials, options=sweep.options | {"search": search})
-
-
-def _check_complete(sweep: Sweep) -> None:
-    """Check that every trial has a record; Optuna may have nothing more to suggest.
-
-    Raises:
-        ChildProcessError: If some have none.
-    """
     n_done = len(sweep.results())
     missing = sweep.n_trials - n_done
     if missing > 0 and sweep.suggests and not sweep.unfinished():
@@ -112,12 +99,7 @@ def _check_complete(sweep: Sweep) -> None:
 
 
 def _beginning(sweep: Sweep, n_done: int) -> str:
-    """Say whether the sweep goes on or starts afresh, and note in the archive what it consists of.
-
-    Args:
-        sweep: What is to run.
-        n_done: Number of its trials that have ended.
-    """
+    """Say whether the sweep goes on or starts afresh, and note in the archive what it is of."""
     from cpmm.pipeline.sweeps.archive import CHECKPOINT
 
     archive, trials = sweep.archive, sweep.trials
@@ -139,12 +121,12 @@ def _beginning(sweep: Sweep, n_done: int) -> str:
     known = set(before.get("trials", ()))
     if set(fingerprints) != known and set(fingerprints) & known:
         return f"other trials asked for than before, {state}"
-    what = "configuration or code changed"
     if n_done or begun:
-        return f"{what}: {state} with the same options and code, the rest starts afresh"
-    return f"{what}: starting afresh, {state}"
+        state += " with the same options and code, the rest starts afresh"
+    else:
+        state = f"starting afresh, {state}"
+    return f"configuration or code changed: {state}"
 
 
 def _is_own(override: str) -> bool:
-    key = override.lstrip("+~").split("=", 1)[0]
-    return key.split(".")[0].split("@")[0] in OWN
+    return override.lstrip("+~").split("=", 1)[0].split(".")[0].split("@")[0] in OWN

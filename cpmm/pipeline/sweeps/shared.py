@@ -19,19 +19,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SharedSpaces:
-    """The spaces in the object store, each fetched when its turn comes: like ``store.Spaces``.
+    """The spaces in the object store, each fetched when its turn comes: like ``store.Spaces``."""
 
-    Attributes:
-        arrays: A reference to each space, (rows, M).
-        n_train: Training rows of a space.
-        train_index: Which training points went through the spaces; None: all did.
-        fingerprint: Of the store they were read from.
-    """
-
-    arrays: tuple[Any, ...]
-    n_train: int
-    train_index: Tensor | None
-    fingerprint: str
+    arrays: tuple[Any, ...]  # a reference to each space, (rows, M)
+    n_train: int  # training rows of a space
+    train_index: Tensor | None  # which training points went through the spaces; None: all did
+    fingerprint: str  # of the store they were read from
 
     def __len__(self) -> int:
         """V."""

@@ -18,23 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sweep:
-    """The trials of a sweep, how they are run, and where their records are.
+    """The trials of a sweep, how they are run, and where their records are."""
 
-    Attributes:
-        preset: The preset that its trials start from.
-        trials: All of them; for a search by Optuna, the one that each suggestion changes.
-        options: The section ``sweep`` of the configuration.
-        ray: The section ``ray``.
-        archive: Where records and checkpoints are kept.
-        home: The preset's folder, ``data/<preset>``.
-    """
-
-    preset: str
-    trials: Sequence[Trial]
-    options: Config
-    ray: Config
+    preset: str  # that its trials start from
+    trials: Sequence[Trial]  # for a search by Optuna, the one that each suggestion changes
+    options: Config  # the section ``sweep``
+    ray: Config  # the section ``ray``
     archive: Archive
-    home: Path
+    home: Path  # ``data/<preset>``
 
     @property
     def name(self) -> str:
@@ -84,8 +75,8 @@ class Sweep:
 
         A trial whose worker was lost too often has a record as well, but is tried again.
         """
-        records = ((t, self.archive.record(t.fingerprint)) for t in self.known_trials())
-        return [(trial, record) for trial, record in records if record is not None]
+        trials = self.known_trials()
+        return [(t, r) for t in trials if (r := self.archive.record(t.fingerprint)) is not None]
 
     def unfinished(self) -> list[Trial]:
         """List the known trials that have no record."""

@@ -79,12 +79,9 @@ def rows_table(results: Results) -> pd.DataFrame:
 
 def best_trial(results: Results) -> tuple[Trial, Mapping[str, Any]] | None:
     """The finished trial with the best validation density; labels and test data have no say."""
-    finished = [
-        item
-        for item in results
-        if item[1]["status"] == "finished" and item[1]["validation"] is not None
-    ]
-    return min(finished, key=lambda item: item[1]["validation"], default=None)
+    finished = [(t, r) for t, r in results if r["status"] == "finished"]
+    scored = [(t, r) for t, r in finished if r["validation"] is not None]
+    return min(scored, key=lambda item: item[1]["validation"], default=None)
 
 
 def check_claims(rows: pd.DataFrame, claims: Sequence[Config]) -> list[dict[str, Any]]:
@@ -123,24 +120,23 @@ def markdown(
     lines = [
         f"# Sweep {sweep} of {preset}",
         "",
-        f"Densities in {unit}, lower is better; mean ± standard deviation over the seeds of a row. "
-        "Trials are chosen by their validation density alone.",
+        f"Densities in {unit}, lower is better; mean ± standard deviation over the seeds of a "
+        "row. Trials are chosen by their validation density alone.",
     ]
     if "auroc_mean" in rows:
         lines.append("AUROC and AUPR: how well log-density tells another data set apart.")
     lines.append("")
-    axes = _axes(rows)
-    scores = _shown(rows)
-    lines += [write_line(_header(axes, scores)), write_line(["---"] * len(_header(axes, scores)))]
-    lines += [write_line(cells) for cells in cells_of(rows, axes, scores)]
+    axes, scores = _axes(rows), _shown(rows)
+    header = _header(axes, scores)
+    table = [header, ["---"] * len(header), *cells_of(rows, axes, scores)]
+    lines += map(write_line, table)
     if claims:
-        lines += ["", "## The paper's claims", ""]
-        lines.append(
+        lines += [
+            "", "## The paper's claims", "",
             "From the row that should be worse to the one that should be better. Differences with "
-            f"p ≥ {LEVEL} in Welch's t-test of the seeds are within noise."
-        )
-        lines.append("")
-        lines += [write_line(["claim", "paper", "here", "holds"]), write_line(["---"] * 4)]
+            f"p ≥ {LEVEL} in Welch's t-test of the seeds are within noise.",
+            "", write_line(["claim", "paper", "here", "holds"]), write_line(["---"] * 4),
+        ]  # fmt: skip
         for claim in claims:
             paper = f"{claim['paper']['worse']} → {claim['paper']['better']}"
             ours = f"{claim['ours']['worse']} → {claim['ours']['better']}"
@@ -164,16 +160,12 @@ def terminal_table(title: str, rows: pd.DataFrame) -> Any:
     """The table as rich prints it."""
     from rich.table import Table
 
-    axes = _axes(rows)
-    scores = _shown(rows)
+    axes, scores = _axes(rows), _shown(rows)
     table = Table(title=title, title_justify="left")
     for name in _header(axes, scores):
         table.add_column(name, justify="left" if name in (*axes, "failures") else "right")
-    best = (
-        rows["validation_mean"].astype(float).idxmin()
-        if rows["validation_mean"].notna().any()
-        else None
-    )
+    means = rows["validation_mean"].astype(float)
+    best = means.idxmin() if means.notna().any() else None
     for index, cells in enumerate(cells_of(rows, axes, scores)):
         table.add_row(*cells, style="bold" if index == best else None)
     return table
@@ -201,7 +193,7 @@ def write_tables(
     folder: Path,
     results: Results,
     rows: pd.DataFrame,
-    claims: Sequence[Mapping[str, Any]],
+    claims: Sequence[Config],
     unit: str,
     text: str,
 ) -> None:
@@ -252,15 +244,10 @@ def metrics(
         row["row"]: {name: row[name] for name in ("n", "n_failed", *numbers) if pd.notna(row[name])}
         for _, row in rows.iterrows()
     }
-    found = None
-    if best is not None:
-        trial, record = best
-        found = {
-            "trial": trial.name,
-            "validation": record["validation"],
-            "test": record["test"],
-            "command": shlex.split(trial.command),
-        }
+    found = best and {
+        "trial": best[0].name, "validation": best[1]["validation"], "test": best[1]["test"],
+        "command": shlex.split(best[0].command),
+    }  # fmt: skip
     return {"sweep": sweep, "unit": unit, "rows": table, "best": found}
 
 
@@ -273,13 +260,9 @@ def _shown(rows: pd.DataFrame) -> list[str]:
 
 
 def _find(rows: pd.DataFrame, wanted: Mapping[str, Any]) -> pd.Series | None:
-    known = {name: value for name, value in wanted.items() if name in rows}
-    if len(known) < len(wanted):
-        return None
-    match = rows
-    for name, value in known.items():
-        match = match[match[name] == show(value)]
-    return match.iloc[0] if len(match) == 1 else None
+    for name, value in wanted.items():
+        rows = rows[rows[name] == show(value)] if name in rows else rows[:0]
+    return rows.iloc[0] if len(rows) == 1 else None
 
 
 def _header(axes: Sequence[str], scores: Sequence[str]) -> list[str]:

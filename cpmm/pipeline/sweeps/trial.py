@@ -9,7 +9,6 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,13 +62,12 @@ def run_trial(
     import cpmm.pipeline.models.baselines  # noqa: F401  takes seconds that are not the training's
 
     torch.set_num_threads(config["trainer"]["threads"] or torch.get_num_threads())
-    train = _train_cpmm if config["model"] == "cpmm" else partial(_train_baseline, alive=alive)
     ood, missing = read_ood_if_there(config, data)
     progress: dict[str, Any] = {"module": None}
     started = time.monotonic()
     with peak_memory() as memory:
         try:
-            fitted = train(config, data, spaces, fingerprint, scratch, progress, **options)
+            fitted = _train(config, data, spaces, fingerprint, scratch, progress, alive, **options)
             if fitted is None:
                 return {"status": "finished"}
             seconds = time.monotonic() - started
@@ -84,22 +82,30 @@ def run_trial(
     return {"status": "finished", **record, **fitted.ended, **costs}
 
 
-def _train_cpmm(
+def _train(
     config: Config,
     data: DataSplits,
     spaces: Spaces | None,
     fingerprint: str,
     scratch: Path,
     progress: dict[str, Any],
+    alive: Callable[[], None],
     **options: Any,
 ) -> Fitted | None:
+    """Train and save the model; None in all processes but the first of several."""
     from cpmm.pipeline.artifacts.store import save_model
-    from cpmm.pipeline.models.baselines import ended
+    from cpmm.pipeline.models.baselines import ended, train_baseline
     from cpmm.pipeline.models.fit import fit
-    from cpmm.pipeline.models.fitted import of_mixture
+    from cpmm.pipeline.models.fitted import of_mixture, save_baseline
     from cpmm.pipeline.models.mixtures import make_mixture_training
     from cpmm.pipeline.models.trajectories import extract, mixture_header
 
+    if (name := config["model"]) != "cpmm":
+        if options.get("ddp"):
+            raise ValueError(f"ray.workers above 1 trains cpmm alone: model is {name!r}")
+        fitted = train_baseline(name, config, data, spaces, scratch, progress, alive, **options)
+        save_baseline(name, fitted, scratch / "baseline", config, data, fingerprint)
+        return fitted
     module, rows = make_mixture_training(config["cpmm"], config["mixture"], data, spaces)
     progress["module"] = module
     clip = config["cpmm"]["gradient_clip"]
@@ -110,32 +116,9 @@ def _train_cpmm(
     header = {"fingerprint": fingerprint, "best": module.best_summary()}
     save_model(scratch / "cpmm", "cpmm", model, header)
     mixture = extract(model, config["mixture"], data)
-    mixture.save(
-        scratch / "mixture", mixture_header(config, data, fingerprint), data.preprocessing.tensors
-    )
+    header = mixture_header(config, data, fingerprint)
+    mixture.save(scratch / "mixture", header, data.preprocessing.tensors)
     return of_mixture(mixture, data, config["cpmm"]["n_clusters"], ended(module))
-
-
-def _train_baseline(
-    config: Config,
-    data: DataSplits,
-    spaces: Spaces | None,
-    fingerprint: str,
-    scratch: Path,
-    progress: dict[str, Any],
-    alive: Callable[[], None],
-    **options: Any,
-) -> Fitted:
-    from cpmm.pipeline.models.baselines import train_baseline
-    from cpmm.pipeline.models.fitted import save_baseline
-
-    if options.get("ddp"):
-        raise ValueError(f"ray.workers above 1 trains cpmm alone: model is {config['model']!r}")
-    fitted = train_baseline(
-        config["model"], config, data, spaces, scratch, progress, alive, **options
-    )
-    save_baseline(config["model"], fitted, scratch / "baseline", config, data, fingerprint)
-    return fitted
 
 
 def read_ood_if_there(config: Config, data: DataSplits) -> tuple[OodPoints | None, dict[str, str]]:

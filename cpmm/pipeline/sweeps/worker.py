@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 from ray import tune
 from ray.exceptions import RayError
 
@@ -16,16 +16,17 @@ from cpmm.pipeline.sweeps.plan import Trial, suggested_trial
 from cpmm.pipeline.sweeps.reporter import (
     METRIC,
     Assignment,
-    GPULost,
     call,
     failure,
-    is_of_a_gpu,
-    on_given_device,
-    prepare,
+    train_here,
     trained_files,
     trial_scratch,
 )
-from cpmm.pipeline.sweeps.trial import run_trial, trial_code
+from cpmm.pipeline.sweeps.trial import trial_code
+
+
+class GPULost(RayError):
+    """A GPU failed, or had no memory left beside other trials: the trial is tried again."""
 
 
 def train(config: Mapping[str, Any], assignment: Assignment) -> None:
@@ -56,9 +57,9 @@ def final_report(fingerprint: str, record: Mapping[str, Any]) -> dict[str, Any]:
     """Make the last report to Tune, on a trial that has ended."""
     value = record.get("validation")
     report = {"fingerprint": fingerprint, "status": record["status"], "progress": 1.0}
-    report |= {"reason": record["reason"]} if record.get("reason") else {}
     last = (record.get("reports") or [{}])[-1]
     report |= {"epoch": last.get("epoch", 0), "step": last.get("step", 0)}
+    report |= {"reason": record["reason"]} if record.get("reason") else {}
     return report if value is None else report | {METRIC: value}
 
 
@@ -73,32 +74,20 @@ def _train(trial: Trial, assignment: Assignment) -> dict[str, Any]:
     with trial_scratch(trial.fingerprint) as scratch:
         try:
             if assignment.options["workers"] == 1:
-                record = _train_alone(trial, assignment, scratch)
+                record = train_here(trial, assignment, scratch, tune.report)
             else:
                 from cpmm.pipeline.sweeps.ddp import train_ddp
 
                 record = train_ddp(trial, assignment, scratch)
         except (ArchiveError, RayError):
             raise
+        except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
+            raise GPULost(f"{type(error).__name__}: {error}") from error
         except Exception as error:
-            if is_of_a_gpu(error):
-                raise GPULost(f"{type(error).__name__}: {error}") from error
             record = failure(error)
         node = ray.get_runtime_context().get_node_id()
-        record |= {
-            "overrides": list(trial.overrides), "row": dict(trial.row), "seed": trial.seed,
-            "worker": {"node": node, "began": began, "ended": time.time()},
-        }  # fmt: skip
+        worker = {"node": node, "began": began, "ended": time.time()}
+        record |= trial.described | {"worker": worker}
         files = trained_files(scratch)
         call(assignment.archive.save_record, trial.fingerprint, record, files)
     return record
-
-
-def _train_alone(trial: Trial, assignment: Assignment, scratch: Path) -> dict[str, Any]:
-    """Train in this process."""
-    reporter = prepare(trial, assignment, scratch, tune.report)
-    record = run_trial(
-        on_given_device(trial.config), *reporter.inputs, trial.fingerprint, scratch,
-        reporter.alive, listeners=[reporter], quiet=True,
-    )  # fmt: skip
-    return record | {"reports": reporter.reports}

@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
 from cpmm.pipeline.artifacts.files import write_text
 from cpmm.pipeline.config import Config
 from cpmm.pipeline.config.fingerprints import hash_of
@@ -24,10 +22,10 @@ from cpmm.pipeline.scores.tables import (
     write_score,
     write_table,
 )
-from cpmm.pipeline.scores.trials import over_seeds, read_trials
 from cpmm.pipeline.stage import publish, run_stage, scratch_folder
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.figure import Figure
 
 SWEEP = "table1"
@@ -57,6 +55,7 @@ def main(folder: Path, config: Config) -> str:
 
     from cpmm.artifact import seal_folder
     from cpmm.pipeline.artifacts.store import verify_evaluation
+    from cpmm.pipeline.scores.trials import read_trials
 
     trials = read_trials(sweep_of(folder), config)
     verify_evaluation(folder, config)
@@ -115,6 +114,8 @@ def compare(trials: pd.DataFrame, metrics: Mapping[str, Any], config: Config) ->
         metrics: Those of evaluate.
         config: The preset's, which describes the rows.
     """
+    import pandas as pd
+
     data = published.data_of(str(metrics.get("preset")))
     found = {model: _of_sweep(group) for model, group in trials.groupby("model", sort=False)}
     detected = (metrics.get("ood") or {}).get("models", {})
@@ -176,6 +177,8 @@ def markdown(
         rules: A sentence for each of its figures.
         config: The preset's.
     """
+    import pandas as pd
+
     own = next((row for _, row in table.iterrows() if row["model"] == "cpmm"), {})
     cells = pd.DataFrame([_cells(row, own) for _, row in table.iterrows()])
     density = SCORES["density"].heading
@@ -221,6 +224,8 @@ def draw(table: pd.DataFrame, unit: str) -> Figure:
 
 
 def _of_sweep(group: pd.DataFrame) -> dict[str, Any]:
+    from cpmm.pipeline.scores.trials import over_seeds
+
     done = group[group["status"] == "finished"]
     row = {"source": "sweep", "n_seeds": len(done), **over_seeds(group, (*SHOWN, *OOD))}
     row |= {f"{name}_median": done[name].median() for name in COSTS}

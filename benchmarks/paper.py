@@ -19,9 +19,9 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -35,38 +35,79 @@ from cpmm.pipeline.scores.trials import OtherConfigurationError, over_seeds, rea
 from cpmm.pipeline.stage import load_config
 
 LARGEST_FIGURE = 300_000  # bytes
-# Number in the paper, name of evaluate's figure, data set.
-FIGURES = (
-    (2, "spaces", "mnist"),
-    (2, "spaces", "fashion_mnist"),
-    (4, "trajectories", "mnist"),
-    (5, "trajectories", "fashion_mnist"),
-)
+FIGURES = {  # of evaluate's, by data set and number in the paper
+    "mnist": {2: "spaces", 4: "trajectories"},
+    "fashion_mnist": {2: "spaces", 5: "trajectories"},
+}
 # Models of a sweep that share a row of the paper with a model of evaluate's.
 SAME_ROW = {"spectral_frechet": "direct"}
-TABLE_1 = {"density": "BPD", "accuracy": "Acc."}  # headings
-TABLE_3 = {metric: SCORES[metric].title for metric in ("auroc", "aupr", "aupr_out")}
 RECORD = ("data", "ood", "row", "source", "space", "metric", "value", "spread")
 Values = Mapping[tuple[str, str, str], tuple[float, float | None]]
 
 
-@dataclass(frozen=True)
-class Column:
+class Table(NamedTuple):
+    """How a table of the paper is laid out.
+
+    Attributes:
+        text: Above it.
+        parts: Titles by the data set that is modelled and the one that is told from it.
+        metrics: Their headings.
+        spaces: Names for people of the spaces that have lines of their own.
+        printed: Sources beside our own columns, "paper" or "anchor", and their metrics.
+    """
+
+    text: str
+    parts: Mapping[tuple[str, str], str]
+    metrics: Mapping[str, str]
+    spaces: Mapping[str, str]
+    printed: Sequence[tuple[str, str]]
+
+
+TABLES = {
+    1: Table(
+        "# Table 1: bits per dimension (BPD, lower is better) and clustering accuracy (Acc., %)\n\n"
+        "Paper: as printed there. Anchor: small runs of another implementation, one seed, untuned, "
+        "alpha 1e-6. The others are this project's, from sealed evaluations; ± is the standard "
+        "error over test points, for sweeps the standard deviation over seeds. "
+        '"-": the paper has none, or it was not measured.',
+        {(data, ""): title for data, title in TITLES.items()},
+        {"density": "BPD", "accuracy": "Acc."},
+        {"": ""},
+        [("paper", "density"), ("paper", "accuracy"), ("anchor", "density")],
+    ),
+    3: Table(
+        "# Table 3: telling another data set apart by log-density, %, higher is better\n\n"
+        "AUROC and AUPR have the points of the data set that is modelled as positives, AUPR out "
+        "those of the other one. The paper does not state the space of its densities, and its CNF "
+        "is FFJORD. Anchor: small runs of another implementation. "
+        '"-": the paper has none, or it was not measured.',
+        {
+            (data, ood): f"{TITLES[data]} known, {TITLES[ood]} told apart"
+            for data, ood in (("mnist", "fashion_mnist"), ("fashion_mnist", "mnist"))
+        },
+        {metric: SCORES[metric].title for metric in ("auroc", "aupr", "aupr_out")},
+        SPACES,
+        [(source, metric) for source in ("paper", "anchor") for metric in ("auroc", "aupr")],
+    ),
+}
+
+
+class Column(NamedTuple):
     """What was measured in one evaluation, or in a sweep.
 
     Attributes:
         name: Of the preset, and of the sweep if there is one.
         data: Data set of the paper.
-        values: Value and spread by model, space (empty in Table 1) and metric.
-        ood: Data set that was told apart; None if none was.
+        ood: Data set that was told apart; empty if none was.
         note: How it was made, one sentence.
+        values: Value and spread by model, space (empty in Table 1) and metric.
     """
 
     name: str
     data: str
-    values: Values
-    ood: str | None
+    ood: str
     note: str
+    values: Values
 
 
 def read_preset(folder: Path) -> Column:
@@ -98,15 +139,13 @@ def read_preset(folder: Path) -> Column:
     values = {
         (model, "", metric): (row[metric], row.get(f"{metric}_standard_error"))
         for model, row in metrics["models"].items()
-        for metric in TABLE_1
+        for metric in TABLES[1].metrics
         if metric in row
     }
-    ood = metrics.get("ood")
-    for model, row in ood["models"].items() if ood else ():
+    ood = metrics.get("ood") or {"name": "", "models": {}}
+    for model, row in ood["models"].items():
         values |= {(model, space, key): (row[space][key], None) for space, key in OOD.values()}
-    return Column(
-        folder.name, data, values, ood["name"] if ood else None, _describe_preset(config, metrics)
-    )
+    return Column(folder.name, data, ood["name"], _describe_preset(config, metrics), values)
 
 
 def read_sweeps(folder: Path) -> tuple[list[Column], list[str]]:
@@ -133,14 +172,13 @@ def read_sweeps(folder: Path) -> tuple[list[Column], list[str]]:
             continue
         values = {}
         for model, group in trials.groupby("model", sort=False):
-            found = over_seeds(group, TABLE_1)
-            for metric in TABLE_1:
+            found = over_seeds(group, TABLES[1].metrics)
+            for metric in TABLES[1].metrics:
                 if not math.isnan(mean := found[f"{metric}_mean"]):
                     values[SAME_ROW.get(model, model), "", metric] = (mean, found[f"{metric}_sd"])
         if values:
-            name = f"{folder.name}, sweep {path.stem}"
-            note = _describe_sweep(config, trials)
-            columns.append(Column(name, data_of(folder.name), values, None, note))
+            name, note = f"{folder.name}, sweep {path.stem}", _describe_sweep(config, trials)
+            columns.append(Column(name, data_of(folder.name), "", note, values))
     return columns, left_out
 
 
@@ -174,20 +212,23 @@ def kept_columns(out: Path, but: Iterable[Column]) -> list[Column]:
         ValueError: If they are damaged.
     """
     replaced = {column.name for column in but}
-    text = {"keep_default_na": False, "dtype": str}
     values: dict[str, dict[tuple[str, str, str], tuple[float, float | None]]] = {}
-    columns = []
+
+    def read(name: str) -> list[dict[str, str]]:
+        return pd.read_csv(out / name, keep_default_na=False, dtype=str).to_dict("records")
+
     try:
-        for number in (1, 3):
+        for number in TABLES:
             model = {score.row: score.model for score in published() if score.table == number}
-            for row in pd.read_csv(out / f"table{number}.csv", **text).to_dict("records"):
+            for row in read(f"table{number}.csv"):
                 key = (model[row["row"]], row["space"], row["metric"])
                 spread = float(row["spread"]) if row["spread"] else None
                 values.setdefault(row["source"], {})[key] = (float(row["value"]), spread)
-        for row in pd.read_csv(out / "columns.csv", **text).to_dict("records"):
-            if (name := row["name"]) not in replaced:
-                ood = row["ood"] or None
-                columns.append(Column(name, row["data"], values[name], ood, row["note"]))
+        return [
+            Column(**row, values=values[row["name"]])
+            for row in read("columns.csv")
+            if row["name"] not in replaced
+        ]
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{error.filename} is missing: leave --keep out to write all anew"
@@ -197,122 +238,51 @@ def kept_columns(out: Path, but: Iterable[Column]) -> list[Column]:
             f"{out}: its tables are not as they were written ({error!r}): `git checkout` them, or "
             "leave --keep out"
         ) from error
-    return columns
 
 
-def table_1(columns: Sequence[Column]) -> tuple[str, str]:
-    """Density and clustering accuracy, as Markdown and CSV."""
-    lines = [
-        "# Table 1: bits per dimension (BPD, lower is better) and clustering accuracy (Acc., %)",
-        "",
-        "Paper: as printed there. Anchor: small runs of another implementation, one seed, untuned, "
-        "alpha 1e-6. "
-        "The others are this project's, from sealed evaluations; ± is the standard error over test "
-        "points, for sweeps "
-        'the standard deviation over seeds. "-": the paper has none, or it was not measured.',
-    ]
-    printed = [("paper", "density"), ("paper", "accuracy"), ("anchor", "density")]
-    records = []
-    for data, title in TITLES.items():
-        own = [column for column in columns if column.data == data]
-        scores = [score for score in published() if (score.table, score.data) == (1, data)]
-        found = _records(scores, own, ("",), TABLE_1)
-        lines += ["", f"## {title}", "", *_markdown(scores, found, printed, own, {"": ""}, TABLE_1)]
-        lines += _notes(own)
-        records += found
+def lay_out(number: int, columns: Sequence[Column]) -> tuple[str, str]:
+    """Write a table of the paper as Markdown and CSV."""
+    table, lines, records = TABLES[number], [TABLES[number].text], []
+    for (data, ood), title in table.parts.items():
+        own = [column for column in columns if column.data == data and ood in ("", column.ood)]
+        shown = [*table.printed, *((column.name, m) for column in own for m in table.metrics)]
+        cells = []
+        scores = [s for s in published() if (s.table, s.data, s.ood) == (number, data, ood)]
+        for row, group in groupby(scores, lambda score: score.row):
+            found = _collect(list(group), own, table)
+            records += [(data, ood, row, *key, *value) for key, value in found.items()]
+            for space, where in table.spaces.items():
+                written = [_cell(found, source, space, metric) for source, metric in shown]
+                cells.append([row, *([where] if where else []), *written])
+        header = ["model", *(["space"] if any(table.spaces.values()) else [])]
+        header += [f"{source} {table.metrics[metric]}" for source, metric in shown]
+        notes = [f"- {column.name}: {column.note}." for column in own] or ["Not measured yet."]
+        lines += ["", f"## {title}", "", *write_table(header, cells), "", *notes]
     return "\n".join([*lines, ""]), _csv(RECORD, records)
 
 
-def table_3(columns: Sequence[Column]) -> tuple[str, str]:
-    """How well densities tell the other data set apart, as Markdown and CSV."""
-    lines = [
-        "# Table 3: telling another data set apart by log-density, %, higher is better",
-        "",
-        "AUROC and AUPR have the points of the data set that is modelled as positives, AUPR out "
-        "those of the other one. "
-        "The paper does not state the space of its densities, and its CNF is FFJORD. Anchor: small "
-        "runs of another "
-        'implementation. "-": the paper has none, or it was not measured.',
-    ]
-    printed = [(source, metric) for source in ("paper", "anchor") for metric in ("auroc", "aupr")]
-    records = []
-    for data, ood in (("mnist", "fashion_mnist"), ("fashion_mnist", "mnist")):
-        own = [column for column in columns if (column.data, column.ood) == (data, ood)]
-        scores = [s for s in published() if (s.table, s.data, s.ood) == (3, data, ood)]
-        found = _records(scores, own, SPACES, TABLE_3)
-        title = f"## {TITLES[data]} known, {TITLES[ood]} told apart"
-        lines += [
-            "",
-            title,
-            "",
-            *_markdown(scores, found, printed, own, SPACES, TABLE_3),
-            *_notes(own),
-        ]
-        records += found
-    return "\n".join([*lines, ""]), _csv(RECORD, records)
+def _collect(scores: Sequence[PublishedScore], columns: Iterable[Column], table: Table) -> Values:
+    """Values and spreads of a row by source, space and metric: the paper's, the anchor's, ours."""
+    printed = {
+        (source, score.space, score.metric): (value, None)
+        for score in scores
+        for source in ("paper", "anchor")
+        if (value := getattr(score, source)) is not None
+    }
+    return printed | {
+        (column.name, space, metric): column.values[key]
+        for space in table.spaces
+        for column in columns
+        for metric in table.metrics
+        if (key := (scores[0].model, space, metric)) in column.values
+    }
 
 
-def _records(
-    scores: Sequence[PublishedScore],
-    columns: Sequence[Column],
-    spaces: Iterable[str],
-    metrics: Iterable[str],
-) -> list[tuple]:
-    """Every number of a table, RECORD each: row by row the paper's, the anchor's and our own."""
-    rows: dict[str, list[PublishedScore]] = {}
-    for score in scores:
-        rows.setdefault(score.row, []).append(score)
-    records = []
-    for name, group in rows.items():
-        records += [
-            (s.data, s.ood, name, source, s.space, s.metric, value, None)
-            for s in group
-            for source in ("paper", "anchor")
-            if (value := getattr(s, source)) is not None
-        ]
-        first = group[0]
-        records += [
-            (first.data, first.ood, name, column.name, space, metric, *column.values[key])
-            for space in spaces
-            for column in columns
-            for metric in metrics
-            if (key := (first.model, space, metric)) in column.values
-        ]
-    return records
-
-
-def _markdown(
-    scores: Sequence[PublishedScore],
-    records: Iterable[tuple],
-    printed: Sequence[tuple[str, str]],
-    columns: Sequence[Column],
-    spaces: Mapping[str, str],
-    metrics: Mapping[str, str],
-) -> list[str]:
-    """Lay records out in a table, a line for each row and space.
-
-    Args:
-        scores: Of the paper, in which order rows stand.
-        records: As :func:`_records` returns them.
-        printed: Sources beside our own columns, "paper" or "anchor", and their metrics.
-        columns: Our own.
-        spaces: Their names for people.
-        metrics: Their headings.
-    """
-    found = {record[2:6]: record[6:] for record in records}
-    shown = [*printed, *((column.name, metric) for column in columns for metric in metrics)]
-    lines = []
-    for row in dict.fromkeys(score.row for score in scores):
-        for space, where in spaces.items():
-            cells = [row, where] if where else [row]
-            for source, metric in shown:
-                nothing = found.get((row, source, "", metric), (None, None))  # of any space
-                value, spread = found.get((row, source, space, metric), nothing)
-                digits = 2 if source == "paper" or SCORES[metric].unit == "%" else None
-                cells.append(write_score(metric, value, spread, "-", digits))
-            lines.append(cells)
-    header = ["model", *(["space"] if any(spaces.values()) else [])]
-    return write_table([*header, *(f"{source} {metrics[m]}" for source, m in shown)], lines)
+def _cell(found: Values, source: str, space: str, metric: str) -> str:
+    of_any_space = found.get((source, "", metric), (None, None))
+    value, spread = found.get((source, space, metric), of_any_space)
+    digits = 2 if source == "paper" or SCORES[metric].unit == "%" else None
+    return write_score(metric, value, spread, "-", digits)
 
 
 def shrink_svg(text: str) -> str:
@@ -357,27 +327,21 @@ def write_paper(folders: Iterable[Path], out: Path, keep: bool = False) -> list[
         said += left_out
     if keep:
         columns = sorted(columns + kept_columns(out, columns), key=lambda column: column.name)
-    header = ["name", "data", "ood", "note"]
-    told = [[column.name, column.data, column.ood, column.note] for column in columns]
-    texts = {"columns.csv": _csv(header, told)}
-    for number, table in ((1, table_1), (3, table_3)):
-        texts[f"table{number}.md"], texts[f"table{number}.csv"] = table(columns)
+    texts = {"columns.csv": _csv(Column._fields[:-1], [column[:-1] for column in columns])}
+    for number in TABLES:
+        texts[f"table{number}.md"], texts[f"table{number}.csv"] = lay_out(number, columns)
     for folder in folders:
-        for number, figure, data in FIGURES:
+        for number, figure in FIGURES[data_of(folder.name)].items():
             path = folder / "evaluation" / "figures" / f"{figure}.svg"
-            if data != data_of(folder.name):
-                continue
             if not path.is_file():
                 said.append(f"no figure {number} of {folder.name}: evaluate drew no {figure}")
                 continue
             name = f"figure{number}_{folder.name}.svg"
             texts[name] = shrink_svg(path.read_text(encoding="utf-8"))
-            size = len(texts[name].encode())
-            if size > LARGEST_FIGURE:
+            if (size := len(texts[name].encode())) > LARGEST_FIGURE:
                 raise ValueError(
-                    f"{path} has {size} bytes in its smallest form, more than the {LARGEST_FIGURE} "
-                    "that are "
-                    f"committed: leave {folder.name} out"
+                    f"{path} has {size} bytes in its smallest form, more than the "
+                    f"{LARGEST_FIGURE} that are committed: leave {folder.name} out"
                 )
     out.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
@@ -391,13 +355,12 @@ def evaluated_presets(root: Path) -> list[Path]:
     Raises:
         FileNotFoundError: If there is none.
     """
-    folders = [path.parent for path in sorted(root.glob("*/metrics.json"))]
-    folders = [folder for folder in folders if data_of(folder.name)]
+    paths = sorted(root.glob("*/metrics.json"))
+    folders = [path.parent for path in paths if data_of(path.parent.name)]
     if not folders:
         raise FileNotFoundError(
             f"{root} holds no evaluated preset of {' or '.join(TITLES.values())}: name one in "
-            "params.yaml, say "
-            "where its files are, and run `dvc repro report`"
+            "params.yaml, say where its files are, and run `dvc repro report`"
         )
     return folders
 
@@ -430,12 +393,6 @@ def _describe_preset(config: Config, metrics: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _notes(columns: Sequence[Column]) -> list[str]:
-    if not columns:
-        return ["", "Not measured yet."]
-    return ["", *(f"- {column.name}: {column.note}." for column in columns)]
-
-
 def _csv(header: Sequence[str], records: Iterable[Sequence[Any]]) -> str:
     return pd.DataFrame(records, columns=list(header)).to_csv(index=False, lineterminator="\n")
 
@@ -459,9 +416,8 @@ def main() -> None:
     with command("paper", arguments.out):
         folders = [arguments.data / preset for preset in arguments.presets]
         try:
-            lines = write_paper(
-                folders or evaluated_presets(arguments.data), arguments.out, arguments.keep
-            )
+            folders = folders or evaluated_presets(arguments.data)
+            lines = write_paper(folders, arguments.out, arguments.keep)
         except (KeyError, TypeError) as error:
             raise ValueError(f"metrics or configuration lack {error}") from error
         for line in lines:

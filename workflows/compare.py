@@ -1,14 +1,10 @@
-"""Put CPMM and its baselines into one table, with what they cost: data/<preset>/comparison.
-
-Reads the trials of the sweep ``table1``, a row a trial of a model, and what evaluate found in the
-pipeline's own run; beside them stands the paper's Table 1, where the preset is one of its data sets.
-"""
+"""Put CPMM and its baselines into one table, with what they cost: data/<preset>/comparison."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +47,6 @@ NOT_RERUN = {
     "in the selection",
     "DLS": "there is no code to rerun under these rules",
 }
-Cell = Callable[[Mapping[str, Any]], str]  # writes what a row has in a column
 
 
 def main(folder: Path, config: Config) -> str:
@@ -77,11 +72,9 @@ def main(folder: Path, config: Config) -> str:
         draw(table, metrics["unit"]).savefig(out / "costs.svg", metadata={"Date": None})
     seal_folder(out, "comparison", {"fingerprint": fingerprint}, {})
     publish(scratch, "comparison", folder / "comparison")
-    n_failed = int(table["n_failed"].sum())
     return (
-        f"{len(table)} rows, {len(trials)} trials, {n_failed} failed; "
-        f"{_headline(table, metrics['unit'])} -> "
-        f"{folder / 'comparison'}"
+        f"{len(table)} rows, {len(trials)} trials, {table['n_failed'].sum()} failed; "
+        f"{_headline(table, metrics['unit'])} -> {folder / 'comparison'}"
     )
 
 
@@ -133,7 +126,7 @@ def compare(trials: pd.DataFrame, metrics: Mapping[str, Any], config: Config) ->
     for model, row in found.items():
         about = describe(model, config)
         head = {"block": about["block"], "model": model, "name": about["title"]}
-        rows.append(head | row | _of_paper(data, about.get("paper")))
+        rows.append(head | row | _of_paper(data, about["paper"]))
     for name in NOT_RERUN if data else ():
         head = {"block": REPORTED, "model": name, "name": name, "source": "paper"}
         rows.append(head | {"n_seeds": 0, "n_failed": 0, "n_stopped": 0} | _of_paper(data, name))
@@ -174,10 +167,7 @@ def judge(table: pd.DataFrame, metric: str) -> dict[str, list[tuple[str, Compari
 
 
 def markdown(
-    table: pd.DataFrame,
-    metrics: Mapping[str, Any],
-    rules: Mapping[str, str],
-    config: Config,
+    table: pd.DataFrame, metrics: Mapping[str, Any], rules: Mapping[str, str], config: Config
 ) -> str:
     """Write the table for people, what is measured where, and which rows are better than CPMM.
 
@@ -187,28 +177,31 @@ def markdown(
         rules: A sentence for each of its figures.
         config: The preset's.
     """
-    columns = {
-        heading: [write(row) for _, row in table.iterrows()]
-        for heading, write in _columns(table).items()
-    }
-    columns = {
-        heading: cells
-        for heading, cells in columns.items()
-        if set(cells) - {NONE} or heading == SCORES["density"].heading
-    }
-    lines, block = [], None
-    for index, cells in enumerate(zip(*columns.values(), strict=True)):
-        if table["block"][index] != block:
-            block = table["block"][index]
-            title = f"**{block[0].upper()}{block[1:]}**"
-            lines.append([title, *[""] * (len(columns) - 1)])
-        lines.append(cells)
+    import pandas as pd
+
+    own = next((row for _, row in table.iterrows() if row["model"] == "cpmm"), {})
+    cells = pd.DataFrame([_cells(row, own) for _, row in table.iterrows()])
+    density = SCORES["density"].heading
+    cells = cells[[c for c in cells if c == density or (cells[c] != NONE).any()]]
+    lines = []
+    for block, rows in cells.groupby(table["block"], sort=False):
+        title = f"**{block[0].upper()}{block[1:]}**"
+        lines += [[title, *[""] * (len(cells.columns) - 1)], *rows.to_numpy()]
     text = [f"# Table 1 for {metrics['preset']}: CPMM and its baselines", ""]
-    text += [*write_table(list(columns), lines), "", *_verdicts(table, metrics["unit"])]
+    text += [*write_table(list(cells), lines), "", *_verdicts(table, metrics["unit"])]
     text += ["", "## What is measured where", ""]
-    text += [f"- {note}" for note in _notes(table, metrics, rules, config)]
-    if failed := _failures(table):
-        text += ["", "## Trials that did not finish", "", *failed]
+    notes = [
+        *_notes_on_rows(table, metrics, config),
+        *_notes_on_scores(table, metrics, rules, config),
+        *_notes_on_costs(table),
+        *_notes_on_absent(table, metrics, config),
+    ]
+    text += [f"- {note}" for note in notes]
+    if (failed := table[table["failures"] != ""]).size:
+        text += ["", "## Trials that did not finish", ""]
+        for _, row in failed.iterrows():
+            lost = row["n_failed"] + row["n_stopped"]
+            text.append(f"- {row['name']}, {lost} of {row['n_seeds'] + lost}: {row['failures']}")
     return "\n".join([*text, ""])
 
 
@@ -266,34 +259,29 @@ def _explain(group: pd.DataFrame) -> str:
     )
 
 
-def _columns(table: pd.DataFrame) -> dict[str, Cell]:
-    """Headings of the table for people, and what stands below them."""
-    own = table[table["model"] == "cpmm"]
-    own = own.iloc[0] if len(own) else {}
+def _cells(row: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, str]:
+    """Write a row for people, by the headings of its columns; ``own`` is CPMM's."""
 
-    def of_paper(metric: str) -> Cell:
-        return lambda row: write_score(metric, row[f"paper_{metric}"], nothing=NONE, digits=2)
+    def paper(metric: str) -> str:
+        return write_score(metric, row[f"paper_{metric}"], nothing=NONE, digits=2)
 
-    def mean_sd(score: str) -> dict[str, Cell]:
-        return {SCORES[score].heading: lambda row: _mean_sd(row, score)}
+    def scores(*names: str) -> dict[str, str]:
+        return {SCORES[name].heading: _mean_sd(row, name) for name in names}
 
-    def cost(score: str) -> dict[str, Cell]:
-        return {SCORES[score].heading: lambda row: _cost(row, own, score)}
-
+    done = row["n_seeds"]
+    n = done + row["n_failed"] + row["n_stopped"]
+    seeds = str(n) if n == done else f"{done} of {n}"
     return {
-        "model": lambda row: row["name"],
-        "seeds": _seeds,
-        **mean_sd("density"),
-        "paper": of_paper("density"),
-        **mean_sd("accuracy"),
-        "paper, %": of_paper("accuracy"),
-        **mean_sd("nmi"),
-        "parameters": lambda row: write_score("n_parameters", row["n_parameters"], nothing=NONE),
-        **cost("seconds"),
-        **cost("seconds_10k"),
-        **cost("memory_gb"),
-        **mean_sd("auroc"),
-        **mean_sd("auroc_data"),
+        "model": row["name"],
+        "seeds": NONE if row["source"] == "paper" else seeds,
+        **scores("density"),
+        "paper": paper("density"),
+        **scores("accuracy"),
+        "paper, %": paper("accuracy"),
+        **scores("nmi"),
+        "parameters": write_score("n_parameters", row["n_parameters"], nothing=NONE),
+        **{SCORES[name].heading: _cost(row, own, name) for name in COSTS[1:]},
+        **scores("auroc", "auroc_data"),
     }
 
 
@@ -343,32 +331,15 @@ def _write_gain(metric: str, name: str, found: Comparison) -> str:
     return f"{name} {size} {'better' if found.gain > 0 else 'worse'}"
 
 
-def _notes(
-    table: pd.DataFrame,
-    metrics: Mapping[str, Any],
-    rules: Mapping[str, str],
-    config: Config,
-) -> list[str]:
-    """Say of each group of numbers where it comes from, a sentence or two each."""
-    return [
-        *_notes_on_rows(table, metrics, config),
-        *_notes_on_scores(table, metrics, rules, config),
-        *_notes_on_costs(table),
-        *_notes_on_absent(table, metrics, config),
-    ]
-
-
 def _notes_on_rows(table: pd.DataFrame, metrics: Mapping[str, Any], config: Config) -> list[str]:
     sources = table.groupby("source")["name"].agg(", ".join)
     notes = [
         f"Means ± standard deviations over the seeds of the sweep `{SWEEP}`, on the "
         f"{metrics['n_test']:,} test points. Where one seed finished there is no ±. Costs are "
-        "medians over the "
-        "seeds, which one slow trial does not change. Where not all seeds have a number, it says "
-        "how many do.",
+        "medians over the seeds, which one slow trial does not change. Where not all seeds have "
+        "a number, it says how many do.",
         "Verdicts: their standard errors are over seeds only; all rows have the same test points, "
-        "and which points "
-        "these are is not part of the error.",
+        "and which points these are is not part of the error.",
     ]
     if "evaluation" in sources:
         notes.append(
@@ -403,16 +374,14 @@ def _notes_on_scores(
     if grey and metrics["unit"] == "bits per dimension":
         notes.append(
             f"{', '.join(grey)}: of raw grey levels k / (n - 1), without the others' "
-            "dequantization and logit; "
-            "they give no density."
+            "dequantization and logit; they give no density."
         )
     if "accuracy" in rules:
         notes.append(f"Accuracy: {rules['accuracy']} NMI: {rules['nmi']}")
     if metrics.get("ood") and table["auroc_mean"].notna().any():
         notes.append(
             "AUROC: how well log-density tells the test points from those of "
-            f"{metrics['ood']['name']}, in "
-            "the models' space and in units of the data."
+            f"{metrics['ood']['name']}, in the models' space and in units of the data."
         )
     return notes
 
@@ -421,16 +390,13 @@ def _notes_on_costs(table: pd.DataFrame) -> list[str]:
     notes = {
         "n_parameters": "Parameters: of the model that is used, of CPMM the extracted mixture's.",
         "seconds_median": "Training: wall-clock time of a trial on the machine of the sweep, "
-        "without the teacher "
-        "and the spaces, which are made before it; in brackets how many times that of CPMM.",
+        "without the teacher and the spaces, which are made before it; in brackets how many times "
+        "that of CPMM.",
         "seconds_10k_median": "10,000 densities: time for the log-densities of as many points on "
-        "that machine, "
-        "scaled from fewer; mixtures and circuits in float64 on the CPU, flows where they were "
-        "trained; in brackets "
-        "how many times that of CPMM.",
+        "that machine, scaled from fewer; mixtures and circuits in float64 on the CPU, flows where "
+        "they were trained; in brackets how many times that of CPMM.",
         "memory_gb_median": "Memory: peak of the trial's process above what it held before; on a "
-        "GPU that of "
-        "its own.",
+        "GPU that of its own.",
     }
     return [note for column, note in notes.items() if table[column].notna().any()]
 
@@ -441,21 +407,12 @@ def _notes_on_absent(table: pd.DataFrame, metrics: Mapping[str, Any], config: Co
     if data := published.data_of(str(metrics.get("preset"))):
         notes.append(
             f"Paper: its Table 1, {published.TITLES[data]}; its FFJORD stands beside both CNFs, "
-            "its GMM w/ S.Clust. "
-            "beside both spectral rows."
+            "its GMM w/ S.Clust. beside both spectral rows."
         )
         notes += [f"{name}, of the paper alone: {reason}." for name, reason in NOT_RERUN.items()]
     models = dict.fromkeys([*MODELS, *config["baselines"]])
     absent = [describe(m, config)["title"] for m in models if m not in set(table["model"])]
     return [*notes, f"Not there: {', '.join(absent)}."] if absent else notes
-
-
-def _failures(table: pd.DataFrame) -> list[str]:
-    lines = []
-    for _, row in table[table["failures"] != ""].iterrows():
-        lost = row["n_failed"] + row["n_stopped"]
-        lines.append(f"- {row['name']}, {lost} of {row['n_seeds'] + lost}: {row['failures']}")
-    return lines
 
 
 def _headline(table: pd.DataFrame, unit: str) -> str:
@@ -485,13 +442,6 @@ def _partly(row: Mapping[str, Any], name: str) -> str:
     """How many seeds have a score, where that is not all."""
     n = row.get(f"{name}_n")
     return f" ({n} of {row['n_seeds']} seeds)" if is_number(n) and 0 < n < row["n_seeds"] else ""
-
-
-def _seeds(row: Mapping[str, Any]) -> str:
-    if row["source"] == "paper":
-        return NONE
-    n = row["n_seeds"] + row["n_failed"] + row["n_stopped"]
-    return str(n) if n == row["n_seeds"] else f"{row['n_seeds']} of {n}"
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cpmm.data import DataSplits
-    from cpmm.mixture import Mixture
     from cpmm.pipeline.models.fitted import Fitted
     from cpmm.pipeline.scores.ood import OodPoints
 
@@ -106,7 +105,6 @@ def _score(
 
 def _describe(row: str, fitted: Fitted, config: Config) -> str:
     """Name a model for the report."""
-    sizes = "" if fitted.mixture is None else f": {_sizes(fitted.mixture)}"
     kind = config["cpmm"]["initialization"]["kind"]
     names = {
         "cpmm": "CPMM",
@@ -117,20 +115,18 @@ def _describe(row: str, fitted: Fitted, config: Config) -> str:
         "kmeans": f"k-means, {config['cpmm']['n_clusters']} clusters",
         "groups": f"groups that initialize the trajectories ({kind}), of training points",
     }
-    return f"{names[row]}{sizes}"
-
-
-def _sizes(mixture: Mixture) -> str:
+    if (mixture := fitted.mixture) is None:
+        return names[row]
     sizes, fa = set(mixture.cluster_sizes), mixture.components
     regular = len(sizes) == 1 and sizes != {1}
     count = f"{mixture.n_clusters} x {sizes.pop()}" if regular else f"{fa.n_components}"
-    return f"{count} components, R = {fa.n_factors}"
+    return f"{names[row]}: {count} components, R = {fa.n_factors}"
 
 
 def _score_teacher(
     folder: Path, config: Config, data: DataSplits, ood: OodPoints | None
 ) -> dict[str, Any]:
-    """Density of the teacher at the stated tolerance, and how it tells points outside."""
+    """Density by a solve at the stated tolerance, and how the teacher tells points outside."""
     from cpmm.odes import Solver
     from cpmm.pipeline.artifacts.store import load_model
     from cpmm.pipeline.config.fingerprints import fingerprint_teacher
@@ -154,9 +150,9 @@ def _score_teacher(
 
     inside = solve(score.z, 31, "test")
     some = len(inside) < len(data.raw["test"])
-    name = "teacher (continuous normalizing flow)"
     row = {
-        "name": f"{name}, first {len(inside)} test points" if some else name,
+        "name": "teacher (continuous normalizing flow)"
+        + (f", first {len(inside)} test points" if some else ""),
         **score.density(inside),
         "n_points": len(inside),
         "n_parameters": sum(p.numel() for p in teacher.parameters()),
@@ -178,11 +174,11 @@ def _discretize(folder: Path, config: Config, data: DataSplits) -> dict[str, flo
     from cpmm.trajectory import pseudotime_grid
 
     trajectories, score = load_trajectories(folder, config, data), Scorer(data, "test")
-    mixtures = {
-        str(n): trajectories.mixture(pseudotime_grid(n)).to(torch.float64)
-        for n in config["evaluation"]["discretizations"]
-    }
-    return {n: score.density(found.log_prob(score.z))["density"] for n, found in mixtures.items()}
+    densities = {}
+    for n in config["evaluation"]["discretizations"]:
+        mixture = trajectories.mixture(pseudotime_grid(n)).to(torch.float64)
+        densities[str(n)] = score.density(mixture.log_prob(score.z))["density"]
+    return densities
 
 
 def _summarize(metrics: dict[str, Any]) -> str:

@@ -1,8 +1,6 @@
 """Put what evaluate found into one HTML page that needs no other file and no network.
 
-Reads ``config.yaml``, ``metrics.json`` and ``evaluation/`` of ``data/<preset>/``, writes
-``report.html`` there. The page depends on its inputs and on the installed versions alone, so that a
-repeated run writes the same bytes.
+It depends on its inputs and on the installed versions alone: a repeated run writes the same bytes.
 """
 
 from __future__ import annotations
@@ -12,17 +10,16 @@ import csv
 import json
 import math
 import platform
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from cpmm.pipeline.artifacts.files import write_text
 from cpmm.pipeline.artifacts.store import verify_evaluation
-from cpmm.pipeline.scores.published import data_of, printed_ood
+from cpmm.pipeline.scores.published import data_of, printed
 from cpmm.pipeline.scores.tables import OOD, SCORES, SPACES, is_number, write_score
 from cpmm.pipeline.stage import run_stage
 
@@ -30,8 +27,7 @@ NONE = "–"
 MIME = {".svg": "image/svg+xml", ".png": "image/png"}
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """A figure of the page: name of its file, heading, how to read it, where the paper has it."""
 
     name: str
@@ -144,11 +140,7 @@ def write_report(folder: Path, config: dict) -> Path:
         seed=metrics["seed"],
         n_test=metrics["n_test"],
         unit=unit,
-        cards=[
-            describe_density(models, unit),
-            describe_clustering(models),
-            describe_size(models),
-        ],
+        cards=[describe_density(models, unit), describe_clustering(models), describe_size(models)],
         table=tabulate(models),
         rules={
             SCORES[key].title if key in SCORES else key.replace("_", " "): str(rule)
@@ -159,10 +151,8 @@ def write_report(folder: Path, config: dict) -> Path:
         absent=absent,
         confusion=read_confusion(evaluation / "confusion.csv"),
         discretization=[
-            (g, write_score("density", density, nothing=NONE))
-            for g, density in sorted(
-                metrics["discretization"].items(), key=lambda item: float(item[0])
-            )
+            (g, write_score("density", metrics["discretization"][g], nothing=NONE))
+            for g in sorted(metrics["discretization"], key=float)
         ],
         config=yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=100),
         versions={"Python": platform.python_version(), "PyTorch": metadata.version("torch")},
@@ -199,10 +189,8 @@ def compare_density(own: dict, other: dict, name: str) -> str:
     if not (_has(own, "density") and _has(other, "density")):
         return f"No comparison with the {name}."
     gain = SCORES["density"].gain(own["density"], other["density"])
-    errors = [
-        m["density_standard_error"] for m in (own, other) if _has(m, "density_standard_error")
-    ]
-    if abs(gain) <= 2 * math.hypot(*errors):
+    errors = [m.get("density_standard_error") for m in (own, other)]
+    if abs(gain) <= 2 * math.hypot(*filter(is_number, errors)):
         return f"Level with the {name}, within two standard errors."
     word = "Better" if gain > 0 else "Worse"
     return f"{word} than the {name} by {write_score('density', abs(gain))}."
@@ -259,16 +247,14 @@ def tabulate(models: dict) -> dict[str, Any]:
     for name, model in models.items():
         cells = []
         for key, heading in zip(columns, headings, strict=True):
-            note = None
+            cell = {"heading": heading, "note": None, "best": name in best[key]}
             if not _has(model, key):
                 reason = _reason(model, key, models)
                 if reason not in notes:
                     notes.append(reason)
-                note = notes.index(reason) + 1
-            text = write_score(key, model.get(key), model.get(f"{key}_standard_error"), NONE)
-            cells.append(
-                {"heading": heading, "text": text, "note": note, "best": name in best[key]}
-            )
+                cell["note"] = notes.index(reason) + 1
+            spread = model.get(f"{key}_standard_error")
+            cells.append(cell | {"text": write_score(key, model.get(key), spread, NONE)})
         rows.append({"name": model.get("name", name), "cells": cells})
     return {"headings": headings, "rows": rows, "notes": notes}
 
@@ -287,16 +273,16 @@ def tabulate_ood(metrics: dict) -> dict[str, Any] | None:
     columns = [column for space in SPACES for column in OOD if OOD[column][0] == space]
     headings = [_heading(column) for column in columns]
     paper = {
-        model: [printed_ood(data, name, model, metric) for metric in PRINTED]
+        model: {metric: printed(data, model, metric, name) for metric in PRINTED}
         for model in ood["models"]
     }
-    has_paper = any(value is not None for values in paper.values() for value in values)
+    has_paper = any(value is not None for row in paper.values() for value in row.values())
     if has_paper:
         headings += [f"{SCORES[metric].title}, paper, %" for metric in PRINTED]
     rows = []
     for model, row in ood["models"].items():
         values = [(column, row.get(OOD[column][0], {}).get(OOD[column][1])) for column in columns]
-        values += zip(PRINTED, paper[model], strict=True) if has_paper else []
+        values += paper[model].items() if has_paper else ()
         cells = [write_score(column, value, nothing=NONE) for column, value in values]
         rows.append({"name": row.get("name", model), "cells": cells})
     return {"name": name, "headings": headings, "rows": rows, "paper": has_paper}

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib import rc_context
 from torch import Tensor
 
+from cpmm import figures
 from cpmm.metrics import confusion, match_clusters
 from cpmm.pipeline.config import Config
+from cpmm.pipeline.scores.tables import SPACES
 from cpmm.seeds import seeded_generator
 
 if TYPE_CHECKING:
@@ -24,25 +27,20 @@ if TYPE_CHECKING:
 
 def write_tables(out: Path, data: DataSplits, mixture: Mixture, metrics: Config) -> None:
     """Write discretizations, clusters, their confusion with classes and what is told apart."""
-    discretization = metrics["discretization"]
-    table = pd.DataFrame(
-        {"n_pseudotimes": list(map(int, discretization)), "density": list(discretization.values())}
-    )
-    table.to_csv(out / "discretization.csv", index=False)
+    table = pd.Series(metrics["discretization"], name="density")
+    table.to_csv(out / "discretization.csv", index_label="n_pseudotimes")
     cluster = mixture.predict(data.points("test")[0]).numpy()
     points = pd.DataFrame({"cluster": cluster})
     if data.label is not None:
         points.insert(0, "label", data.label["test"].numpy())
-        counts = _confusion(data, cluster, mixture.n_clusters)
-        pd.DataFrame(counts, index=list(data.class_names)).to_csv(
-            out / "confusion.csv", index_label="class"
-        )
+        counts = pd.DataFrame(_confusion(data, cluster, mixture.n_clusters), data.class_names)
+        counts.to_csv(out / "confusion.csv", index_label="class")
     points.to_csv(out / "clusters.csv", index=False)
     if ood := metrics.get("ood"):
         rows = [
             {"model": model, "ood": ood["name"], "space": space, **row[space]}
             for model, row in ood["models"].items()
-            for space in ("data", "mixture")
+            for space in SPACES
         ]
         pd.DataFrame(rows).to_csv(out / "ood.csv", index=False)
 
@@ -57,19 +55,12 @@ def draw_figures(
     history: pd.DataFrame,
 ) -> None:
     """Draw what the report shows into ``out/figures``, the same bytes for the same inputs."""
-    from matplotlib import rc_context
-
-    from cpmm import figures
-
+    n_spaces, found = len(spaces) if config["cpmm"]["curriculum"] else 0, metrics["discretization"]
     drawn = {
         "spaces": _draw_spaces(data, spaces),
-        "history": figures.plot_history(
-            history, len(spaces) if config["cpmm"]["curriculum"] else 0
-        ),
+        "history": figures.plot_history(history, n_spaces),
         "discretization": figures.plot_discretization(
-            [int(n) for n in metrics["discretization"]],
-            list(metrics["discretization"].values()),
-            metrics["unit"],
+            [int(n) for n in found], list(found.values()), metrics["unit"]
         ),
         **_draw_mixture(data, mixture, config["seed"]),
     }
@@ -79,8 +70,6 @@ def draw_figures(
 
 
 def _draw_spaces(data: DataSplits, spaces: Spaces) -> Figure:
-    from cpmm import figures
-
     shown = np.unique(np.linspace(0, len(spaces) - 1, 7).round().astype(int))
     n_shown = 10 if data.image_shape else 1000
     carried = np.stack([spaces.validation(int(i))[:n_shown].numpy() for i in shown])
@@ -94,9 +83,7 @@ def _draw_spaces(data: DataSplits, spaces: Spaces) -> Figure:
 
 
 def _draw_mixture(data: DataSplits, mixture: Mixture, seed: int) -> dict[str, Figure]:
-    """Draw samples, the confusion with classes, and the components of points in the plane."""
-    from cpmm import figures
-
+    """Draw samples, confusion with classes, and the components where there is a picture of them."""
     z, _ = data.points("test")
     label = None if data.label is None else data.label["test"].numpy()
     cluster = mixture.predict(z)
@@ -133,8 +120,6 @@ def _draw_trajectories(
     data: DataSplits, mixture: Mixture, z: Tensor, cluster: Tensor, names: list[str] | None
 ) -> Figure:
     """Draw the means along each trajectory; clusters are called by the class that is matched."""
-    from cpmm import figures
-
     best = torch.cat([mixture.joint_log_prob(part).argmax(1) for part in z.split(2048)])
     share = torch.bincount(best, minlength=mixture.components.n_components) / len(z)
     weight = torch.bincount(cluster, minlength=mixture.n_clusters) / len(z)

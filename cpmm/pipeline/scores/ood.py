@@ -103,10 +103,12 @@ def _require_same_kind(name: str, source: Source, data: DataSplits) -> None:
         ("names of the features", source.feature_names, data.feature_names),
     ):
         if got != expected:
+            found, known = (
+                text if len(text) <= 60 else f"{text[:60]}..." for text in map(str, (got, expected))
+            )
             raise ValueError(
-                f"evaluation.ood, {name}, does not compare with the data: {what}: {_short(got)}, "
-                "expected "
-                f"{_short(expected)}; choose another data set, or evaluation.ood=null"
+                f"evaluation.ood, {name}, does not compare with the data: {what}: {found}, "
+                f"expected {known}; choose another data set, or evaluation.ood=null"
             )
 
 
@@ -116,11 +118,5 @@ def _require_other_points(name: str, raw: Tensor, data: DataSplits) -> None:
     if same > len(raw) / 2:
         raise ValueError(
             f"evaluation.ood, {name}, is the data set itself: {same} of its {len(raw)} test points "
-            "are among "
-            "the data; choose another one, or evaluation.ood=null"
+            "are among the data; choose another one, or evaluation.ood=null"
         )
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."

@@ -2,16 +2,16 @@
 
 ``paper`` is the paper's score; ``anchor`` that of a small run of another implementation on the same
 data, one seed, untuned: alpha 1e-6, log-determinant included, one noise sample, the 10k test
-images. The file has percent, as the paper prints them; they are read as shares, like our own. Table 3
-of the paper does not say in which space its densities are.
+images. The file has percent, as the paper prints them; they are read as shares, like our own.
+Table 3 of the paper does not say in which space its densities are.
 """
 
 from __future__ import annotations
 
 import csv
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 from cpmm.pipeline.scores.tables import SCORES
 
@@ -19,8 +19,7 @@ PATH = Path(__file__).with_suffix(".csv")
 TITLES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST"}  # of the data sets
 
 
-@dataclass(frozen=True)
-class PublishedScore:
+class PublishedScore(NamedTuple):
     """One score of a table.
 
     Attributes:
@@ -51,18 +50,16 @@ class PublishedScore:
 def published() -> tuple[PublishedScore, ...]:
     """Read every score, in the order of the paper."""
 
-    def value(row: dict[str, str], source: str) -> float | None:
-        return round(float(row[source]) / SCORES[row["metric"]].factor, 6) if row[source] else None
+    def read(row: dict[str, str]) -> PublishedScore:
+        factor = SCORES[row["metric"]].factor
+        numbers = {
+            source: round(float(row[source]) / factor, 6) if row[source] else None
+            for source in ("paper", "anchor")
+        }
+        return PublishedScore(**row | numbers | {"table": int(row["table"])})
 
     with PATH.open(newline="", encoding="utf-8") as file:
-        return tuple(
-            PublishedScore(
-                **row
-                | {"table": int(row["table"])}
-                | {source: value(row, source) for source in ("paper", "anchor")}
-            )
-            for row in csv.DictReader(file)
-        )
+        return tuple(map(read, csv.DictReader(file)))
 
 
 def data_of(preset: str) -> str | None:
@@ -70,18 +67,10 @@ def data_of(preset: str) -> str | None:
     return next((name for name in TITLES if preset.startswith(name)), None)
 
 
-def printed(data: str | None, row: str | None, metric: str) -> float | None:
-    """A score of the paper's Table 1, None if it has none."""
+def printed(data: str | None, row: str | None, metric: str, ood: str = "") -> float | None:
+    """A score of the paper by its row or our model, of Table 3 with ``ood``; None if it has none."""
     for score in published():
-        if score.table == 1 and (score.data, score.row, score.metric) == (data, row, metric):
-            return score.paper
-    return None
-
-
-def printed_ood(data: str | None, ood: str, model: str, metric: str) -> float | None:
-    """A score of the paper's Table 3, None if it has none."""
-    for score in published():
-        key = (score.data, score.ood, score.model, score.metric)
-        if score.table == 3 and key == (data, ood, model, metric):
+        key = (score.data, score.ood, score.metric)
+        if key == (data, ood, metric) and row in (score.row, score.model):
             return score.paper
     return None

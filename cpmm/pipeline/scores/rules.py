@@ -17,12 +17,12 @@ def state_rules(config: Config, data: DataSplits, ood: OodPoints | None) -> dict
     n_first, direct = config["evaluation"]["teacher_points"], config["baselines"]["direct"]
     rules = {
         "density": _density(config, data) + ". Lower is better.",
-        "density_standard_error": "Standard deviation over the test points divided by "
-        "the root of their number.",
+        "density_standard_error": "Standard deviation over the test points divided by the root "
+        "of their number.",
         "selection": "Weights are those of the fine-tuning epoch with the best validation "
         "likelihood.",
-        "direct": "k-means and local factor analysis, shrinkage by validation likelihood, then "
-        f"Adam for {direct['epochs']} epochs; best epoch by validation.",
+        "direct": "k-means and local factor analysis, shrinkage by validation likelihood, then Adam "
+        f"for {direct['epochs']} epochs; best epoch by validation.",
         "refined": "The extracted components as the start of the same Adam, for as many epochs.",
     }
     if config["baselines"]["matched"]["em_iterations"]:
@@ -34,21 +34,22 @@ def state_rules(config: Config, data: DataSplits, ood: OodPoints | None) -> dict
             f"The same over the first {n_first} test points, which flows are scored on."
         )
     if data.label is not None:
-        rules["accuracy"] = (
-            "Share of test points whose cluster's class, matched one to one (Hungarian), is theirs."
-        )
-        rules["nmi"] = "Normalized mutual information, arithmetic mean."
-        rules["ari"] = "Adjusted Rand index."
-        rules["purity"] = "Share of test points in the commonest class of their cluster."
+        rules |= {
+            "accuracy": "Share of test points whose cluster's class, matched one to one "
+            "(Hungarian), is theirs.",
+            "nmi": "Normalized mutual information, arithmetic mean.",
+            "ari": "Adjusted Rand index.",
+            "purity": "Share of test points in the commonest class of their cluster.",
+        }
     if needs_teacher(config):
         rules["teacher"] = _teacher(config, data)
     if ood is not None:
         rules["ood"] = (
             f"The test points are told from the {len(ood.z)} points of {ood.name}, mapped by the "
-            "preprocessing of the data that the models know with one noise sample of the same seed, "
-            "by their log-density, higher for those known: area under the ROC curve, and average "
-            "precision of the points known and of those outside. In units of the data, log p(z) + log|dz/dx|, "
-            "and in the models' space, log p(z)."
+            "preprocessing of the data that the models know with one noise sample of the same "
+            "seed, by their log-density, higher for those known: area under the ROC curve, and "
+            "average precision of the points known and of those outside. In units of the data, "
+            "log p(z) + log|dz/dx|, and in the models' space, log p(z)."
         )
     return rules
 
@@ -74,8 +75,8 @@ def _teacher(config: Config, data: DataSplits) -> str:
     rule = f"{solver['method']}, tolerances {solver['rtol']:g}/{solver['atol']:g}; trace: {trace}"
     if n_points is not None and n_points < len(data.raw["test"]):
         rule += (
-            f"; scored on the first {n_points} test points alone, its standard error is theirs, and "
-            "they may be easier than all, as those of MNIST are: compare with the others' "
+            f"; scored on the first {n_points} test points alone, its standard error is theirs, "
+            "and they may be easier than all, as those of MNIST are: compare with the others' "
             "density_of_first, on the same points"
         )
     return f"{rule}."

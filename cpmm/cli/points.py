@@ -167,11 +167,7 @@ def write_npy(
     path: Path, shape: tuple[int, ...], dtype: np.dtype, parts: Iterable[np.ndarray]
 ) -> None:
     """Write the parts of an array of this shape; the file appears once it is whole."""
-    header = {
-        "descr": np.lib.format.dtype_to_descr(dtype),
-        "fortran_order": False,
-        "shape": shape,
-    }
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:

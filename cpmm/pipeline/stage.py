@@ -46,10 +46,7 @@ def run_stage(main: Callable[..., str], description: str, *arguments: str) -> No
     with command(name, path.parent):
         end_with_dvc()
         config = load_config(path)
-        with (
-            threads_of(config),
-            temporary_files_in(path.parent / ".scratch" / f"{temporary}.tmp"),
-        ):
+        with threads_of(config), temporary_files_in(path.parent / ".scratch" / f"{temporary}.tmp"):
             print(f"{name}: {main(path.parent, config, *further)}", flush=True)
 
 

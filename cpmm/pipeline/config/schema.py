@@ -64,8 +64,7 @@ def number(low: float = -LARGEST, high: float = LARGEST, ends: str = "[]") -> Ru
 def choice(*names: str) -> Rule:
     """One of several words."""
     return Rule(
-        f"choose one of {', '.join(names)}",
-        lambda value: isinstance(value, str) and value in names,
+        f"choose one of {', '.join(names)}", lambda value: isinstance(value, str) and value in names
     )
 
 

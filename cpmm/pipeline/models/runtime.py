@@ -45,7 +45,7 @@ def choose(name: str, value: str, variants: Mapping[str, T]) -> T:
 
 @contextmanager
 def seeded(*seeds: int) -> Iterator[None]:
-    """Draw initial weights, for which torch's modules take no generator, from seeds of their own."""
+    """Draw initial weights, for which torch's modules take no generator, from their own seeds."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeded_generator(*seeds).initial_seed())
         yield

@@ -17,7 +17,7 @@ from cpmm.pipeline.config.fingerprints import (
     fingerprint_spaces,
     fingerprint_teacher,
     needs_teacher,
-)
+)  # fmt: skip
 from cpmm.pipeline.progress import ProgressLine, duration
 from cpmm.pipeline.stage import publish, run_stage, scratch_folder
 
@@ -119,19 +119,12 @@ def _go_on(
 
 @dataclass(frozen=True)
 class _Drawn:
-    """What goes through the spaces: rows of the input space, training before validation, (rows, M).
+    """What goes through the spaces: rows of the input space, training before validation."""
 
-    Attributes:
-        rows: float32.
-        noise: Where the rows go without a teacher, of their shape; None with one.
-        n_train: Training rows.
-        train_index: Which training points they were drawn from; None: all.
-    """
-
-    rows: Tensor
-    noise: Tensor | None
+    rows: Tensor  # (rows, M), float32
+    noise: Tensor | None  # where they go without a teacher, of their shape
     n_train: int
-    train_index: Tensor | None
+    train_index: Tensor | None  # of the points that training rows were drawn from; None: all
 
 
 def _draw(data: DataSplits, options: Mapping[str, Any], seed: int, with_noise: bool) -> _Drawn:
@@ -156,11 +149,7 @@ def _draw(data: DataSplits, options: Mapping[str, Any], seed: int, with_noise: b
 
 
 class _Keeper:
-    """Keeps states in a thread, each while the next is computed; no more than one waits.
-
-    Args:
-        keep: Does it with one state.
-    """
+    """Keeps states in a thread, each while the next is computed; no more than one waits."""
 
     def __init__(self, keep: Callable[[Tensor], None]) -> None:
         self._keep = keep
@@ -205,12 +194,11 @@ def _states(
     """
     import torch
 
-    left, state = range(extraction.done, len(positions)), extraction.state
-    for space in left:
+    state = extraction.state
+    for space in range(extraction.done, len(positions)):
         if teacher is None:
-            yield torch.lerp(drawn.rows, drawn.noise, positions[space])
-            continue
-        if space == 0:
+            state = torch.lerp(drawn.rows, drawn.noise, positions[space])
+        elif space == 0:
             state = drawn.rows
         else:
             ends = positions[space - 1 : space + 1]
@@ -279,13 +267,7 @@ def _announce(store: Path, rows: Tensor, done: int, n_spaces: int, seconds: floa
 
 
 class _Progress:
-    """Counts the rows of the spaces for the progress line.
-
-    Args:
-        n_spaces: V.
-        n_rows: Rows of a space.
-        n_left: Spaces that are still to be computed.
-    """
+    """Counts the rows of the spaces, of which ``n_left`` are to be computed."""
 
     def __init__(self, n_spaces: int, n_rows: int, n_left: int) -> None:
         self.line = ProgressLine("build_spaces")
@@ -298,12 +280,9 @@ class _Progress:
         last = self.n_done == self.n_all
         if last or self.line.is_due():
             row = (self.n_done - 1) % self.n_rows + 1
-            self.line.show(
-                f"space {space + 1}/{self.n_spaces}",
-                f"row {row}/{self.n_rows}",
-                *self.line.pace(self.n_done, self.n_all, "rows"),
-                last=last,
-            )
+            parts = [f"space {space + 1}/{self.n_spaces}", f"row {row}/{self.n_rows}"]
+            pace = self.line.pace(self.n_done, self.n_all, "rows")
+            self.line.show(*parts, *pace, last=last)
 
 
 def _bytes(n: int) -> str:

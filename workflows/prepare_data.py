@@ -37,26 +37,20 @@ def main(folder: Path, config: Config) -> str:
         official_test=source.official_test,
         seed=options["split_seed"],
     )
-    learned = _fit_map(raw[index["train"]], raw[index["validation"]], source.levels, options)
+    raw, label = {split: raw[index[split]] for split in SPLITS}, None
+    if source.label is not None:
+        label = {split: torch.from_numpy(source.label)[index[split]] for split in SPLITS}
+    learned = _fit_map(raw["train"], raw["validation"], source.levels, options)
+    preprocessing = Preprocessing.fit(
+        raw["train"], source.levels, **pick(options, "alpha", "standardize"),
+        generator=seeded_generator(options["noise_seed"], len(SPLITS)),
+        feature_names=source.feature_names, map=learned,
+    )  # fmt: skip
     data = DataSplits(
-        raw={split: raw[index[split]] for split in SPLITS},
-        label=None
-        if source.label is None
-        else {split: torch.from_numpy(source.label)[index[split]] for split in SPLITS},
-        preprocessing=Preprocessing.fit(
-            raw[index["train"]],
-            source.levels,
-            **pick(options, "alpha", "standardize"),
-            generator=seeded_generator(options["noise_seed"], len(SPLITS)),
-            feature_names=source.feature_names,
-            map=learned,
-        ),
-        augmentation=Augmentation(**options["augmentation"], image_shape=source.image_shape),
-        noise_seed=options["noise_seed"],
-        image_shape=source.image_shape,
-        feature_names=source.feature_names,
-        class_names=source.class_names,
-    )
+        raw, label, preprocessing,
+        Augmentation(**options["augmentation"], image_shape=source.image_shape),
+        options["noise_seed"], source.image_shape, source.feature_names, source.class_names,
+    )  # fmt: skip
     fingerprint = fingerprint_prepared(config)
     scratch = scratch_folder(folder, "prepare_data", fingerprint)
     save_prepared(scratch / "prepared", data, fingerprint)
@@ -78,10 +72,10 @@ def _fit_map(
     line = ProgressLine("prepare_data")
 
     def show(row: dict[str, float]) -> None:
-        bits = " ".join(
-            f"{short} {row[name] / math.log(2) + math.log2(levels):.4f}"
-            for short, name in (("train", "train"), ("val", "validation"))
+        train, validation = (
+            row[name] / math.log(2) + math.log2(levels) for name in ("train", "validation")
         )
+        bits = f"train {train:.4f} val {validation:.4f}"
         step, n_steps = row["step"], row["n_steps"]
         if step == n_steps or line.is_due():
             line.show(
@@ -89,16 +83,11 @@ def _fit_map(
                 *line.pace(step, n_steps), last=step == n_steps,
             )  # fmt: skip
 
+    chosen = {name: value for name, value in options["map"].items() if name != "kind"}
     return fit_elementwise_map(
-        raw,
-        validation,
-        levels,
-        options["alpha"],
-        options["standardize"],
-        MapOptions(**{name: value for name, value in options["map"].items() if name != "kind"}),
-        generator=seeded_generator(options["noise_seed"], len(SPLITS) + 1),
-        listener=show,
-    )
+        raw, validation, levels, options["alpha"], options["standardize"], MapOptions(**chosen),
+        generator=seeded_generator(options["noise_seed"], len(SPLITS) + 1), listener=show,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

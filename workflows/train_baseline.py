@@ -11,7 +11,7 @@ from cpmm.pipeline.config.fingerprints import (
     fingerprint_prepared,
     fingerprint_spaces,
     needs_spaces,
-)
+)  # fmt: skip
 from cpmm.pipeline.stage import publish, run_stage, scratch_folder
 
 
@@ -45,9 +45,8 @@ def main(folder: Path, config: Config, row: str) -> str:
     scores = score_baseline(fitted, score, config["cpmm"]["n_clusters"], ood, timed=False)
     out = scratch / row
     out.mkdir(exist_ok=True)
-    write_json(
-        out / "scores.json", {"row": row, "unit": data.preprocessing.density_unit[0], **scores}
-    )
+    unit = data.preprocessing.density_unit[0]
+    write_json(out / "scores.json", {"row": row, "unit": unit, **scores})
     save_baseline(row, fitted, out, config, data, fingerprint)
     publish(scratch, row, folder / "baselines" / row)
     said = [f"{name} {scores[name]:.3f}" for name in ("density", "accuracy") if name in scores]

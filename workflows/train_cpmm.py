@@ -9,7 +9,7 @@ from cpmm.pipeline.config.fingerprints import (
     fingerprint_cpmm,
     fingerprint_prepared,
     fingerprint_spaces,
-)
+)  # fmt: skip
 from cpmm.pipeline.stage import publish, run_stage, scratch_folder
 
 

@@ -9,7 +9,7 @@ from cpmm.pipeline.config.fingerprints import (
     fingerprint_prepared,
     fingerprint_teacher,
     needs_teacher,
-)
+)  # fmt: skip
 from cpmm.pipeline.stage import publish, run_stage, scratch_folder
 
 

@@ -161,13 +161,9 @@ def plot(fitted: FittedMixture, arguments: argparse.Namespace) -> None:
     _check_out(out, [".png", ".svg", ".pdf"])
     figure = _figure(fitted, arguments.kind, arguments.seed)
     metadata = {"Date": None} if out.suffix == ".svg" else None
+    options = {"format": out.suffix[1:], "metadata": metadata, "dpi": 150}
     with rc_context({"svg.hashsalt": "cpmm"}):
-        replace_file(
-            out,
-            lambda temporary: figure.savefig(
-                temporary, format=out.suffix[1:], metadata=metadata, dpi=150
-            ),
-        )
+        replace_file(out, lambda temporary: figure.savefig(temporary, **options))
     _say(arguments, arguments.kind)
 
 
@@ -287,18 +283,10 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("points", type=Path, help="a .csv with the features, or a .npy file")
         added.add_argument("--out", type=Path, help="a .csv file; standard output if not given")
         added.add_argument("--seed", type=_seed, default=0, help="of the dequantization; default 0")
-        added.add_argument(
-            "--batch-size",
-            type=_positive,
-            default=BATCH_SIZE,
-            help=f"rows at a time; default {BATCH_SIZE}",
-        )
-        added.add_argument(
-            "--delimiter",
-            type=_character,
-            default=",",
-            help="of the .csv file, \\t for a tab; default a comma",
-        )
+        said = f"rows at a time; default {BATCH_SIZE}"
+        added.add_argument("--batch-size", type=_positive, default=BATCH_SIZE, help=said)
+        said = "of the .csv file, \\t for a tab; default a comma"
+        added.add_argument("--delimiter", type=_character, default=",", help=said)
     draw = add("sample", sample, "draw points")
     draw.add_argument("-n", type=int, default=100, help="how many; default 100")
     draw.add_argument("--seed", type=_seed, default=0, help="default 0")
@@ -321,9 +309,8 @@ def _seed(text: str) -> int:
 def _character(text: str) -> str:
     text = "\t" if text == "\\t" else text
     if len(text) != 1:
-        raise argparse.ArgumentTypeError(
-            f"expected one character, such as , or ; or \\t, got {text!r}"
-        )
+        said = f"expected one character, such as , or ; or \\t, got {text!r}"
+        raise argparse.ArgumentTypeError(said)
     return text
 
 

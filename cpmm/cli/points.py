@@ -17,14 +17,10 @@ from cpmm.pipeline.artifacts.npy import whole_npy
 
 
 class PointReader:
-    """Points of a file, (n, M) at a time, in bounded memory.
+    """Points of a file, ``batch_size`` at a time, (n, M), in bounded memory.
 
-    Args:
-        path: A CSV file whose header names the features, in any order and among others, or a .npy
-            file, (N, M), (N, H, W) or (N, C, H, W).
-        feature_names: M names.
-        batch_size: Rows of a part.
-        delimiter: Of the CSV file.
+    It is a CSV file whose header names the M features, in any order and among others, or a .npy
+    file, (N, M), (N, H, W) or (N, C, H, W).
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -35,7 +31,7 @@ class PointReader:
         self, path: Path, feature_names: Sequence[str], batch_size: int, delimiter: str = ","
     ) -> None:
         self.path, self.names, self.batch_size = path, list(feature_names), batch_size
-        self.delimiter = delimiter
+        self.options = {"sep": delimiter, "skipinitialspace": True, "engine": "c"}
         if not path.is_file():
             raise FileNotFoundError(f"there is no file {path}: give a .csv or .npy file of points")
         readers = {
@@ -43,9 +39,8 @@ class PointReader:
             ".csv": (self._open_csv, self._read_csv),
         }
         if path.suffix not in readers:
-            raise ValueError(
-                f"{path} must be a .csv or .npy file: got {path.suffix or 'no ending'!r}"
-            )
+            got = path.suffix or "no ending"
+            raise ValueError(f"{path} must be a .csv or .npy file: got {got!r}")
         open_file, self._read = readers[path.suffix]
         self.total = open_file()
 
@@ -77,7 +72,7 @@ class PointReader:
 
     def _open_csv(self) -> int:
         try:
-            names = pd.read_csv(self.path, nrows=0, **self._options()).columns.tolist()
+            names = pd.read_csv(self.path, nrows=0, **self.options).columns.tolist()
         except pd.errors.EmptyDataError as error:
             raise ValueError(f"{self.path} is empty: expected a header and rows") from error
         except (pd.errors.ParserError, UnicodeDecodeError) as error:
@@ -86,12 +81,10 @@ class PointReader:
         if lacking:
             raise ValueError(
                 f"{self.path} lacks {len(lacking)} of the mixture's {len(self.names)} features: "
-                f"{_first(lacking)}; its header has {_first(names)} (delimiter {self.delimiter!r})"
+                f"{_first(lacking)}; its header has {_first(names)} "
+                f"(delimiter {self.options['sep']!r})"
             )
         return self.path.stat().st_size
-
-    def _options(self) -> dict[str, Any]:
-        return {"sep": self.delimiter, "skipinitialspace": True, "engine": "c"}
 
     def _read_csv(self) -> Iterator[tuple[np.ndarray, int]]:
         # As text first: a cell that is no number is named, and none passes for a missing one.
@@ -101,7 +94,7 @@ class PointReader:
                 warnings.simplefilter("error", pd.errors.ParserWarning)
                 for table in pd.read_csv(
                     file, dtype=str, keep_default_na=False, index_col=False,
-                    chunksize=self.batch_size, **self._options(),
+                    chunksize=self.batch_size, **self.options,
                 ):  # fmt: skip
                     if table.empty:
                         break
@@ -167,11 +160,7 @@ def write_npy(
     path: Path, shape: tuple[int, ...], dtype: np.dtype, parts: Iterable[np.ndarray]
 ) -> None:
     """Write the parts of an array of this shape; the file appears once it is whole."""
-    header = {
-        "descr": np.lib.format.dtype_to_descr(dtype),
-        "fortran_order": False,
-        "shape": shape,
-    }
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:

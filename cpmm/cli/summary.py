@@ -29,29 +29,24 @@ def summarize(folder: Path) -> str:
 
 
 def _summary(metrics: dict, folder: Path) -> str:
-    models = metrics["models"]
-    cpmm = models["cpmm"]
+    models, cpmm = metrics["models"], metrics["models"]["cpmm"]
     peers = {"direct": "direct mixture", "gaussian": "full Gaussian"}
-    densities = ", ".join(
-        f"{name} {models[key]['density']:.3f}" for key, name in peers.items() if key in models
-    )
+    densities = [f"{peers[key]} {models[key]['density']:.3f}" for key in peers if key in models]
+    better = f"(lower is better; {', '.join(densities)})"
     lines = [
         f"{metrics['preset']}: {folder / 'report.html'}",
-        f"  test density     {cpmm['density']:.3f} {metrics['unit']} (lower is better; "
-        f"{densities})",
+        f"  test density     {cpmm['density']:.3f} {metrics['unit']} {better}",
     ]
     if "accuracy" in cpmm:
         other = models.get("kmeans", {}).get("accuracy")
         beside = "" if other is None else f" (k-means {100 * other:.1f} %)"
         lines.append(f"  clustering       {100 * cpmm['accuracy']:.1f} % accuracy{beside}")
-    lines.append(
-        f"  mixture          {cpmm['n_components']} components, {cpmm['n_parameters']} parameters"
-    )
-    return "\n".join(lines)
+    sizes = f"{cpmm['n_components']} components, {cpmm['n_parameters']} parameters"
+    return "\n".join([*lines, f"  mixture          {sizes}"])
 
 
 def explain_changes(root: Path) -> str:
-    """Say in two lines why git calls results modified and what to do; nothing if it calls none so."""
+    """Say in two lines why git calls results modified and what to do; nothing if it does not."""
     command = ["git", "status", "--porcelain", "--untracked-files=no", "--", "dvc.lock", "data"]
     try:
         done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
@@ -62,8 +57,8 @@ def explain_changes(root: Path) -> str:
         return ""
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return (
-        f"Modified, says git: {shown}. Last digits differ on another processor, results with your own "
-        "params.yaml or code.\n`git checkout dvc.lock data` brings the committed ones back; "
+        f"Modified, says git: {shown}. Last digits differ on another processor, results with your "
+        "own params.yaml or code.\n`git checkout dvc.lock data` brings the committed ones back; "
         "commit yours if you changed something on purpose."
     )
 

@@ -9,11 +9,7 @@ EVERY = 15.0  # seconds between two lines where there is no terminal
 
 
 class ProgressLine:
-    """One line that a person can follow: rewritten on a terminal, now and then printed elsewhere.
-
-    Args:
-        name: How the line begins, such as the stage's name.
-    """
+    """One line that a person can follow: rewritten on a terminal, else printed now and then."""
 
     def __init__(self, name: str) -> None:
         self.name = name

@@ -34,9 +34,7 @@ def run_stage(main: Callable[..., str], description: str, *arguments: str) -> No
     Exits with 1 and one message when the input is at fault; a bug shows its traceback.
     """
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument(
-        "config", type=Path, help="composed configuration, data/<preset>/config.yaml"
-    )
+    parser.add_argument("config", type=Path, help="the composed data/<preset>/config.yaml")
     for argument in arguments:
         parser.add_argument(argument)
     parsed = parser.parse_args()
@@ -46,10 +44,7 @@ def run_stage(main: Callable[..., str], description: str, *arguments: str) -> No
     with command(name, path.parent):
         end_with_dvc()
         config = load_config(path)
-        with (
-            threads_of(config),
-            temporary_files_in(path.parent / ".scratch" / f"{temporary}.tmp"),
-        ):
+        with threads_of(config), temporary_files_in(path.parent / ".scratch" / f"{temporary}.tmp"):
             print(f"{name}: {main(path.parent, config, *further)}", flush=True)
 
 
@@ -78,9 +73,6 @@ def end_with_dvc(every: float = 0.2) -> None:
 
     ``kill -9`` leaves DVC no time to end its stage, which would write beside that of the next
     ``dvc repro``. Nobody looks any more while Python itself ends, when all is written.
-
-    Args:
-        every: Seconds between looks.
     """
     stage = os.environ.get("DVC_STAGE")  # DVC gives it to its stages, and has none itself
     if stage is None:
@@ -137,14 +129,11 @@ def load_config(path: Path) -> Config:
     try:
         config = yaml.safe_load(path.read_bytes())
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        said = " ".join(str(error).split())
-        raise ValueError(
-            f"{path} is damaged, it is not YAML: {said}: `dvc repro` makes it again"
-        ) from error
+        said = f"it is not YAML: {' '.join(str(error).split())}"
+        raise ValueError(f"{path} is damaged, {said}: `dvc repro` makes it again") from error
     if not isinstance(config, dict):
-        raise ValueError(
-            f"{path} is no configuration: expected a mapping, got {type(config).__name__}"
-        )
+        got = type(config).__name__
+        raise ValueError(f"{path} is no configuration: expected a mapping, got {got}")
     return config
 
 

@@ -26,8 +26,7 @@ from cpmm.pipeline.config import fingerprints
 from cpmm.pipeline.config.compose import compose_preset, known_presets
 from cpmm.pipeline.models import baselines
 from cpmm.pipeline.models import fitted as fitted_models
-from cpmm.pipeline.models.baselines import train_baseline
-from cpmm.pipeline.models.direct import start_direct
+from cpmm.pipeline.models.baselines import start_direct, train_baseline
 from cpmm.pipeline.models.fitted import KEPT, Fitted, load_baseline, score_baseline
 from cpmm.pipeline.scores.ood import OodPoints
 from cpmm.pipeline.scores.scorer import Scorer

@@ -6,13 +6,7 @@ from pathlib import Path
 
 
 def fetch_artifact(repository: str, revision: str | None, path: str, target: Path) -> None:
-    """Fetch a folder or file of a DVC repository.
-
-    Args:
-        repository: A path, or what git takes.
-        revision: Of the repository; None is the newest.
-        path: In the repository.
-        target: Where it is put.
+    """Fetch a folder or file of a DVC repository, at its newest revision if that is None.
 
     Raises:
         ValueError: If DVC is not installed, or the repository, revision or path cannot be had.

@@ -52,26 +52,20 @@ def read_idx_files(
 
 
 def _find_idx(
-    name: str,
-    folder: str | None,
-    mirror: str | None,
-    cache: str | None,
-    n_dims: int,
+    name: str, folder: str | None, mirror: str | None, cache: str | None, n_dims: int,
     md5: str | None,
-) -> np.ndarray:
+) -> np.ndarray:  # fmt: skip
     other = name.removesuffix(".gz") if name.endswith(".gz") else f"{name}.gz"
     places = [Path(place) / n for place in (folder, cache) if place for n in (name, other)]
     for path in places:
         if path.is_file():
             return _decode_idx(path.read_bytes(), str(path), n_dims, md5)
-    looked = (
-        ", ".join(map(str, places))
-        or "nowhere, as data.options.folder and data.options.cache are null"
-    )
+    nowhere = "nowhere, as data.options.folder and data.options.cache are null"
+    missing = f"{name} is missing, looked for: {', '.join(map(str, places)) or nowhere};"
     if not mirror:
         raise FileNotFoundError(
-            f"{name} is missing, looked for: {looked}; set data.options.folder to the folder that "
-            "holds it, or data.options.mirror to an address to download it from"
+            f"{missing} set data.options.folder to the folder that holds it, or "
+            "data.options.mirror to an address to download it from"
         )
     url = f"{mirror.rstrip('/')}/{name}"
     try:
@@ -79,9 +73,8 @@ def _find_idx(
             data = response.read()
     except (OSError, HTTPException) as error:
         raise ConnectionError(
-            f"{name} is missing, looked for: {looked}; and downloading {url} failed: {error}; set "
-            "data.options.folder to the folder that holds it, or data.options.mirror to another "
-            "address"
+            f"{missing} and downloading {url} failed: {error}; set data.options.folder to the "
+            "folder that holds it, or data.options.mirror to another address"
         ) from error
     array = _decode_idx(data, url, n_dims, md5)
     path = Path(cache) / name
@@ -91,7 +84,6 @@ def _find_idx(
 
 
 def _require_one_set(files: Mapping[str, str], part: Mapping[str, np.ndarray]) -> None:
-    """Refuse arrays by role that do not belong together."""
     for split in ("train", "test"):
         n_images, n_labels = len(part[f"{split}_images"]), len(part[f"{split}_labels"])
         if n_images != n_labels:
@@ -109,11 +101,9 @@ def _require_one_set(files: Mapping[str, str], part: Mapping[str, np.ndarray]) -
 
 
 def _decode_idx(data: bytes, origin: str, n_dims: int, md5: str | None) -> np.ndarray:
-    remedy = (
-        "set data.options.mirror to another address"
-        if "://" in origin
-        else "replace the file, or delete it and set data.options.mirror to download it"
-    )
+    remedy = "replace the file, or delete it and set data.options.mirror to download it"
+    if "://" in origin:
+        remedy = "set data.options.mirror to another address"
     if data[:2] == b"\x1f\x8b":  # by content: the extension may lie
         try:
             data = gzip.decompress(data)

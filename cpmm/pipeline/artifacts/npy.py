@@ -36,12 +36,10 @@ def whole_npy(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def _require_whole_npy(file: BinaryIO) -> None:
-    version = np.lib.format.read_magic(file)
     # The third version differs from the second in names of fields alone.
-    if version == (1, 0):
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-    else:
-        shape, _, dtype = np.lib.format.read_array_header_2_0(file)
+    first = np.lib.format.read_magic(file) == (1, 0)
+    read = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(file)
     if dtype.hasobject or dtype.subdtype or not all(type(n) is int and n >= 0 for n in shape):
         raise ValueError(f"Object or other unusual values, {dtype} of shape {shape}")
     announced = math.prod(shape) * dtype.itemsize

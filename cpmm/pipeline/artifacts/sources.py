@@ -89,64 +89,27 @@ def read_digits() -> Source:
     from sklearn.datasets import load_digits  # a second that no other source has to wait
 
     digits = load_digits()
-    return Source(
-        x=digits.data.astype(np.uint8),
-        label=digits.target.astype(np.int64),
-        official_test=0,
-        image_shape=(1, 8, 8),
-        levels=17,
-        feature_names=_name_pixels((1, 8, 8)),
-        class_names=tuple(str(c) for c in digits.target_names),
-    )
+    class_names = tuple(str(c) for c in digits.target_names)
+    x, label = digits.data.astype(np.uint8), digits.target.astype(np.int64)
+    return _images(x, label, 17, class_names, (1, 8, 8))
 
 
 def read_rings(
-    n: int,
-    seed: int,
-    radius: float,
-    ratio: float,
-    thickness: float,
-    gaps: Sequence[float],
+    n: int, seed: int, radius: float, ratio: float, thickness: float, gaps: Sequence[float],
     gap_width: float,
-) -> Source:
-    """Draw the broken circles of :func:`cpmm.datasets.rings`.
-
-    Args:
-        n: Points, N.
-        seed: Seed of the draw.
-        radius: As there, like all that follow.
-
-    Returns:
-        Points in the plane, labelled by ring.
-    """
-    x, label = datasets.rings(
-        n, np.random.default_rng(seed), radius, ratio, thickness, gaps, gap_width
-    )
+) -> Source:  # fmt: skip
+    """Draw N points of the broken circles of :func:`cpmm.datasets.rings`, labelled by ring."""
+    generator = np.random.default_rng(seed)
+    x, label = datasets.rings(n, generator, radius, ratio, thickness, gaps, gap_width)
     return Source(x, label, 0, None, None, ("x0", "x1"), ("inner", "outer"))
 
 
 def read_spiral(
-    n: int,
-    seed: int,
-    arms: int,
-    start: float,
-    twist: float,
-    noise: float,
-    outlier_fraction: float,
+    n: int, seed: int, arms: int, start: float, twist: float, noise: float, outlier_fraction: float
 ) -> Source:
-    """Draw the spiral of :func:`cpmm.datasets.spiral`.
-
-    Args:
-        n: Points, N.
-        seed: Seed of the draw.
-        arms: As there, like all that follow.
-
-    Returns:
-        Points in the plane, labelled by arm, -1 for the outliers between them.
-    """
-    x, label = datasets.spiral(
-        n, np.random.default_rng(seed), arms, start, twist, noise, outlier_fraction
-    )
+    """Draw N points of :func:`cpmm.datasets.spiral`, labelled by arm, -1 for the outliers."""
+    generator = np.random.default_rng(seed)
+    x, label = datasets.spiral(n, generator, arms, start, twist, noise, outlier_fraction)
     names = tuple(f"arm {a}" for a in range(arms))
     return Source(x, label, 0, None, None, ("x0", "x1"), names)
 
@@ -189,16 +152,8 @@ def read_idx(
             f"names: give {label.max() + 1}"
         )
     image = np.concatenate([part["train_images"], part["test_images"]])  # (N, H, W)
-    image_shape = (1, *image.shape[1:])
-    return Source(
-        x=image.reshape(len(image), -1),
-        label=label,
-        official_test=len(part["test_images"]),
-        image_shape=image_shape,
-        levels=256,
-        feature_names=_name_pixels(image_shape),
-        class_names=tuple(class_names),
-    )
+    shape = (1, *image.shape[1:])
+    return _images(image, label, 256, tuple(class_names), shape, len(part["test_images"]))
 
 
 def read_csv(path: str, label_column: str | None, delimiter: str) -> Source:
@@ -276,9 +231,9 @@ def read_npy(path: str, label_path: str | None, levels: int) -> Source:
             f"{path} must hold images of shape (N, C, H, W): got {x.shape}, which looks like "
             "(N, H, W, C); save x.transpose(0, 3, 1, 2)"
         )
-    label, class_names = (
-        (None, ()) if label_path is None else _read_classes(label_path, len(x), path)
-    )
+    label, class_names = None, ()
+    if label_path is not None:
+        label, class_names = _read_classes(label_path, len(x), path)
     if is_table:
         x = x.astype(np.float64)
         names = tuple(f"x{m}" for m in range(x.shape[1]))
@@ -291,15 +246,7 @@ def read_npy(path: str, label_path: str | None, levels: int) -> Source:
             f"to 256, and is {levels}"
         )
     image_shape = x.shape[1:] if x.ndim == 4 else (1, *x.shape[1:])
-    return Source(
-        x=x.reshape(len(x), -1),
-        label=label,
-        official_test=0,
-        image_shape=image_shape,
-        levels=levels,
-        feature_names=_name_pixels(image_shape),
-        class_names=class_names,
-    )
+    return _images(x, label, levels, class_names, image_shape)
 
 
 SOURCES: dict[str, Callable[..., Source]] = {
@@ -319,7 +266,6 @@ def _load_npy(path: str, option: str) -> np.ndarray:
 
 
 def _read_classes(path: str, n: int, beside: str) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Read the classes of the ``n`` rows of the file ``beside`` from an array."""
     value = _load_npy(path, "data.options.label_path")
     if value.shape != (n,) or value.dtype.kind not in "iuU":
         raise ValueError(
@@ -331,12 +277,8 @@ def _read_classes(path: str, n: int, beside: str) -> tuple[np.ndarray, tuple[str
 
 def _read_table(path: str, label_column: str | None, delimiter: str) -> pd.DataFrame:
     """Read a CSV file with a header: labels as text, anything else as pandas finds it."""
-    options: dict[str, Any] = {
-        "sep": delimiter,
-        "skipinitialspace": True,
-        "keep_default_na": False,  # a class may be called "None" or "NA"
-        "engine": "c",
-    }
+    # A class may be called "None" or "NA".
+    options: dict[str, Any] = {"sep": delimiter, "skipinitialspace": True, "keep_default_na": False}
     try:
         names = pd.read_csv(path, header=None, nrows=1, dtype=str, **options).iloc[0].tolist()
         _require_header(path, names, label_column, delimiter)
@@ -420,9 +362,12 @@ def _index_classes(path: str, value: Iterable[str]) -> tuple[np.ndarray, tuple[s
     return np.array([index.get(v, -1) for v in value], dtype=np.int64), tuple(names)
 
 
-def _name_pixels(shape: tuple[int, int, int]) -> tuple[str, ...]:
-    n_channels, height, width = shape
-    return tuple(
-        f"pixel_{h}_{w}" if n_channels == 1 else f"pixel_{c}_{h}_{w}"
-        for c, h, w in np.ndindex(n_channels, height, width)
+def _images(
+    x: np.ndarray, label: np.ndarray | None, levels: int, class_names: tuple[str, ...],
+    shape: tuple[int, int, int], official_test: int = 0,
+) -> Source:  # fmt: skip
+    names = tuple(
+        f"pixel_{h}_{w}" if shape[0] == 1 else f"pixel_{c}_{h}_{w}" for c, h, w in np.ndindex(shape)
     )
+    x = x.reshape(len(x), -1)
+    return Source(x, label, official_test, shape, levels, names, class_names)

@@ -116,24 +116,18 @@ def create_spaces(
     chunk = min(chunk_rows, rows)
     shard = -(-rows // chunk) * chunk  # a chunk must divide its shard
     group = zarr.open_group(folder, mode="w-", zarr_format=3)
+    # A checksum for each chunk, as floats like these do not compress; NaN, so that a missing shard
+    # cannot pass for data.
     group.create_array(
-        "u",
-        shape=(len(positions), rows, n_features),
-        chunks=(1, chunk, n_features),
-        shards=(1, shard, n_features),
-        dtype=dtype,
-        compressors=Crc32cCodec(),  # a checksum for each chunk; floats like these do not compress
-        fill_value=float("nan"),  # so that a missing shard cannot pass for data
-        dimension_names=("space", "row", "feature"),
-    )
+        "u", shape=(len(positions), rows, n_features), chunks=(1, chunk, n_features),
+        shards=(1, shard, n_features), dtype=dtype, compressors=Crc32cCodec(),
+        fill_value=float("nan"), dimension_names=("space", "row", "feature"),
+    )  # fmt: skip
     if train_index is not None:
         group.create_array(
-            "train_index",
-            data=train_index.numpy(),
-            chunks=(len(train_index),),
-            compressors=Crc32cCodec(),
-            dimension_names=("point",),
-        )
+            "train_index", data=train_index.numpy(), chunks=(len(train_index),),
+            compressors=Crc32cCodec(), dimension_names=("point",),
+        )  # fmt: skip
     group.attrs.update({"n_train": n_train, "positions": positions.tolist()})
 
 
@@ -162,10 +156,7 @@ def write_space(folder: Path, index: int, rows: Tensor) -> dict[str, str]:
 def seal_spaces(folder: Path, fingerprint: str, shards: dict[str, str]) -> None:
     """Seal a store whose spaces have all been written.
 
-    Args:
-        folder: The store.
-        fingerprint: Its fingerprint.
-        shards: sha256 of each shard, from :func:`write_space`: gigabytes that are not read again.
+    ``shards`` are the sha256 by :func:`write_space`: gigabytes that are not read again.
     """
     group = zarr.open_group(folder, mode="r")
     names = [name for name in ("train_index", "u") if name in group]
@@ -175,11 +166,7 @@ def seal_spaces(folder: Path, fingerprint: str, shards: dict[str, str]) -> None:
 
 
 def open_spaces(folder: Path, fingerprint: str | None = None) -> Spaces:
-    """Open a store of spaces.
-
-    Args:
-        folder: The store.
-        fingerprint: The fingerprint that it must have; None takes any.
+    """Open a store of spaces, which must have the fingerprint; None takes any.
 
     Raises:
         FileNotFoundError: If there is none, or a file is missing.
@@ -222,13 +209,12 @@ class Extraction:
 def save_extraction(scratch: Path, extraction: Extraction) -> None:
     """Note how far the extraction has got; after a kill, the last note or this one is whole."""
     header = {name: getattr(extraction, name) for name in ("done", "statistics", "shards")}
-    files, tensors = {}, {}
+    files, described = {}, {}
     if extraction.state is not None:
-        name = f"state-{extraction.done}.safetensors"
-        tensors = {"state": extraction.state}
+        name, tensors = f"state-{extraction.done}.safetensors", {"state": extraction.state}
         replace_file(scratch / name, lambda temporary: save_file(tensors, temporary))
         files[name] = file_digest(scratch / name)
-    described = {name: describe_tensor(value) for name, value in tensors.items()}
+        described["state"] = describe_tensor(extraction.state)
     seal_folder(scratch, "progress", header, described, files)
     for path in scratch.glob("state-*.safetensors"):
         if path.name not in files:

@@ -63,13 +63,7 @@ def save_model(folder: Path, kind: str, model: nn.Module, header: dict[str, Any]
 
 
 def load_model(folder: Path, kind: str, model: nn.Module, fingerprint: str | None = None) -> None:
-    """Load weights into a model built from the same configuration.
-
-    Args:
-        folder: Where they are.
-        kind: teacher or cpmm.
-        model: Gets them.
-        fingerprint: The fingerprint that they must have; None takes any.
+    """Load weights, which must have the fingerprint, into a model of the same configuration.
 
     Raises:
         ValueError: If the weights do not fit the model.
@@ -78,10 +72,8 @@ def load_model(folder: Path, kind: str, model: nn.Module, fingerprint: str | Non
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     got = {name: tuple(value.shape) for name, value in tensors.items()}
     if expected != got:
-        differing = sorted(
-            name for name in expected.keys() | got.keys() if expected.get(name) != got.get(name)
-        )
-        name = differing[0]
+        differing = {name for name, _ in expected.items() ^ got.items()}
+        name = min(differing)
         raise ValueError(
             f"{folder} does not fit the configured {kind}: {len(differing)} tensors differ, {name} "
             f"has shape {got.get(name)}, expected {expected.get(name)}: {REMEDY}"
@@ -102,30 +94,27 @@ def verify_evaluation(folder: Path, config: dict) -> None:
     if not path.is_file() or file_digest(path) != header["metrics"]:
         raise ValueError(
             f"{path} is not what was evaluated with {folder / 'evaluation'}: it is missing, "
-            "damaged, edited, or of another run; restore it with `git checkout`, or make both again "
-            "with `dvc repro`"
+            "damaged, edited, or of another run; restore it with `git checkout`, or make both "
+            "again with `dvc repro`"
         )
 
 
 def sweep_command(folder: Path) -> str:
-    """The command that makes a sweep's folder ``data/<preset>/sweep/<sweep>``, as messages show it."""
+    """The command that makes the folder ``data/<preset>/sweep/<sweep>``, as messages show it."""
     return f"`python workflows/sweep.py preset={folder.parents[1].name} sweep={folder.name}`"
 
 
 def seal_sweep(folder: Path, fingerprint: str, beside: Iterable[Path]) -> None:
     """Seal the folder of a sweep, with the sha256 of the tables that git keeps beside it.
 
-    Args:
-        folder: Of the sweep.
-        fingerprint: Of what was searched, and of all trials.
-        beside: The tables.
+    Its fingerprint is that of what was searched, and of all trials.
     """
     digests = {path.name: file_digest(path) for path in beside}
     seal_folder(folder, "sweep", {"fingerprint": fingerprint, "beside": digests}, {})
 
 
 def verify_sweep(folder: Path) -> None:
-    """Check the folder of a sweep and the tables beside it against the seal that the sweep has put on them.
+    """Check the folder of a sweep and the tables beside it against the seal of the sweep.
 
     Raises:
         FileNotFoundError: If the sweep was not run, or a file is missing.

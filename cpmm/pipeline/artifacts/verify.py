@@ -15,19 +15,16 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import yaml
+
+from cpmm.artifact import load_header, verify_files
+from cpmm.pipeline.artifacts.store import verify_sweep
 from cpmm.pipeline.config import Config, fingerprints
 from cpmm.pipeline.config.root import ROOT
 from cpmm.pipeline.errors import EXPECTED_ERRORS, command, describe, fail
 from cpmm.pipeline.stage import listed_presets, load_config
 
-FINGERPRINTS = {
-    "prepared": fingerprints.fingerprint_prepared,
-    "teacher": fingerprints.fingerprint_teacher,
-    "spaces": fingerprints.fingerprint_spaces,
-    "cpmm": fingerprints.fingerprint_cpmm,
-    "mixture": fingerprints.fingerprint_mixture,
-    "evaluation": fingerprints.fingerprint_evaluation,
-}
+SEALED = ("prepared", "teacher", "spaces", "cpmm", "mixture", "evaluation")
 REMEDY = "`dvc checkout --force` or `dvc pull --force` restores it, `dvc repro` makes it again"
 REMEDY_GIT = "`git checkout` restores it, `dvc repro` makes it again"
 
@@ -41,21 +38,19 @@ def verify_preset(preset: str) -> Iterator[tuple[str, str | None]]:
     Raises:
         ValueError: If dvc.lock cannot be read, or knows no such preset.
     """
-    outs = list(_locked_outs(preset))
     config: Config = {}
-    for name, digest in outs:
+    for name, digest in _locked_outs(preset):
         path = Path(os.path.relpath(ROOT / name))
         try:
             if path.name == "config.yaml":
                 config = load_config(path)
             _verify_digest(path, digest, REMEDY_GIT if _is_in_git(path) else REMEDY)
-            if path.name in FINGERPRINTS:
-                _verify_seal(path, path.name, FINGERPRINTS[path.name](config))
+            if path.name in SEALED:
+                fingerprint = getattr(fingerprints, f"fingerprint_{path.name}")
+                _verify_seal(path, path.name, fingerprint(config))
             elif path.parent.name == "baselines":
                 _verify_seal(path, "baseline", fingerprints.fingerprint_baseline(config, path.name))
             elif path.parent.name == "sweep" and path.is_dir():
-                from cpmm.pipeline.artifacts.store import verify_sweep
-
                 verify_sweep(path)
         except EXPECTED_ERRORS as error:
             yield name, describe(error)
@@ -65,10 +60,8 @@ def verify_preset(preset: str) -> Iterator[tuple[str, str | None]]:
             yield name, None
 
 
-def _locked_outs(preset: str) -> Iterator[tuple[str, str]]:
+def _locked_outs(preset: str) -> list[tuple[str, str]]:
     """Paths of a preset's outputs and their hashes, in the order of the pipeline."""
-    import yaml
-
     path = ROOT / "dvc.lock"
     try:
         stages = yaml.safe_load(path.read_text())["stages"]
@@ -82,7 +75,7 @@ def _locked_outs(preset: str) -> Iterator[tuple[str, str]]:
         raise ValueError(f"{path} is damaged ({error}): `git checkout dvc.lock`") from error
     if not found:
         raise ValueError(f"dvc.lock knows nothing of preset {preset!r}: run `dvc repro` first")
-    return iter(sorted(found, key=lambda item: not item[0].endswith("config.yaml")))
+    return sorted(found, key=lambda item: not item[0].endswith("config.yaml"))
 
 
 def _verify_digest(path: Path, digest: str, remedy: str) -> None:
@@ -96,11 +89,11 @@ def _verify_digest(path: Path, digest: str, remedy: str) -> None:
     files = {f.relative_to(path).as_posix(): f for f in path.rglob("*") if f.is_file()}
     listed = [{"md5": _md5(files[name]), "relpath": name} for name in sorted(files)]
     text = json.dumps(listed, sort_keys=True)
-    if hashlib.md5(text.encode(), usedforsecurity=False).hexdigest() + ".dir" == digest:
+    if _is_listing(text.encode(), digest):
         return
     expected = _listed_in_cache(digest)
     got = {item["relpath"]: item["md5"] for item in listed}
-    named = sorted(f for f in expected.keys() | got.keys() if expected.get(f) != got.get(f))
+    named = sorted({name for name, _ in expected.items() ^ got.items()})
     where = ", ".join(named[:5]) + (", ..." if len(named) > 5 else "")
     where = f"{path}: {where}" if expected else str(path)
     raise ValueError(f"{where} differs from what dvc.lock says: {remedy}")
@@ -113,14 +106,16 @@ def _listed_in_cache(digest: str) -> dict[str, str]:
         text = path.read_bytes()
     except OSError:
         return {}
-    if hashlib.md5(text, usedforsecurity=False).hexdigest() + ".dir" != digest:
+    if not _is_listing(text, digest):
         return {}
     return {item["relpath"]: item["md5"] for item in json.loads(text)}
 
 
-def _verify_seal(folder: Path, kind: str, fingerprint: str | None) -> None:
-    from cpmm.artifact import load_header, verify_files
+def _is_listing(text: bytes, digest: str) -> bool:
+    return hashlib.md5(text, usedforsecurity=False).hexdigest() + ".dir" == digest
 
+
+def _verify_seal(folder: Path, kind: str, fingerprint: str | None) -> None:
     header = load_header(folder, kind, fingerprint)
     verify_files(folder, header, header["files"])
 

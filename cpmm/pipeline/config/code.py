@@ -19,7 +19,7 @@ SCRIPTS = ROOT / "workflows"
 def reached_files(path: Path) -> dict[str, Path]:
     """Find a file and every file of ours that it imports, directly or through others.
 
-    Imports within functions and for type checking count: they are read from the source, nothing is run.
+    Imports within functions and for type checking count: they are read from the source.
 
     Args:
         path: A script of workflows/, or a module of cpmm/.

@@ -18,7 +18,7 @@ from cpmm.pipeline.config.schema import (
     check_options,
     options_with,
     show,
-)
+)  # fmt: skip
 
 
 def flatten(overrides: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -88,7 +88,8 @@ def missing_ood_files(config: Mapping[str, Any]) -> str | None:
             return (
                 f"evaluation.ood is {ood['name']}, and {name} is missing "
                 f"(evaluation.ood.options.folder is {show(options['folder'])}): evaluate will "
-                "refuse at the end; set the folder in params.yaml's overrides, or evaluation.ood to null"
+                "refuse at the end; set the folder in params.yaml's overrides, or evaluation.ood "
+                "to null"
             )
     return None
 
@@ -227,11 +228,8 @@ def _quote(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, str):
-        if (
-            value.isascii()
-            and value.isidentifier()
-            and value.lower() not in ("null", "true", "false", "nan", "inf")
-        ):
+        taken = value.lower() in ("null", "true", "false", "nan", "inf")
+        if value.isascii() and value.isidentifier() and not taken:
             return value
         # Hydra takes backslashes as they are, but for those before a quote.
         return "'" + re.sub(r"(\\*)'", r"\1\1\\'", value + "'")[:-2] + "'"

@@ -32,7 +32,7 @@ def check_digests(section: Mapping[str, Any], name: str, stage: str = "compose")
     """Refuse files of a source that are others than when the configuration was composed.
 
     Args:
-        section: ``data`` or ``evaluation.ood``.
+        section: ``data`` or ``evaluation.ood``, as ``name`` says.
         name: Of the section.
         stage: Of DVC, that composes it.
 
@@ -105,18 +105,16 @@ def fingerprint_baseline(config: Config, row: str) -> str:
     section = config["baselines"][row]
     options = {name: value for name, value in section.items() if name not in DESCRIPTION}
     sizes = [cpmm[name] for name in ("n_clusters", "n_factors", "log_diagonal_floor", "seed")]
-    scored = [
-        evaluation[name] for name in ("batch_size", "teacher_points", "teacher_solver", "ood")
-    ]
-    of_cpmm = {
-        "curriculum": fingerprint_cpmm,
-        "groups": fingerprint_cpmm,
-        "refined": fingerprint_mixture,
-    }.get(section["kind"])
+    names = ("batch_size", "teacher_points", "teacher_solver", "ood")
+    start = None
+    if section["kind"] in ("curriculum", "groups"):
+        start = fingerprint_cpmm(config)
+    elif section["kind"] == "refined":
+        start = fingerprint_mixture(config)
     return hash_of(
-        "baseline", options, sizes, config["mixture"]["n_pseudotimes"], scored,
-        config["trainer"]["precision"], fingerprint_prepared(config),
-        None if of_cpmm is None else of_cpmm(config),
+        "baseline", options, sizes, config["mixture"]["n_pseudotimes"],
+        [evaluation[name] for name in names], config["trainer"]["precision"],
+        fingerprint_prepared(config), start,
     )  # fmt: skip
 
 

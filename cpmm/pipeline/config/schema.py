@@ -64,8 +64,7 @@ def number(low: float = -LARGEST, high: float = LARGEST, ends: str = "[]") -> Ru
 def choice(*names: str) -> Rule:
     """One of several words."""
     return Rule(
-        f"choose one of {', '.join(names)}",
-        lambda value: isinstance(value, str) and value in names,
+        f"choose one of {', '.join(names)}", lambda value: isinstance(value, str) and value in names
     )
 
 
@@ -104,27 +103,22 @@ def or_null(rule: Rule) -> Rule:
 
 def several(what: str, rule: Rule, least: int = 1, most: int = 1000) -> Rule:
     """A list of values that ``rule`` allows."""
-    return Rule(
-        f"expected a list of {what}",
-        lambda value: (
-            isinstance(value, list)
-            and least <= len(value) <= most
-            and all(map(rule.accepts, value))
-        ),
-        lambda value: [rule.canonical(item) for item in value],
-    )
+
+    def accepts(value: Any) -> bool:
+        sized = isinstance(value, list) and least <= len(value) <= most
+        return sized and all(map(rule.accepts, value))
+
+    return Rule(f"expected a list of {what}", accepts, lambda value: [*map(rule.canonical, value)])
 
 
 def named(what: str, rule: Rule) -> Rule:
     """A mapping from names to values that ``rule`` allows."""
-    return Rule(
-        f"expected a mapping from names to {what}",
-        lambda value: (
-            isinstance(value, Mapping)
-            and all(isinstance(key, str) for key in value)
-            and all(map(rule.accepts, value.values()))
-        ),
-    )
+
+    def accepts(value: Any) -> bool:
+        by_name = isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+        return by_name and all(map(rule.accepts, value.values()))
+
+    return Rule(f"expected a mapping from names to {what}", accepts)
 
 
 SEED = whole(0, 2**32 - 1)  # scikit-learn takes no larger ones
@@ -156,11 +150,8 @@ FIELD = {
     "coordinates": flag(),
     "squeeze": whole(1, 1000),
 }
-TOLERANCES = {
-    "method": choice(*FIXED_STEP, "dopri5", "adaptive_heun"),
-    "rtol": POSITIVE,
-    "atol": POSITIVE,
-}
+METHOD = choice(*FIXED_STEP, "dopri5", "adaptive_heun")
+TOLERANCES = {"method": METHOD, "rtol": POSITIVE, "atol": POSITIVE}
 SOLVER = TOLERANCES | {
     "n_steps": COUNT,
     "interpolation": choice("linear", "cubic"),
@@ -414,10 +405,7 @@ def like(value: Any) -> Rule:
 
 
 def options_with(rows: Mapping[str, Any]) -> dict[str, Rule]:
-    """Every option that there is, those of the rows of conf/baselines/ included.
-
-    Args:
-        rows: Options of each row as its file has them, without a preset.
+    """Every option that there is, those of ``rows`` as the files of conf/baselines/ have them.
 
     Raises:
         ValueError: If a file names no kind.
@@ -436,12 +424,7 @@ def options_with(rows: Mapping[str, Any]) -> dict[str, Rule]:
 def check_options(
     config: Mapping[str, Any], plain: Mapping[str, Any], options: Mapping[str, Rule]
 ) -> None:
-    """Check every option of a composed configuration.
-
-    Args:
-        config: The configuration, with overrides.
-        plain: The same without, for what must be there.
-        options: From :func:`options_with`.
+    """Check every option of a composed configuration; what ``plain`` has must be there.
 
     Raises:
         ValueError: If an option is missing, unknown or out of range; names it.
@@ -458,21 +441,14 @@ def check_options(
     for name, value in leaves(plain):
         # Which options a source has, its function in cpmm/pipeline/artifacts/sources.py says.
         if name not in found and not name.startswith(("data.options.", "evaluation.ood")):
-            raise ValueError(
-                f"{name} is missing: it cannot be left out (in conf/ it is {show(value)})"
-            )
+            shown = show(value)
+            raise ValueError(f"{name} is missing: it cannot be left out (in conf/ it is {shown})")
 
 
 def canonical(
     config: Mapping[str, Any], options: Mapping[str, Rule], prefix: str = ""
 ) -> dict[str, Any]:
-    """Write each value in one way, so that 30 and 30.0 are one configuration with one fingerprint.
-
-    Args:
-        config: A configuration whose options have been checked.
-        options: From :func:`options_with`.
-        prefix: Of the names in ``config``.
-    """
+    """Write each checked value in one way, so that 30 and 30.0 have one fingerprint."""
     written = {}
     for key, value in config.items():
         name = f"{prefix}{key}"

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from cpmm.baselines.direct import DirectMixture
 from cpmm.data import DataSplits
+from cpmm.initialization import group_axes, kmeans, shrunk_factor_analyzers
 from cpmm.mixture import Mixture
 from cpmm.pipeline.config import Config, pick
 from cpmm.pipeline.models.fit import drawn_rows, fit
@@ -21,15 +23,16 @@ from cpmm.pipeline.models.fitted import (
     of_groups,
     of_kmeans,
     of_mixture,
-)
-from cpmm.pipeline.models.runtime import choose
+)  # fmt: skip
+from cpmm.pipeline.models.runtime import choose, compute_device, seeded
 from cpmm.pipeline.models.trajectories import make_groups, make_layout
 from cpmm.seeds import seeded_generator
+from cpmm.spaces import Curriculum
 from cpmm.training.epochs import EpochData, Recorded, Rows
 from cpmm.training.loss import LossTraining
+from cpmm.training.mixture import MixtureOptions, MixtureTraining
 
 if TYPE_CHECKING:
-    from cpmm.baselines.direct import DirectMixture
     from cpmm.pipeline.artifacts.spaces import Spaces
 
 
@@ -77,7 +80,7 @@ class Run:
 
     @property
     def n_components(self) -> int:
-        """K: that of the row if it says so, else C G as the extracted CPMM has, idle ones included."""
+        """K: the row's own if it has one, else C G as CPMM extracts, idle ones included."""
         n_pseudotimes = self.config["mixture"]["n_pseudotimes"]
         return self.n_clusters * self.section.get("n_per_cluster", n_pseudotimes)
 
@@ -102,23 +105,15 @@ class Run:
 
     def fit(self, module: Recorded, rows: EpochData, first: str | None = None) -> None:
         """Train a module; ``first`` names a training that is not the last one."""
-        scratch = self.scratch if first is None else self.scratch / first
-        scratch.mkdir(parents=True, exist_ok=True)
-        options = self.options
+        scratch, options, name = self.scratch, self.options, f"baseline {self.row}"
         if first is not None:  # its epochs are not those that listeners count
-            quiet = self.options.get("quiet", False)
+            quiet = options.get("quiet", False)
             options = {"quiet": quiet, "listeners": [lambda _: self.alive()]}
+            scratch, name = scratch / first, f"{name}, {first}"
+        scratch.mkdir(parents=True, exist_ok=True)
         self.progress["module"] = module
-        name = f"baseline {self.row}" + ("" if first is None else f", {first}")
-        fit(
-            name,
-            module,
-            rows,
-            self.config["trainer"],
-            scratch,
-            self.section["gradient_clip"],
-            **options,
-        )
+        clip = self.section["gradient_clip"]
+        fit(name, module, rows, self.config["trainer"], scratch, clip, **options)
 
     def draws(self) -> EpochData:
         """Augmented, freshly dequantized training points for each epoch."""
@@ -136,13 +131,9 @@ class Run:
         )
 
     def fit_loss(self, model: nn.Module, rows: EpochData, density: bool = True) -> dict[str, Any]:
-        """Train a model by its own loss, the options of the section; the best epoch by validation."""
-        module = LossTraining(
-            model,
-            density=density,
-            seed=self.seed,
-            **pick(self.section, "n_epochs", "noise", "learning_rate", "n_warmup_epochs"),
-        )
+        """Train a model by its own loss and the row's options; the best epoch by validation."""
+        options = pick(self.section, "n_epochs", "noise", "learning_rate", "n_warmup_epochs")
+        module = LossTraining(model, **options, density=density, seed=self.seed)
         self.fit(module, rows)
         model.cpu().float().eval()
         return ended(module)
@@ -159,18 +150,11 @@ def train_baseline(
     extracted: Mixture | None = None,
     **options: Any,
 ) -> Fitted:
-    """Train a row of conf/baselines/.
+    """Train a row of conf/baselines/, from the checkpoints in ``scratch`` if there are any.
 
-    Args:
-        row: Its name.
-        config: The whole composed configuration.
-        data: The splits.
-        spaces: The curriculum; only rows of kind "curriculum" need it.
-        scratch: Folder of its own; training resumes from the checkpoints there.
-        progress: Its entry ``module`` becomes what is being trained.
-        alive: Called now and then while a training before the last one, or a flow's solver, is at work.
-        extracted: The CPMM's own mixture; only rows of kind "refined" need it.
-        options: Further ones of :func:`cpmm.pipeline.models.fit.fit`.
+    The arguments are those of :class:`Run`. Only rows of kind "curriculum" need ``spaces``, only
+    those of kind "refined" need ``extracted``. While a training before the last one, or a flow's
+    solver, is at work, ``alive`` is called now and then.
 
     Raises:
         ValueError: If there is no such row, or an option of it is out of range.
@@ -200,28 +184,39 @@ def _merge(run: Run, mixture: Mixture) -> Mixture:
     from cpmm.baselines import merging
 
     options = run.section["merge"]
-
-    def overlap() -> Tensor:
-        return merging.overlap_affinity(mixture, run.train, options["temperature"])
-
-    def frechet() -> Tensor:
+    if options["affinity"] == "overlap":
+        affinity = merging.overlap_affinity(mixture, run.train, options["temperature"])
+    else:
         distance = merging.frechet_distances(mixture.components.to(torch.float64))
-        return merging.gaussian_affinity(distance, options["neighbour"])
-
-    affinity = choose(
-        f"baselines.{run.row}.merge.affinity", options["affinity"], {"overlap": overlap, "frechet": frechet}
-    )()  # fmt: skip
+        affinity = merging.gaussian_affinity(distance, options["neighbour"])
     return merging.merge_components(mixture, affinity, run.n_clusters, run.generator(41))
+
+
+def start_direct(
+    data: DataSplits, options: Config, n_components: int, n_factors: int, floor: float, seed: int
+) -> DirectMixture:
+    """Start K components of R factors by k-means and local factor analysis.
+
+    Of the shrinkages of the local covariances, that of the best validation likelihood is taken.
+    """
+    x = data.points("train")[0].float()
+    validation = data.points("validation")[0].float()
+    generator = seeded_generator(seed, 30)
+    label = kmeans(x, n_components, generator, options["kmeans_restarts"], options["kmeans_points"])
+    groups = group_axes(x, label, n_components, n_factors)
+    starts = [
+        DirectMixture(shrunk_factor_analyzers(groups, floor, shrinkage), floor)
+        for shrinkage in options["shrinkages"]
+    ]
+    with torch.no_grad():
+        return max(starts, key=lambda model: float(model.mixture().log_prob(validation).mean()))
 
 
 def _direct(run: Run) -> Fitted:
     """Directly optimized factor analyzers: a cluster each, or merged into C clusters."""
-    from cpmm.pipeline.models.direct import start_direct
-
     options, n_components = run.section, run.n_components
-    start = start_direct(
-        run.data, options, n_components, run.config["cpmm"]["n_factors"], run.floor, run.seed
-    )
+    n_factors = run.config["cpmm"]["n_factors"]
+    start = start_direct(run.data, options, n_components, n_factors, run.floor, run.seed)
     with torch.no_grad():
         first = start.mixture()  # a copy: training changes the parameters in place
         first = replace(first, components=first.components.select(torch.arange(n_components)))
@@ -236,23 +231,23 @@ def _direct(run: Run) -> Fitted:
 
 def _refined(run: Run) -> Fitted:
     """The components of the extracted CPMM, trained on free of their trajectories."""
-    from cpmm.pipeline.models.direct import start_refined
-
     if run.extracted is None:
         raise ValueError(
-            f"baseline {run.row} starts from the mixture that the pipeline extracts, and a trial has none: "
-            "choose another model"
+            f"baseline {run.row} starts from the mixture that the pipeline extracts, and a trial "
+            "has none: choose another model"
         )
-    mixture, how = _optimize(run, start_refined(run.extracted, run.floor))
+    free = run.extracted.components.to(torch.float32)
+    free = replace(free, log_diagonal=free.log_diagonal.clamp(min=run.floor + 1e-3))
+    mixture, how = _optimize(run, DirectMixture(free, run.floor, run.extracted.cluster_sizes))
     return of_mixture(mixture, run.data, run.n_clusters, how)
 
 
 def _optimize(run: Run, start: DirectMixture) -> tuple[Mixture, Mapping[str, int | None]]:
     """Train free components on the likelihood of the data; the best epoch by validation."""
-    from cpmm.pipeline.models.direct import direct_training
-
-    module, rows = direct_training(run.data, run.section, start, run.seed)
-    run.fit(module, rows)
+    steps = pick(run.section, "noise", "learning_rate", "n_warmup_epochs")
+    curriculum = Curriculum(0, 0, run.section["epochs"])
+    module = MixtureTraining(start, curriculum, MixtureOptions(**steps, seed=run.seed))
+    run.fit(module, run.draws())
     with torch.no_grad():
         return module.model.cpu().mixture(), ended(module)
 
@@ -260,26 +255,24 @@ def _optimize(run: Run, start: DirectMixture) -> tuple[Mixture, Mapping[str, int
 def _likelier_by_em(
     run: Run, start: Mixture, by_gradient: Mixture, how: Mapping[str, int | None]
 ) -> tuple[Mixture, Mapping[str, int | None]]:
-    """Fit by EM from the same start; what has the better validation likelihood, and how it ended."""
+    """Fit by EM from the same start; the better by validation likelihood, and how it ended."""
     from cpmm.baselines.expectation_maximization import fit_by_em
 
     try:
         found = fit_by_em(
-            start.components.to(torch.float64), run.train.double(), run.validation.double(), run.floor,
-            run.section["em_iterations"], patience=5, batch_size=2048, listener=lambda _: run.alive(),
+            start.components.to(torch.float64), run.train.double(), run.validation.double(),
+            run.floor, run.section["em_iterations"], patience=5, batch_size=2048,
+            listener=lambda _: run.alive(),
         )  # fmt: skip
     except FloatingPointError as error:
         print(f"baseline {run.row} | EM gave up, Adam's is taken: {error}", flush=True)
         return by_gradient, how
     by_em = Mixture(found.best.to(torch.float32), start.cluster_sizes)
-    values = {
-        name: float(mixture.log_prob(run.validation).mean())
-        for name, mixture in (("Adam", by_gradient), ("EM", by_em))
-    }
+    adam, em = (float(found.log_prob(run.validation).mean()) for found in (by_gradient, by_em))
     if not run.options.get("quiet"):
-        said = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
-        print(f"baseline {run.row} | validation, nats per point: {said}", flush=True)
-    if values["EM"] <= values["Adam"]:
+        said = f"validation, nats per point: Adam {adam:.3f}, EM {em:.3f}"
+        print(f"baseline {run.row} | {said}", flush=True)
+    if em <= adam:
         return by_gradient, how
     return by_em, {"best_epoch": found.best_iteration, "steps": len(found.history) - 1}
 
@@ -294,9 +287,8 @@ def _curriculum(run: Run) -> Fitted:
     def make_model(*arguments: Any) -> nn.Module:
         return make_disconnected(*arguments, n_each=n_each, shrinkage=run.section["shrinkage"])
 
-    module, rows = make_mixture_training(
-        cpmm, run.config["mixture"], run.data, run.spaces, make_model
-    )
+    options = run.config["mixture"]
+    module, rows = make_mixture_training(cpmm, options, run.data, run.spaces, make_model)
     run.fit(module, rows)
     with torch.no_grad():
         mixture = module.model.cpu().mixture()
@@ -304,7 +296,6 @@ def _curriculum(run: Run) -> Fitted:
 
 
 def _require_images(run: Run, section: str) -> None:
-    """Refuse convolutions on a table."""
     if run.section[section]["kind"] == "conv" and run.data.image_shape is None:
         raise ValueError(
             f"baselines.{run.row}.{section}.kind is 'conv', but the data are no images: choose mlp"
@@ -312,57 +303,34 @@ def _require_images(run: Run, section: str) -> None:
 
 
 def _require_points(run: Run) -> None:
-    """Refuse more clusters than there are training points."""
     n = len(run.data.raw["train"])
     if run.n_clusters > n:
         raise ValueError(
-            f"cpmm.n_clusters is {run.n_clusters}: expected at most {n}, the training points that model "
-            f"{run.row} clusters: lower it, or raise data.n_train"
+            f"cpmm.n_clusters is {run.n_clusters}: expected at most {n}, the training points that "
+            f"model {run.row} clusters: lower it, or raise data.n_train"
         )
 
 
 def _continuous(run: Run) -> Fitted:
     """A continuous mixture, whose integration points are merged into C clusters."""
     from cpmm.baselines.continuous import ContinuousMixture, ConvDecoder, MLPDecoder, initial_state
-    from cpmm.pipeline.models.runtime import seeded
 
     options, data = run.section, run.data
     _require_images(run, "decoder")
-    layout = replace(
-        make_layout(run.config["cpmm"], data),
-        augmentation=0,
-        diagonal="variable",
-        learned_weight=False,
-    )
-    decoder = options["decoder"]
-
-    def mlp() -> nn.Module:
-        return MLPDecoder(
-            options["n_latent"],
-            layout.size,
-            **pick(decoder, "width", "depth", "activation", "n_frequencies"),
-        )
-
-    def conv() -> nn.Module:
-        channels, height, width = data.image_shape
-        return ConvDecoder(
-            options["n_latent"], (layout.n_maps * channels, height, width), decoder["width"],
-            decoder["n_doublings"], decoder["activation"], decoder["n_frequencies"],
-        )  # fmt: skip
-
+    plain = {"augmentation": 0, "diagonal": "variable", "learned_weight": False}
+    layout = make_layout(run.config["cpmm"] | plain, data)
+    n_latent, decoder = options["n_latent"], options["decoder"]
     with seeded(run.seed, 42):
-        network = choose(
-            f"baselines.{run.row}.decoder.kind", decoder["kind"], {"mlp": mlp, "conv": conv}
-        )()
+        if decoder["kind"] == "mlp":
+            sizes = pick(decoder, "width", "depth", "activation", "n_frequencies")
+            network = MLPDecoder(n_latent, layout.size, **sizes)
+        else:
+            channels, height, width = data.image_shape
+            sizes = pick(decoder, "width", "n_doublings", "activation", "n_frequencies")
+            network = ConvDecoder(n_latent, (layout.n_maps * channels, height, width), **sizes)
     start = initial_state(layout, run.train, run.generator(43))
-    model = ContinuousMixture(
-        network,
-        layout,
-        start,
-        options["n_latent"],
-        options["n_integration_points"],
-        run.n_components,
-    )
+    n_points = options["n_integration_points"]
+    model = ContinuousMixture(network, layout, start, n_latent, n_points, run.n_components)
     how = run.fit_loss(model, run.draws())
     with torch.no_grad():
         mixture = _merge(run, model.extract(run.n_components, separate=True))
@@ -375,13 +343,12 @@ def _einet(run: Run) -> Fitted:
 
     options, data = run.section, run.data
     n_factors = run.config["cpmm"]["n_factors"]
-    size = run.n_components * (
-        data.n_features * (n_factors + 2) + 1
-    )  # means, loadings, log d, weight
+    of_each = data.n_features * (n_factors + 2) + 1  # means, loadings, log d, weight
+    size = round(options["size_factor"] * (run.n_components * of_each))
     generator = run.generator(44)
     network = EinsumNetwork.of_size(
-        round(options["size_factor"] * size), data.n_features, data.image_shape, options["n_replicas"],
-        run.floor, generator, options["depth"],
+        size, data.n_features, data.image_shape, options["n_replicas"], run.floor, generator,
+        options["depth"],
     )  # fmt: skip
     network.initialize(run.train, generator)
     how = run.fit_loss(network, run.draws())
@@ -393,7 +360,6 @@ def _flow(run: Run) -> Fitted:
     """A continuous normalizing flow with options of its own, those of the section ``teacher``."""
     from cpmm.odes import Solver
     from cpmm.pipeline.models.flows import make_teacher
-    from cpmm.pipeline.models.runtime import compute_device
     from cpmm.pipeline.scores.scorer import flow_log_prob
     from cpmm.training.teacher import TeacherTraining
 
@@ -404,8 +370,8 @@ def _flow(run: Run) -> Fitted:
     module = TeacherTraining(
         flow,
         **pick(
-            options, "flow_matching_epochs", "likelihood_epochs", "kinetic_weight", "jacobian_weight",
-            "learning_rate", "n_warmup_epochs",
+            options, "flow_matching_epochs", "likelihood_epochs", "kinetic_weight",
+            "jacobian_weight", "learning_rate", "n_warmup_epochs",
         ),
         seed=run.seed,
     )  # fmt: skip
@@ -422,13 +388,12 @@ def _flow(run: Run) -> Fitted:
         generator = seeded_generator(run.seed, 45, device=device)
         return flow_log_prob(flow, z, generator, evaluation["batch_size"], title, alive=run.alive)
 
-    return Fitted(
-        sum(p.numel() for p in flow.parameters()),
-        ended(module),
-        log_prob=log_prob,
-        weights=weights,
-        n_points=evaluation["teacher_points"],
-    )
+    n_parameters, n_points = _n_parameters(flow), evaluation["teacher_points"]
+    return Fitted(n_parameters, ended(module), log_prob, weights=weights, n_points=n_points)
+
+
+def _n_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
 
 
 def _grey(run: Run) -> tuple[Callable[[str], Tensor], str]:
@@ -447,19 +412,16 @@ def _fit_autoencoder(run: Run, first: str | None) -> tuple[Any, Any, Callable[[s
     _require_points(run)
     if likelihood == "bernoulli" and options["noise"]:
         raise ValueError(
-            f"baselines.{run.row}.noise is {options['noise']}: expected 0, as the Bernoulli likelihood needs grey "
-            f"levels in [0, 1]: set it to 0, or baselines.{run.row}.likelihood=gaussian"
+            f"baselines.{run.row}.noise is {options['noise']}: expected 0, as the Bernoulli "
+            "likelihood needs grey levels in [0, 1]: set it to 0, or "
+            f"baselines.{run.row}.likelihood=gaussian"
         )
     model = Autoencoder(
         run.data.n_features, options["hidden"], options["code_size"], likelihood, run.generator(46)
     )
-    module = LossTraining(
-        model,
-        n_epochs=options["autoencoder_epochs"],
-        density=False,
-        seed=run.seed,
-        **pick(options, "noise", "learning_rate", "n_warmup_epochs"),
-    )
+    steps = pick(options, "noise", "learning_rate", "n_warmup_epochs")
+    n_epochs = options["autoencoder_epochs"]
+    module = LossTraining(model, n_epochs, **steps, seed=run.seed, density=False)
     run.fit(module, run.same(points), first)
     return model.cpu().float().eval(), module, points
 
@@ -467,15 +429,14 @@ def _fit_autoencoder(run: Run, first: str | None) -> tuple[Any, Any, Callable[[s
 def _autoencoder(run: Run) -> Fitted:
     """An autoencoder, and k-means on its codes."""
     model, module, points = _fit_autoencoder(run, first=None)
-    clusters = model.cluster(
-        points("train"), run.n_clusters, run.generator(47), run.section["n_starts"]
-    )
+    n_starts = run.section["n_starts"]
+    clusters = model.cluster(points("train"), run.n_clusters, run.generator(47), n_starts)
+    weights = clusters.state_dict()
+    n_parameters = sum(value.numel() for value in weights.values())
     return Fitted(
-        sum(value.numel() for value in clusters.state_dict().values()),
-        ended(module),
-        predict=lambda split: clusters.predict(points(split)),
-        weights=clusters.state_dict(),
-    )
+        n_parameters, ended(module), predict=lambda split: clusters.predict(points(split)),
+        weights=weights,
+    )  # fmt: skip
 
 
 def _vade(run: Run) -> Fitted:
@@ -483,20 +444,15 @@ def _vade(run: Run) -> Fitted:
     from cpmm.baselines.vade import VaDE
 
     autoencoder, _, points = _fit_autoencoder(run, first="autoencoder")
+    x, n_starts = points("train"), run.section["n_starts"]
     model = VaDE.from_autoencoder(
-        autoencoder,
-        points("train"),
-        run.n_clusters,
-        run.generator(48),
-        n_init=run.section["n_starts"],
+        autoencoder, x, run.n_clusters, run.generator(48), n_init=n_starts
     )
     how = run.fit_loss(model, run.same(points), density=False)
     return Fitted(
-        sum(p.numel() for p in model.parameters()),
-        how,
-        predict=lambda split: model.predict(points(split)),
+        _n_parameters(model), how, predict=lambda split: model.predict(points(split)),
         weights=model.state_dict(),
-    )
+    )  # fmt: skip
 
 
 def _gaussian(run: Run) -> Fitted:
@@ -518,8 +474,8 @@ def _sklearn(run: Run) -> Fitted:
     _require_points(run)
     if n_points is not None and n_points < run.n_clusters:
         raise ValueError(
-            f"baselines.{run.row}.n_points is {n_points}: expected at least {run.n_clusters}, the clusters "
-            "(cpmm.n_clusters): raise it, or set null for all training points"
+            f"baselines.{run.row}.n_points is {n_points}: expected at least {run.n_clusters}, the "
+            "clusters (cpmm.n_clusters): raise it, or set null for all training points"
         )
     x = run.train.double()
     if n_points is not None and n_points < len(x):

@@ -37,12 +37,7 @@ OPTIONS = {
 
 
 class TrainingProgress(Callback):
-    """Feeds the progress line of a training: after each epoch, and within those that take long.
-
-    Args:
-        name: Of the stage.
-        unit: Unit of the losses.
-    """
+    """Feeds the progress line of a training: after each epoch, and within those that take long."""
 
     def __init__(self, name: str, unit: str = "nats/dim") -> None:
         self.line = ProgressLine(name)
@@ -57,11 +52,8 @@ class TrainingProgress(Callback):
         self.line = ProgressLine(self.line.name)
         self.first_step = module.global_step
         if module.global_step:
-            self.line.show(
-                f"resuming after epoch {module.current_epoch}/{module.n_epochs}, "
-                f"step {module.global_step}",
-                last=True,
-            )
+            epoch = f"{module.current_epoch}/{module.n_epochs}"
+            self.line.show(f"resuming after epoch {epoch}, step {module.global_step}", last=True)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, module: Recorded) -> None:
         """Note the time: steps are told of epochs that take longer than the time between lines."""
@@ -86,18 +78,13 @@ class TrainingProgress(Callback):
         row = module.history[-1] if module.history else {}
         # Losses of another space, or of another objective, do not compare: say what they are of.
         of = "" if phase == self.phase else f" in {self.phase or 'the epoch before'}"
-        losses = [
-            f"{short} {row[column]:.4f}"
-            for short, column in (("train", "train"), ("val", "validation"))
-            if column in row
-        ]
-        self.line.show(
-            f"step {module.global_step}/{module.n_steps}",
-            phase,
-            *([f"{' '.join(losses)} {self.unit}{of}"] if losses else []),
-            *self.line.pace(module.global_step - self.first_step, module.n_steps - self.first_step),
-            last=last,
-        )
+        names = {"train": "train", "validation": "val"}
+        losses = [f"{short} {row[name]:.4f}" for name, short in names.items() if name in row]
+        parts = [f"step {module.global_step}/{module.n_steps}", phase]
+        if losses:
+            parts.append(f"{' '.join(losses)} {self.unit}{of}")
+        done, n = module.global_step - self.first_step, module.n_steps - self.first_step
+        self.line.show(*parts, *self.line.pace(done, n), last=last)
 
 
 def fit(
@@ -133,24 +120,17 @@ def fit(
     progress = [] if quiet else [TrainingProgress(name, unit)]
     module.listeners = [*progress, *listeners]
     checkpoint = scratch / "last.ckpt"
-    options = {
-        "max_epochs": module.n_epochs,
-        "gradient_clip_val": gradient_clip,
-        **_machine_options(config),
-        **(ddp or {}),
-    }
+    options = {"max_epochs": module.n_epochs, "gradient_clip_val": gradient_clip}
+    options |= _machine_options(config) | (ddp or {})
     # What Lightning says of hardware, of its other products and of its own use of torch.
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         for category in (UserWarning, FutureWarning, DeprecationWarning):
             warnings.filterwarnings("ignore", category=category, module="pytorch_lightning")
         keep = ModelCheckpoint(
-            dirpath=scratch,
-            filename=checkpoint.stem,
-            every_n_epochs=config["checkpoint_every_n_epochs"],
-            enable_version_counter=False,
-            save_on_train_epoch_end=True,
-        )
+            scratch, checkpoint.stem, every_n_epochs=config["checkpoint_every_n_epochs"],
+            enable_version_counter=False, save_on_train_epoch_end=True,
+        )  # fmt: skip
         trainer = pl.Trainer(**options, **OPTIONS, callbacks=[*progress, keep])
         resume = str(checkpoint) if _is_usable(checkpoint, name) else None
         try:
@@ -171,7 +151,6 @@ def save_trained(folder: Path, kind: str, module: Recorded, fingerprint: str) ->
 
 
 def _machine_options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What Lightning's trainer is told of the machine, from the section ``trainer``."""
     precision = config["precision"]
     if precision not in PRECISIONS:
         raise ValueError(
@@ -201,7 +180,7 @@ def _is_usable(checkpoint: Path, name: str) -> bool:
 
 
 def drawn_rows(data: DataSplits, n_draws: int, batch_size: int, seed: int) -> EpochData:
-    """Augmented, freshly dequantized training points for each epoch: whatever needs no curriculum."""
+    """Augmented, freshly dequantized training points for each epoch, without a curriculum."""
     validation = data.points("validation")[0].float()
     return EpochData(
         lambda epoch, generator: Rows(x=data.draw(n_draws, generator)),

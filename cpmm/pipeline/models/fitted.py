@@ -67,23 +67,19 @@ def of_mixture(
     def predict(split: str) -> Tensor:
         return mixture.predict(data.points(split)[0])
 
+    fa = mixture.components
     return Fitted(
-        n_parameters=mixture.components.n_parameters,
-        ended=ended,
-        log_prob=mixture.log_prob,
-        predict=predict if mixture.n_clusters == n_clusters else None,
-        mixture=mixture,
-        n_components=mixture.components.n_components,
-    )
+        fa.n_parameters, ended, mixture.log_prob,
+        predict if mixture.n_clusters == n_clusters else None, mixture,
+        n_components=fa.n_components,
+    )  # fmt: skip
 
 
 def of_gaussian(weights: Mapping[str, Tensor], data: DataSplits) -> Fitted:
     """Score one Gaussian by its ``mean``, (M,), and ``scale_tril``, (M, M), in float64."""
     gaussian = MultivariateNormal(weights["mean"], scale_tril=weights["scale_tril"])
-    n_parameters = data.n_features * (data.n_features + 3) // 2
-    return Fitted(
-        n_parameters, NOT_TRAINED, log_prob=gaussian.log_prob, weights=weights, n_components=1
-    )
+    size = data.n_features * (data.n_features + 3) // 2
+    return Fitted(size, NOT_TRAINED, gaussian.log_prob, weights=weights, n_components=1)
 
 
 def of_kmeans(weights: Mapping[str, Tensor], data: DataSplits) -> Fitted:
@@ -118,30 +114,20 @@ def save_baseline(
 
     Files that already lie in the folder are sealed along.
     """
-    header = {
-        "fingerprint": fingerprint,
-        "row": row,
-        "kind_of_model": config["baselines"][row]["kind"],
-    }
+    kind = config["baselines"][row]["kind"]
+    header = {"fingerprint": fingerprint, "row": row, "kind_of_model": kind}
     if fitted.mixture is None:
         missing = {} if fitted.missing is None else {"missing": fitted.missing}
         save_artifact(folder, "baseline", fitted.weights or {}, header | missing)
         return
-    pre = data.preprocessing
-    fitted.mixture.to(torch.float32).save(
-        folder / "mixture", mixture_header(config, data, fingerprint), pre.tensors
-    )
+    described = mixture_header(config, data, fingerprint)
+    mixture = fitted.mixture.to(torch.float32)
+    mixture.save(folder / "mixture", described, data.preprocessing.tensors)
     seal_folder(folder, "baseline", header, {})
 
 
 def load_baseline(row: str, folder: Path, config: Config, data: DataSplits) -> Fitted:
-    """Read a row of conf/baselines/ that was trained for ``data/<preset>``.
-
-    Args:
-        row: Its name.
-        folder: ``data/<preset>``.
-        config: The whole composed configuration.
-        data: The splits.
+    """Read a row of conf/baselines/ that was trained for ``folder``, ``data/<preset>``.
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -166,11 +152,7 @@ def load_baseline(row: str, folder: Path, config: Config, data: DataSplits) -> F
 
 
 def score_baseline(
-    fitted: Fitted,
-    score: Scorer,
-    n_clusters: int,
-    ood: OodPoints | None = None,
-    timed: bool = True,
+    fitted: Fitted, score: Scorer, n_clusters: int, ood: OodPoints | None = None, timed: bool = True
 ) -> dict[str, Any]:
     """Density and clustering scores of a model on the split of ``score``.
 

@@ -25,13 +25,9 @@ def make_blocks(config: Mapping[str, Any], data: DataSplits) -> Blocks | None:
 def make_field(
     config: Mapping[str, Any], data: DataSplits, maps: int, blocks: Blocks | None = None
 ) -> nn.Module:
-    """Build a vector field on ``maps`` stacked maps of M features.
+    """Build the vector field of a section ``field`` on ``maps`` stacked maps of M features.
 
-    Args:
-        config: A section ``field``.
-        data: The splits.
-        maps: Number of maps.
-        blocks: The order that states come in, by :func:`make_blocks`; None: that of images.
+    ``blocks`` is the order that states come in, by :func:`make_blocks`; None: that of images.
 
     Raises:
         ValueError: If the kind is unknown, or a convolution is asked of a table.

@@ -1,4 +1,4 @@
-"""From configuration to the training of a mixture: trajectories, or components that none connects."""
+"""From configuration to the training of a mixture: trajectories, or free components."""
 
 from __future__ import annotations
 
@@ -111,36 +111,22 @@ def make_mixture_training(
         index = curriculum.space(epoch)
         return fine_tuning if index is None else spaces.validation(index)
 
-    n_guided = len(start)
-    n_fine_tuning = config["n_draws"] * (config["n_points"] or len(data.raw["train"]))
-
     def n_rows(epoch: int) -> int:
-        return n_fine_tuning if curriculum.space(epoch) is None else n_guided
+        if curriculum.space(epoch) is not None:
+            return len(start)
+        return config["n_draws"] * (config["n_points"] or len(data.raw["train"]))
 
-    return module, EpochData(
-        rows, validation_rows, **pick(config, "batch_size", "seed"), n_rows=n_rows
-    )
+    return module, EpochData(rows, validation_rows, config["batch_size"], config["seed"], n_rows)
 
 
 def _groups(
     config: Mapping[str, Any], data: DataSplits, index: Tensor | None, n_rows: int
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Groups of all training points and of the rows of a space, which may be fewer, or several draws.
+    """Groups of all training points, (N,), and of the ``n_rows`` of a space, each None without any.
 
-    Those of all points are only looked for if they are told on the input space too
-    (``pseudo_label_weight``), and then the rows have theirs; else the rows are grouped by themselves.
-
-    Args:
-        config: The section ``cpmm``.
-        data: The splits.
-        index: Training points that go through the spaces; None: all.
-        n_rows: Rows of a space, draw by draw.
-
-    Returns:
-        (N,) and (n_rows,), each None if there is none.
-
-    Raises:
-        ValueError: If a group has no point in the spaces.
+    ``index`` are the training points that go through the spaces, draw by draw; None: all. All are
+    only grouped if they are told on the input space too (``pseudo_label_weight``), and then the
+    rows have theirs; else the rows are grouped by themselves.
     """
     of_points = make_groups(config, data) if config["pseudo_label_weight"] else None
     group = make_groups(config, data, index) if of_points is None else of_points[_all_or(index)]
@@ -148,8 +134,8 @@ def _groups(
         return None, None
     if index is not None and len(found := group.unique()) < config["n_clusters"]:
         raise ValueError(
-            f"{len(found)} of {config['n_clusters']} groups of the training points have points among "
-            f"the {len(group)} in the spaces: raise spaces.n_train, or lower cpmm.n_clusters"
+            f"{len(found)} of {config['n_clusters']} groups of the training points have points "
+            f"among the {len(group)} in the spaces: raise spaces.n_train, or lower cpmm.n_clusters"
         )
     return of_points, group.repeat(n_rows // len(group))
 
@@ -164,7 +150,8 @@ def _fine_tuning_rows(
     n, n_points, n_draws = len(data.raw["train"]), config["n_points"], config["n_draws"]
     if n_points is not None and n_points > n:
         raise ValueError(
-            f"cpmm.n_points is {n_points}: expected at most {n}, the training points, or null for all"
+            f"cpmm.n_points is {n_points}: expected at most {n}, the training points, or null for "
+            "all"
         )
     index = None if n_points is None else torch.randperm(n, generator=generator)[:n_points]
     rows = {"x": data.draw(n_draws, generator, index)}
@@ -172,6 +159,5 @@ def _fine_tuning_rows(
         rows["group"] = group[_all_or(index)].repeat(n_draws)
     if config["consistency_weight"]:
         views = make_views(config, data)
-        seen = [data.draw_views(views, generator, index) for _ in range(n_draws)]
-        rows["view"] = torch.cat(seen)
+        rows["view"] = torch.cat([data.draw_views(views, generator, index) for _ in range(n_draws)])
     return Rows(**rows)

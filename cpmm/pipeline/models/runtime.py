@@ -21,9 +21,9 @@ def compute_device(trainer: Mapping[str, Any], exact: bool = False) -> str:
 
     Args:
         trainer: The section ``trainer``.
-        exact: Whether for figures that are reported: without TF32, whatever ``trainer.precision`` is.
+        exact: For figures that are reported: without TF32, whatever ``trainer.precision`` is.
     """
-    # cuBLAS reads it at its first call; Lightning asks for it where ``trainer.deterministic`` is true.
+    # cuBLAS reads it at its first call; Lightning asks for it with ``trainer.deterministic``.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # Convolutions only: the expanded square of the log-density needs all its digits.
     torch.backends.cudnn.allow_tf32 = trainer["precision"] == "tf32" and not exact
@@ -45,7 +45,7 @@ def choose(name: str, value: str, variants: Mapping[str, T]) -> T:
 
 @contextmanager
 def seeded(*seeds: int) -> Iterator[None]:
-    """Draw initial weights, for which torch's modules take no generator, from seeds of their own."""
+    """Draw initial weights, for which torch's modules take no generator, from their own seeds."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeded_generator(*seeds).initial_seed())
         yield

@@ -28,12 +28,8 @@ from cpmm.views import AffineViews
 
 def make_layout(config: Mapping[str, Any], data: DataSplits) -> StateLayout:
     """Build the layout of the state from the section ``cpmm``."""
-    return StateLayout(
-        data.n_features,
-        **pick(
-            config, "n_factors", "augmentation", "diagonal", "learned_weight", "log_diagonal_floor"
-        ),
-    )
+    names = ("n_factors", "augmentation", "diagonal", "learned_weight", "log_diagonal_floor")
+    return StateLayout(data.n_features, **pick(config, *names))
 
 
 def make_groups(
@@ -49,28 +45,19 @@ def make_groups(
     Returns:
         (N,), none of the C groups empty; None if the initialization needs no groups.
     """
-    options = config["initialization"]
+    options, n_clusters = config["initialization"], config["n_clusters"]
     if options["kind"] not in GROUPINGS:
         return None
     generator = seeded_generator(config["seed"], 13)
     if options["kind"] == "neighbours":
         raw = data.raw["train"] if index is None else data.raw["train"][index]
-        return neighbour_groups(
-            raw,
-            make_views(config, data),
-            config["n_clusters"],
-            generator,
-            **pick(options, "n_points", "n_views", "n_neighbours"),
-        )
+        sizes = pick(options, "n_points", "n_views", "n_neighbours")
+        return neighbour_groups(raw, make_views(config, data), n_clusters, generator, **sizes)
     x = data.preprocessing.unwhiten(data.points("train")[0]).float()
     return partition(
-        options["kind"],
-        x if index is None else x[index],
-        config["n_clusters"],
-        make_layout(config, data),
-        generator,
-        **pick(options, "restarts", "outlier_share"),
-    )
+        options["kind"], x if index is None else x[index], n_clusters, make_layout(config, data),
+        generator, **pick(options, "restarts", "outlier_share"),
+    )  # fmt: skip
 
 
 def make_views(config: Mapping[str, Any], data: DataSplits) -> AffineViews:
@@ -105,13 +92,10 @@ def make_trajectories(
         initial = torch.zeros(config["n_clusters"], layout.size)
     else:
         initial = initial_states(
-            layout=layout,
-            n_clusters=config["n_clusters"],
-            x=start,
-            group=group,
+            layout=layout, n_clusters=config["n_clusters"], x=start, group=group,
             generator=seeded_generator(config["seed"], 11),
             **pick(config["initialization"], "kind", "mean_scale", "loading_scale", "free_scale"),
-        )
+        )  # fmt: skip
 
     check_cpmm(config)
     blocks = make_blocks(config["field"], data)
@@ -138,7 +122,7 @@ def load_trajectories(folder: Path, config: Mapping[str, Any], data: DataSplits)
 
 
 def extract(trajectories: Trajectories, options: Mapping[str, Any], data: DataSplits) -> Mixture:
-    """Sample trained trajectories at the pseudotimes of the section ``mixture``, with no ODE left."""
+    """Sample trained trajectories at the pseudotimes of the section ``mixture``."""
     with torch.no_grad():
         mixture = trajectories.mixture(pseudotime_grid(options["n_pseudotimes"]))
         if options["drop_idle"]:

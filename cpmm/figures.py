@@ -693,10 +693,7 @@ def _draw_mosaic(
 
 
 def plot_sweep(
-    labels: Sequence[str],
-    row: np.ndarray,
-    panels: dict[str, np.ndarray],
-    n_failed: Sequence[int],
+    labels: Sequence[str], row: np.ndarray, panels: dict[str, np.ndarray], n_failed: Sequence[int]
 ) -> Figure:
     """Draw the trials of a sweep as strokes, each row's mean and standard deviation as an interval.
 

@@ -116,11 +116,7 @@ def warp_images(
     cos, sin, size = angle.cos(), angle.sin(), 1 + scale
     # Each pixel of the view looks up where it came from: the inverse of the map above.
     back = torch.stack(
-        [
-            torch.stack([cos - slope * sin, -sin - slope * cos], 1),
-            torch.stack([sin, cos], 1),
-        ],
-        1,
+        [torch.stack([cos - slope * sin, -sin - slope * cos], 1), torch.stack([sin, cos], 1)], 1
     )
     back = back / size[:, None, None]  # (N, 2, 2)
     start = -(back @ translate.unsqueeze(-1))  # (N, 2, 1)

@@ -31,11 +31,7 @@ class FactorAnalyzers:
     log_diagonal: Tensor
 
     def __post_init__(self) -> None:
-        """Check that the four tensors agree.
-
-        Raises:
-            ValueError: If their shapes do not fit together.
-        """
+        """Raise ValueError if their shapes do not fit together."""
         got = {f.name: tuple(getattr(self, f.name).shape) for f in fields(self)}
         k, m, r = got["loading"] if len(got["loading"]) == 3 else ("K", "M", "R")
         expected = {

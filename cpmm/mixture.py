@@ -34,11 +34,7 @@ class Mixture:
     batch_size: int = 2048
 
     def __post_init__(self) -> None:
-        """Check that every component has a cluster.
-
-        Raises:
-            ValueError: If the sizes of the clusters do not sum to K.
-        """
+        """Raise ValueError if the sizes of the clusters do not sum to K."""
         if sum(self.cluster_sizes) != self.components.n_components or min(self.cluster_sizes) < 0:
             raise ValueError(
                 f"cluster_sizes must sum to K = {self.components.n_components}, the number of "

@@ -44,11 +44,7 @@ class StateLayout:
     log_diagonal_floor: float = -6.0
 
     def __post_init__(self) -> None:
-        """Check the sizes and choices.
-
-        Raises:
-            ValueError: If one is out of range.
-        """
+        """Raise ValueError if one is out of range."""
         if not 1 <= self.n_factors <= self.n_features:
             raise ValueError(
                 f"cpmm.n_factors (R) is {self.n_factors}: expected 1 <= R <= M = "

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from cpmm.factor_analyzers import FactorAnalyzers
-from cpmm.fields import TimeFeatures, make_activation
+from cpmm.fields import TimeFeatures, make_activation, stack_layers
 from cpmm.mixture import Mixture
 from cpmm.trajectory import StateLayout
 
@@ -44,15 +44,9 @@ class MLPDecoder(nn.Module):
         n_frequencies: int = 0,
     ) -> None:
         super().__init__()
-        if depth < 1 or width < 1:
-            raise ValueError(f"a decoder needs depth >= 1 and width >= 1: got {depth} and {width}")
         self.features = TimeFeatures(n_frequencies)
-        layers: list[nn.Module] = []
-        n_in = n_latent * self.features.size
-        for _ in range(depth):
-            layers += [nn.Linear(n_in, width), make_activation(activation)]
-            n_in = width
-        self.layers = nn.Sequential(*layers, nn.Linear(width, size))
+        sizes = (n_latent * self.features.size, width, depth, size)
+        self.layers = stack_layers("decoder", nn.Linear, *sizes, activation)
 
     def forward(self, z: Tensor) -> Tensor:
         """Decode latent points, (B, d), to states, (B, S)."""

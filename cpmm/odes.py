@@ -114,8 +114,9 @@ class Solver:
             return torch.stack([*steps.states, end])
         integrate = odeint_adjoint if self.gradient == "adjoint" else odeint
         try:
-            options = {"rtol": self.rtol, "atol": self.atol, "method": self.method}
-            return integrate(field, initial, knots, **options)
+            return integrate(
+                field, initial, knots, rtol=self.rtol, atol=self.atol, method=self.method
+            )
         except AssertionError as error:  # torchdiffeq asserts that its step does not underflow
             raise FloatingPointError(
                 f"the {self.method} solver gave up at tolerances {self.rtol}/{self.atol}: {error}; "

@@ -86,10 +86,8 @@ class EinsumNetwork(nn.Module):
         self.n_features, self.n_replicas, self.depth = n_features, n_replicas, depth
         self.n_sums, self.n_leaves, self.floor = n_sums, n_leaves, floor
         self.batch_size = batch_size
-        regions = [
-            leaf_regions(n_features, image_shape, depth, replica, generator)
-            for replica in range(n_replicas)
-        ]
+        shape = n_features, image_shape, depth
+        regions = [leaf_regions(*shape, replica, generator) for replica in range(n_replicas)]
         self.register_buffer("index", torch.cat(regions))
 
         def normal(*size: int) -> nn.Parameter:
@@ -421,14 +419,9 @@ def _weight_shapes(
     n_replicas: int, depth: int, n_sums: int, n_leaves: int
 ) -> list[tuple[int, int, int]]:
     """Regions, sums and pairs of each level, from the leaves to the top."""
-    return [
-        (
-            n_replicas * 2**level,
-            n_sums if level else 1,
-            (n_leaves if level == depth - 1 else n_sums) ** 2,
-        )
-        for level in reversed(range(depth))
-    ]
+    halves = [n_leaves, *[n_sums] * depth]  # components of each half
+    levels = zip(reversed(range(depth)), halves, strict=False)
+    return [(n_replicas * 2**level, n_sums if level else 1, n**2) for level, n in levels]
 
 
 def _weights(logit: Tensor) -> Tensor:
@@ -436,15 +429,7 @@ def _weights(logit: Tensor) -> Tensor:
 
 
 def _sum_products(value: Tensor, weight: Tensor) -> Tensor:
-    """Take one level by the log-einsum-exp trick.
-
-    Args:
-        value: Log-densities of the halves' components, nats, (2 P, I, N).
-        weight: (P, K, I * I).
-
-    Returns:
-        Nats, (P, K, N).
-    """
+    """Take one level by the log-einsum-exp trick, nats: (2 P, I, N), (P, K, I * I) to (P, K, N)."""
     pair = value.unflatten(0, (-1, 2))
     peak = pair.detach().amax(2, keepdim=True)  # it cancels, and so does its gradient
     # Halves whose square is subnormal are zero, for a CPU is many times slower over such numbers.

@@ -9,7 +9,7 @@ constant gives means and loadings together, so that a pass is enough.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -101,11 +101,8 @@ def fit_by_em(
         FloatingPointError: If a likelihood or a parameter leaves the range of numbers.
     """
     run = start if isinstance(start, EMRun) else EMRun(start, start)
-    for name, number in (
-        ("n_iterations", n_iterations),
-        ("patience", patience),
-        ("batch_size", batch_size),
-    ):
+    counts = {"n_iterations": n_iterations, "patience": patience, "batch_size": batch_size}
+    for name, number in counts.items():
         if number < 1:
             raise ValueError(f"{name} is {number}: expected 1 or more")
     _check_components(run.current, log_diagonal_floor)
@@ -273,8 +270,7 @@ def _mean_log_prob(name: str, log_prob: Tensor, run: EMRun) -> float:
 
 
 def _check_components(fa: FactorAnalyzers, log_diagonal_floor: float) -> None:
-    tensors = {field.name: getattr(fa, field.name) for field in fields(fa)}
-    for name, value in tensors.items():
+    for name, value in vars(fa).items():
         if value.dtype not in (torch.float32, torch.float64) or value.dtype != fa.mean.dtype:
             raise ValueError(
                 f"start.{name} is {value.dtype}, start.mean {fa.mean.dtype}: expected both float32 "

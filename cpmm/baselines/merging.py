@@ -120,12 +120,8 @@ def overlap_affinity(mixture: Mixture, x: Tensor, temperature: float = 1.0) -> T
         raise ValueError(f"the temperature of the overlap is {temperature}: expected more than 0")
     with torch.no_grad():
         density = prepare_density(mixture.components)
-        joint = torch.cat(
-            [
-                density.component_log_prob(part) + mixture.components.log_weight
-                for part in x.split(mixture.batch_size)
-            ]
-        )
+        parts = [density.component_log_prob(part) for part in x.split(mixture.batch_size)]
+        joint = torch.cat(parts) + mixture.components.log_weight
         share = (joint.double() / temperature).log_softmax(1)
         share = (share - share.max(0).values).exp_()  # (N, K)
         share /= share.square().sum(0).sqrt()
@@ -235,9 +231,8 @@ def frechet_distances(fa: FactorAnalyzers, tolerance: float = 1e-12) -> Tensor:
                 )  # (L, n, 3 R^2)
                 own, mixed, other = products.unflatten(2, (3, r, r)).unbind(2)
                 mixed = mixed * nodes[:, None, None]
-                matrix = torch.cat(
-                    [torch.cat([own, mixed], 3), torch.cat([-mixed.mT, other], 3)], 2
-                )
+                rows = [own, mixed], [-mixed.mT, other]
+                matrix = torch.cat([torch.cat(row, 3) for row in rows], 2)
                 log_det = torch.linalg.slogdet(matrix + torch.eye(2 * r).to(matrix))[1]  # (L, n)
                 cross[j, others] += log_det @ weights
         cross = cross.triu(1)

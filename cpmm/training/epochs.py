@@ -104,11 +104,8 @@ class EpochData(pl.LightningDataModule):
     @property
     def n_steps(self) -> int:
         """Steps of the whole run."""
-        return sum(self._n_batches(self.n_rows(epoch)) for epoch in range(self.n_epochs))
-
-    def _n_batches(self, n_rows: int) -> int:
-        full, rest = divmod(n_rows, self.batch_size)
-        return full + (rest >= self._run.world_size)
+        parts = (divmod(self.n_rows(epoch), self.batch_size) for epoch in range(self.n_epochs))
+        return sum(full + (rest >= self._run.world_size) for full, rest in parts)
 
     @property
     def _run(self) -> pl.Trainer:
@@ -180,10 +177,8 @@ class Recorded(pl.LightningModule):
             position = min(1.0, max(0, epoch - self.n_constant_epochs) / tail)
             return warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * position)))
 
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
-        }
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Parameters by learning rate."""

@@ -1,9 +1,8 @@
 """The paper's figures, drawn from plain arrays.
 
-Every function returns a new ``Figure`` and touches no state of pyplot. All figures are equally
-wide, and narrow beside their type, so that they can be read on a phone and enlarged on a desk.
-Colours are those of Okabe and Ito, which most colour-blind readers can tell apart; past seven
-groups the shape of the marker changes too. Clouds of points are rasterized, even in an SVG file.
+Every function returns a new ``Figure`` and touches no state of pyplot. All are equally wide, and
+narrow beside their type, to be read on a phone and enlarged on a desk. Past seven groups the shape
+of the marker changes with the colour. Clouds of points are rasterized, even in an SVG file.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 
 WIDTH = 5.0  # inches
 DPI = 200  # of the rasterized parts
-# Okabe and Ito without their yellow, which is lost on white.
+# Okabe and Ito, for colour-blind readers, without their yellow, which is lost on white.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#000000")
 MARKERS = "o^sDv"
 GREY = "#8c8c8c"  # points of no class, and data behind a model
@@ -71,8 +70,7 @@ def plot_spaces(
         shown = spaces[:, _examples(label, spaces.shape[1], n_images)]
         reach = np.quantile(np.abs(shown), 0.995, axis=(1, 2))[:, None, None] + 1e-12
         side = (WIDTH - 1.15) / shown.shape[1]  # beside the titles
-        figure = _figure(len(shown) * side * _aspect(image_shape) + 0.1)
-        axes = figure.add_subplot()
+        figure, axes = _axes(len(shown) * side * _aspect(image_shape) + 0.1)
         centres = _draw_mosaic(axes, _grey(shown, -reach, reach), image_shape)
         axes.set_yticks(centres, titles, fontsize=9)
         axes.set_anchor("W")  # centred, the layout finds too little room for the titles
@@ -210,8 +208,7 @@ def plot_trajectory_means(
     n_columns = max(len(thin), 12)
     pixel = 0.98 * WIDTH / (n_columns * (width + gap))
     label_height = 0.22
-    figure = _figure(n_clusters * (height * pixel + label_height) + label_height + 0.1)
-    axes = figure.add_subplot()
+    figure, axes = _axes(n_clusters * (height * pixel + label_height) + label_height + 0.1)
     centres = _draw_mosaic(axes, images, image_shape, row_gap=label_height / pixel)
     axes.set_xlim(-0.5, n_columns * (width + gap) - gap - 0.5)
     reach = height / 2 + label_height / pixel
@@ -265,8 +262,7 @@ def plot_components(
         members = np.flatnonzero(cluster == c)
         for t, i in zip(_pseudotimes(len(members)), members, strict=True):
             colours[i] = _shade(_colour(c), t)
-    figure = _figure(WIDTH)
-    axes = figure.add_subplot()
+    figure, axes = _axes(WIDTH)
     _scatter(axes, data, None, size=4, colour="#c4c4c4")
     for alpha, width in ((0.12, 0.0), (1.0, 0.9)):  # faces below all outlines
         axes.add_collection(
@@ -308,8 +304,7 @@ def plot_history(history: pd.DataFrame, n_spaces: int) -> Figure:
     space = history["space"].to_numpy(int)
     begin = np.concatenate([[0.0], step[:-1]])
     tuning = space >= n_spaces
-    figure = _figure(0.62 * WIDTH)
-    axes = figure.add_subplot()
+    figure, axes = _axes(0.62 * WIDTH)
     for v in np.unique(space[~tuning])[::2]:
         inside = space == v
         axes.axvspan(begin[inside].min(), step[inside].max(), color="#ececec", lw=0, zorder=0)
@@ -377,8 +372,7 @@ def plot_confusion(
     n_classes, n_clusters = table.shape
     order = np.argsort(np.where(match < 0, n_classes, match), kind="stable")
     share = table / np.maximum(table.sum(1, keepdims=True), 1)
-    figure = _figure(np.clip(0.76 * WIDTH * n_classes / n_clusters, 1.5, 2 * WIDTH) + 0.55)
-    axes = figure.add_subplot()
+    figure, axes = _axes(np.clip(0.76 * WIDTH * n_classes / n_clusters, 1.5, 2 * WIDTH) + 0.55)
     image = axes.imshow(share[:, order], cmap="Blues", vmin=0, vmax=1, interpolation="none")
     for column, c in enumerate(order):
         if match[c] >= 0:
@@ -420,8 +414,7 @@ def plot_discretization(
         )
     order = np.argsort(n_pseudotimes)
     g, y = np.asarray(n_pseudotimes)[order], np.asarray(density, float)[order]
-    figure = _figure(0.55 * WIDTH)
-    axes = figure.add_subplot()
+    figure, axes = _axes(0.55 * WIDTH)
     axes.plot(g, y, color=PALETTE[0], marker="o", lw=1.6)
     for x, value in zip(g, y, strict=True):
         place: dict[str, Any] = {"textcoords": "offset points", "ha": "center"}
@@ -478,8 +471,7 @@ def _plot_paths(
     plane = _Plane.of(mean.reshape(-1, mean.shape[2]) if data is None else np.asarray(data))
     paths = plane(mean)  # (C, G, 2)
     seen = [paths.reshape(-1, 2)]
-    figure = _figure(WIDTH)
-    axes = figure.add_subplot()
+    figure, axes = _axes(WIDTH)
     if data is not None:
         seen.append(plane(np.asarray(data)))
         _scatter(axes, seen[1], None, size=4, colour="#c4c4c4")
@@ -497,6 +489,11 @@ def _plot_paths(
 
 def _figure(height: float) -> Figure:
     return Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained", facecolor="white")
+
+
+def _axes(height: float) -> tuple[Figure, Axes]:
+    figure = _figure(height)
+    return figure, figure.add_subplot()
 
 
 def _legend(figure: Figure, ncols: int, fontsize: int = 9, **options: Any) -> None:

@@ -283,11 +283,7 @@ class Preprocessing:
 
 
 def _inverse_root(covariance: Tensor) -> Tensor:
-    """Symmetric root of the inverse of a covariance, (M, M).
-
-    Raises:
-        ValueError: If the covariance is singular.
-    """
+    """Symmetric root of the inverse of a covariance, (M, M)."""
     value, vector = torch.linalg.eigh(covariance)
     if not bool(value[0] > 1e-10 * value[-1]):
         raise ValueError(

@@ -154,14 +154,9 @@ class Trajectories(nn.Module):
             raise ValueError(
                 f"initial states must be (C, {layout.size}) with C >= 1: got {tuple(initial.shape)}"
             )
-        self.layout = layout
-        self.field = field
-        self.solver = solver
-        self.blocks = blocks
+        self.layout, self.field, self.solver, self.blocks = layout, field, solver, blocks
         self.initial = nn.Parameter(initial.clone())
-        self.cluster_logit = nn.Parameter(
-            torch.zeros(len(initial)), requires_grad=learned_cluster_weight
-        )
+        self.cluster_logit = nn.Parameter(torch.zeros(len(initial)), learned_cluster_weight)
 
     @property
     def n_clusters(self) -> int:

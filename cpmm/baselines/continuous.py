@@ -99,9 +99,8 @@ class ConvDecoder(nn.Module):
                 nn.Conv2d(width, width, 3, padding=1),
                 make_activation(activation),
             ]
-        self.layers = nn.Sequential(
-            *layers, nn.Conv2d(width, channels, 3, padding=1), nn.Flatten(1)
-        )
+        last = nn.Conv2d(width, channels, 3, padding=1)
+        self.layers = nn.Sequential(*layers, last, nn.Flatten(1))
 
     def forward(self, z: Tensor) -> Tensor:
         """Decode latent points, (B, d), to states, (B, S)."""
@@ -148,12 +147,9 @@ class ContinuousMixture(nn.Module):
                 f"a latent space of {n_latent} dimensions with {n_points} integration points and "
                 f"{n_components} components: expected 1 <= n_latent <= n_points and n_components"
             )
-        self.decoder = decoder
-        self.layout = layout
+        self.decoder, self.layout = decoder, layout
         self.initial = nn.Parameter(initial.clone())
-        self.n_latent = n_latent
-        self.n_points = n_points
-        self.n_components = n_components
+        self.n_latent, self.n_points, self.n_components = n_latent, n_points, n_components
 
     def decode(self, z: Tensor) -> FactorAnalyzers:
         """Factor analyzers of latent points, (K, d), with equal weights; differentiable."""

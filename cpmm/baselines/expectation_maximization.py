@@ -175,16 +175,9 @@ def _expect(fa: FactorAnalyzers, x: Tensor, batch_size: int) -> tuple[Tensor, _M
     cholesky, scaled = capacitance_cholesky(wide)
     regression = torch.cholesky_solve(scaled, cholesky)  # of z on x, (K, R, M)
     constant = torch.linalg.vecdot(regression, (wide.mean - centre).unsqueeze(1))  # (K, R)
-    moments = _Moments(
-        count=torch.zeros_like(wide.log_weight),
-        x=torch.zeros_like(wide.mean),
-        square=torch.zeros_like(wide.mean),
-        factor=torch.zeros_like(constant),
-        factor_square=torch.zeros_like(cholesky),
-        cross=torch.zeros_like(regression),
-        posterior=torch.cholesky_inverse(cholesky),
-        centre=centre,
-    )
+    like = wide.log_weight, wide.mean, wide.mean, constant, cholesky, regression
+    sums = map(torch.zeros_like, like)
+    moments = _Moments(*sums, posterior=torch.cholesky_inverse(cholesky), centre=centre)
     rows, offset = regression.to(x).flatten(0, 1), constant.to(x).flatten().unsqueeze(1)
     log_prob = []
     for part in x.split(batch_size):
@@ -212,11 +205,7 @@ def _is_fed(moments: _Moments, fa: FactorAnalyzers) -> Tensor:
 
 
 def _maximize(fa: FactorAnalyzers, moments: _Moments, log_diagonal_floor: float) -> FactorAnalyzers:
-    """Take the step: the regressions of x on [z, 1], solved for deviations from the means.
-
-    Raises:
-        FloatingPointError: If a regression has no solution within the range of numbers.
-    """
+    """Take the step: the regressions of x on [z, 1], solved for deviations from the means."""
     fed = _is_fed(moments, fa)
     count = moments.count[fed, None]
     x, factor = moments.x[fed] / count, moments.factor[fed] / count  # means, (K, M), (K, R)

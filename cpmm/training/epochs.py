@@ -68,11 +68,8 @@ class EpochData(pl.LightningDataModule):
         n_rows: Callable[[int], int],
     ) -> None:
         super().__init__()
-        self.rows = rows
-        self.validation_rows = validation_rows
-        self.n_rows = n_rows
-        self.batch_size = batch_size
-        self.seed = seed
+        self.rows, self.validation_rows, self.n_rows = rows, validation_rows, n_rows
+        self.batch_size, self.seed = batch_size, seed
         self._ahead: dict[int, Future[tuple[Rows, torch.Generator]]] = {}
         self._thread = ThreadPoolExecutor(1)
 
@@ -154,12 +151,9 @@ class Recorded(pl.LightningModule):
         seed: int,
     ) -> None:
         super().__init__()
-        self.model = model
-        self.learning_rate = learning_rate
-        self.n_epochs = n_epochs
-        self.n_constant_epochs = n_constant_epochs
+        self.model, self.learning_rate, self.seed = model, learning_rate, seed
+        self.n_epochs, self.n_constant_epochs = n_epochs, n_constant_epochs
         self.n_warmup_epochs = n_warmup_epochs
-        self.seed = seed
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Any] = {"value": math.inf, "epoch": -1, "weights": None}
         self.listeners: list[Callable[[Recorded], None]] = []

@@ -45,8 +45,7 @@ class LossTraining(Recorded):
         density: bool = True,
     ) -> None:
         super().__init__(model, learning_rate, n_epochs, n_epochs // 2, n_warmup_epochs, seed)
-        self.noise = noise
-        self.density = density
+        self.noise, self.density = noise, density
 
     def measures_density(self, epoch: int) -> bool:
         """Only what has a density does."""

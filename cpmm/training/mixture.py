@@ -27,9 +27,8 @@ def path_cost(mixture: Mixture, times: Tensor | None = None) -> Tensor:
     """
     means = mixture.components.mean.split(mixture.cluster_sizes)
     if times is None:
-        costs = [
-            (mean.diff(dim=0).square().sum(0) * max(1, len(mean) - 1)).mean() for mean in means
-        ]
+        lengths = [mean.diff(dim=0).square().sum(0) for mean in means]
+        costs = [(x * max(1, len(mean) - 1)).mean() for x, mean in zip(lengths, means, strict=True)]
     else:
         step = times.diff()[:, None].clamp(min=1e-6)
         costs = [(mean.diff(dim=0).square() / step).sum(0).mean() for mean in means]

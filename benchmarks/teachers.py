@@ -18,7 +18,7 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -124,17 +124,7 @@ def _train(
 
 
 def read_trained(folder: Path, made: Config, config: Config, data: DataSplits) -> Trained:
-    """Read the teacher that the pipeline has trained; how long that took is not on record.
-
-    Args:
-        folder: ``data/<preset>``.
-        made: The configuration that it was made with.
-        config: That of the comparison, with the same field.
-        data: The splits.
-
-    Raises:
-        ValueError: If it was not trained by flow matching, or is of another field.
-    """
+    """Read the teacher that the pipeline has trained as ``made`` says; its time is not recorded."""
     import pandas as pd
 
     from cpmm.artifact import load_header, verify_files
@@ -155,25 +145,16 @@ def read_trained(folder: Path, made: Config, config: Config, data: DataSplits) -
     header = load_header(folder / "teacher", "teacher", fingerprint)
     verify_files(folder / "teacher", header, {"history.csv"})
     history = pd.read_csv(folder / "teacher" / "history.csv")
-    return flow, [
-        {
-            "objective": MATCHED,
-            "learning_rate": options["learning_rate"],
-            "epochs": len(history),
-            "steps": int(history["step"].iloc[-1]),
-            "seconds": None,
-            "cpu_seconds": None,
-            "best": header["best"],
-        }
-    ]
+    phase = {
+        "objective": MATCHED, "learning_rate": options["learning_rate"], "epochs": len(history),
+        "steps": int(history["step"].iloc[-1]), "seconds": None, "cpu_seconds": None,
+        "best": header["best"],
+    }  # fmt: skip
+    return flow, [phase]
 
 
 def score(flow: Flow, config: Config, data: DataSplits) -> dict[str, Any]:
-    """Density of the first test points by a solve at the stated tolerance, as in evaluate.
-
-    Raises:
-        FloatingPointError: If the solve gives up, or a density is not finite.
-    """
+    """Density of the first test points by a solve at the stated tolerance, as in evaluate."""
     import torch
 
     from cpmm.odes import Solver
@@ -298,21 +279,17 @@ def tabulate(record: Mapping[str, Any]) -> str:
         if arm["status"] == "failed":
             lines.append(f"| {name} | failed | - | - | - | - |")
             continue
-        phases = arm["phases"]
-        lines.append(
-            f"| {name} | {arm['density']:.4f} ± {arm['density_standard_error']:.4f} | "
-            f"{_sum(phases, 'seconds')} | {_sum(phases, 'cpu_seconds')} | "
-            f"{_sum(phases, 'steps')} | {arm['calls_per_batch']:.0f} |"
-        )
+        took = [
+            " + ".join("?" if p[key] is None else f"{round(p[key], 1)}" for p in arm["phases"])
+            for key in ("seconds", "cpu_seconds", "steps")
+        ]
+        density = f"{arm['density']:.4f} ± {arm['density_standard_error']:.4f}"
+        row = (name, density, *took, f"{arm['calls_per_batch']:.0f}")
+        lines.append(f"| {' | '.join(row)} |")
     for name, arm in arms.items():
         if arm["status"] == "failed":
             lines += ["", f"{name} failed: {arm['reason']}"]
     return "\n".join(lines)
-
-
-def _sum(phases: Sequence[Mapping[str, Any]], name: str) -> str:
-    values = (phase[name] for phase in phases)
-    return " + ".join("?" if value is None else f"{round(value, 1)}" for value in values)
 
 
 def _whole(least: int) -> Any:

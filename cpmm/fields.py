@@ -230,9 +230,8 @@ class SeparateFields(nn.Module):
 
     def forward(self, t: Tensor, h: Tensor) -> Tensor:
         """Velocity of states ``h``, (C, S), at time ``t``, a scalar."""
-        return torch.cat(
-            [field(t, row) for field, row in zip(self.fields, h.split(1), strict=True)]
-        )
+        rows = zip(self.fields, h.split(1), strict=True)
+        return torch.cat([field(t, row) for field, row in rows])
 
 
 class VaryingField(nn.Module):
@@ -280,7 +279,6 @@ class VaryingField(nn.Module):
         left = min(int(position), len(self.knots) - 2)
         weights = torch.lerp(self.knots[left], self.knots[left + 1], position - left)
         parts = weights.split([shape.numel() for shape in self._shapes.values()])
-        named = zip(self._shapes.items(), parts, strict=True)
-        return functional_call(
-            self.field, {name: part.view(shape) for (name, shape), part in named}, (t, h)
-        )
+        shaped = zip(self._shapes.items(), parts, strict=True)
+        named = {name: part.view(shape) for (name, shape), part in shaped}
+        return functional_call(self.field, named, (t, h))

@@ -28,7 +28,7 @@ class Row:
 
 
 def time_in_turns(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Return the shortest of ``repeats`` times of each call, seconds; a first one is not counted."""
+    """Return the shortest of ``repeats`` times of each call, seconds; the first is not counted."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats + 1):
         for name, call in calls.items():

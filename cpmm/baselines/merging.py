@@ -48,19 +48,7 @@ def merge_components(
             affinity falls into more than C parts that nothing ties.
     """
     fa = mixture.components
-    _check_affinity(affinity, fa.n_components)
-    if not 1 <= n_clusters <= fa.n_components:
-        raise ValueError(
-            f"cannot merge {fa.n_components} components into {n_clusters} clusters: expected "
-            f"1 <= C <= K = {fa.n_components}"
-        )
-    group = _normalized_cuts(affinity.double().cpu(), n_clusters, generator)
-    order = group.argsort(stable=True).to(fa.mean.device)
-    sizes = torch.bincount(group, minlength=n_clusters)
-    return replace(mixture, components=fa.select(order), cluster_sizes=tuple(sizes.tolist()))
-
-
-def _check_affinity(affinity: Tensor, k: int) -> None:
+    k = fa.n_components
     if affinity.shape != (k, k):
         raise ValueError(
             f"affinity must be ({k}, {k}), the mixture has {k} components: got "
@@ -71,6 +59,14 @@ def _check_affinity(affinity: Tensor, k: int) -> None:
         raise ValueError(f"{bad} of {k * k} affinities are not finite or negative: expected >= 0")
     if not torch.allclose(affinity, affinity.T):
         raise ValueError("affinity must be symmetric: average it with its transpose")
+    if not 1 <= n_clusters <= k:
+        raise ValueError(
+            f"cannot merge {k} components into {n_clusters} clusters: expected 1 <= C <= K = {k}"
+        )
+    group = _normalized_cuts(affinity.double().cpu(), n_clusters, generator)
+    order = group.argsort(stable=True).to(fa.mean.device)
+    sizes = torch.bincount(group, minlength=n_clusters)
+    return replace(mixture, components=fa.select(order), cluster_sizes=tuple(sizes.tolist()))
 
 
 def _normalized_cuts(affinity: Tensor, n_clusters: int, generator: torch.Generator) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,13 +56,6 @@ def posterior_disagreement(own: Tensor, seen: Tensor, temperature: float) -> Ten
     return 0.5 * ((p.exp() - q.exp()) * (p - q)).sum(1).mean()
 
 
-class HasMixture(Protocol):
-    """Trajectories, or a direct mixture."""
-
-    def mixture(self, times: Tensor) -> Mixture:
-        """Return the mixture at the pseudotimes ``times``."""
-
-
 @dataclass(frozen=True)
 class MixtureOptions:
     """How a mixture is trained; the defaults switch off all but the likelihood.
@@ -107,12 +100,10 @@ class MixtureTraining(Recorded):
     """Train a mixture by maximum likelihood through a curriculum of spaces (section 3.3).
 
     Args:
-        model: The trajectories, or a direct mixture, see :class:`HasMixture`.
+        model: The trajectories, or a direct mixture: ``mixture(times)`` is that at pseudotimes.
         curriculum: Which space each epoch trains on.
         options: Weights of the loss, and how to step.
     """
-
-    model: HasMixture
 
     def __init__(self, model: nn.Module, curriculum: Curriculum, options: MixtureOptions) -> None:
         super().__init__(

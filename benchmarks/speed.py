@@ -15,6 +15,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from cpmm.pipeline.config import pick
 from cpmm.pipeline.errors import command
 
 PARTS = ("density", "step", "einsum", "reading", "writing")
@@ -74,9 +75,7 @@ def time_parts(arguments: argparse.Namespace) -> None:
             print(f"{part} | {row.name:60}{milliseconds:13}{figure}".rstrip(), flush=True)
     if arguments.json:
         settings = {"torch": torch.__version__, "threads": torch.get_num_threads()}
-        options = {
-            name: getattr(arguments, name) for name in ("quick", "repeats", "compile", "device")
-        }
+        options = pick(vars(arguments), "quick", "repeats", "compile", "device")
         text = json.dumps(settings | options | {"parts": figures}, indent=2)
         arguments.json.write_text(text + "\n")
         print(f"speed: {len(figures)} parts -> {arguments.json}")

@@ -18,9 +18,8 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -41,53 +40,9 @@ MATCHED = "flow matching"
 LIKELIHOOD = "maximum likelihood"
 REFINED = "flow matching, then maximum likelihood"
 
-
-@dataclass(frozen=True)
-class Likelihood:
-    """How the likelihood is maximized.
-
-    Attributes:
-        epochs: Of a run.
-        points: Training points of an epoch, each drawn once; all of them if there are fewer.
-        batch_size: Of a step.
-        validation_points: The first so many validation points choose the epoch.
-    """
-
-    epochs: int
-    points: int
-    batch_size: int
-    validation_points: int
-
-
-@dataclass(frozen=True)
-class Phase:
-    """What training on one objective took.
-
-    Attributes:
-        objective: Which.
-        learning_rate: Adam's, at its highest.
-        epochs: Of the run.
-        steps: Of Adam.
-        seconds: Of the clock, with the validation after each epoch; None: not known.
-        cpu_seconds: The same of all threads: what the run would take on an idle core, roughly.
-        best: Validation loss and epoch of the weights.
-    """
-
-    objective: str
-    learning_rate: float
-    epochs: int
-    steps: int
-    seconds: float | None
-    cpu_seconds: float | None
-    best: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A teacher with the best weights of its last phase."""
-
-    flow: Flow
-    phases: tuple[Phase, ...]
+# A teacher, and what training on each objective took: learning rate, epochs, steps, seconds of the
+# clock and of all threads (None: not known), and the best validation loss.
+Trained = tuple["Flow", list[dict[str, Any]]]
 
 
 def match_flow(config: Config, data: DataSplits) -> Trained:
@@ -98,15 +53,14 @@ def match_flow(config: Config, data: DataSplits) -> Trained:
     options, seed = config["teacher"], config["seed"]
     rows = drawn_rows(data, options["n_draws"], options["batch_size"], seed)
     flow = make_teacher(options, data, seed)
-    epochs = {"flow_matching_epochs": options["flow_matching_epochs"], "likelihood_epochs": 0}
-    phase = _train(MATCHED, flow, rows, config, epochs, options["learning_rate"])
-    return Trained(flow, (phase,))
+    epochs = options["flow_matching_epochs"], 0
+    return flow, [_train(MATCHED, flow, rows, config, epochs, options["learning_rate"])]
 
 
 def maximize_likelihood(
     config: Config,
     data: DataSplits,
-    likelihood: Likelihood,
+    likelihood: Mapping[str, int],
     learning_rate: float,
     start: Trained | None = None,
 ) -> Trained:
@@ -116,26 +70,22 @@ def maximize_likelihood(
     from cpmm.pipeline.models.flows import make_teacher
     from cpmm.training.epochs import EpochData, Rows
 
-    options, seed, n = config["teacher"], config["seed"], len(data.raw["train"])
-    validation = data.points("validation")[0][: likelihood.validation_points].float()
+    seed, n_points = config["seed"], likelihood["points"]
+    validation = data.points("validation")[0][: likelihood["validation_points"]].float()
 
     def rows(epoch: int, generator: torch.Generator) -> Rows:
-        index = torch.randperm(n, generator=generator)[: likelihood.points]
+        index = torch.randperm(len(data.raw["train"]), generator=generator)[:n_points]
         return Rows(x=data.draw(1, generator, index))
 
-    flow = make_teacher(options, data, seed)
+    flow = make_teacher(config["teacher"], data, seed)
     if start is not None:
-        flow.load_state_dict(start.flow.state_dict())
+        flow.load_state_dict(start[0].state_dict())
     epoch_data = EpochData(
-        rows,
-        lambda epoch: validation,
-        likelihood.batch_size,
-        seed,
-        lambda epoch: min(n, likelihood.points),
+        rows, lambda epoch: validation, likelihood["batch_size"], seed, lambda epoch: n_points
     )
-    epochs = {"flow_matching_epochs": 0, "likelihood_epochs": likelihood.epochs}
+    epochs = 0, likelihood["epochs"]
     phase = _train(LIKELIHOOD, flow, epoch_data, config, epochs, learning_rate)
-    return Trained(flow, (*(start.phases if start else ()), phase))
+    return flow, [*(start[1] if start else ()), phase]
 
 
 def _train(
@@ -143,17 +93,17 @@ def _train(
     flow: Flow,
     rows: EpochData,
     config: Config,
-    epochs: Mapping[str, int],
+    epochs: tuple[int, int],
     learning_rate: float,
-) -> Phase:
-    """Train ``flow`` in place."""
+) -> dict[str, Any]:
+    """Train ``flow`` in place, by flow matching and by likelihood for so many epochs."""
     from cpmm.pipeline.models.fit import fit
     from cpmm.training.teacher import TeacherTraining
 
     options = config["teacher"]
     module = TeacherTraining(
         flow,
-        **epochs,
+        *epochs,
         **pick(options, "kinetic_weight", "jacobian_weight", "n_warmup_epochs"),
         learning_rate=learning_rate,
         seed=config["seed"],
@@ -162,29 +112,19 @@ def _train(
     with TemporaryDirectory() as scratch:
         fit(objective, module, rows, config["trainer"], Path(scratch), options["gradient_clip"])
     flow.cpu()
-    return Phase(
-        objective,
-        learning_rate,
-        module.n_epochs,
-        module.history[-1]["step"],
-        time.monotonic() - started,
-        time.process_time() - cpu_started,
-        module.best_summary(),
-    )
+    return {
+        "objective": objective,
+        "learning_rate": learning_rate,
+        "epochs": module.n_epochs,
+        "steps": module.history[-1]["step"],
+        "seconds": time.monotonic() - started,
+        "cpu_seconds": time.process_time() - cpu_started,
+        "best": module.best_summary(),
+    }
 
 
 def read_trained(folder: Path, made: Config, config: Config, data: DataSplits) -> Trained:
-    """Read the teacher that the pipeline has trained; how long that took is not on record.
-
-    Args:
-        folder: ``data/<preset>``.
-        made: The configuration that it was made with.
-        config: That of the comparison, with the same field.
-        data: The splits.
-
-    Raises:
-        ValueError: If it was not trained by flow matching, or is of another field.
-    """
+    """Read the teacher that the pipeline has trained as ``made`` says; its time is not recorded."""
     import pandas as pd
 
     from cpmm.artifact import load_header, verify_files
@@ -205,52 +145,35 @@ def read_trained(folder: Path, made: Config, config: Config, data: DataSplits) -
     header = load_header(folder / "teacher", "teacher", fingerprint)
     verify_files(folder / "teacher", header, {"history.csv"})
     history = pd.read_csv(folder / "teacher" / "history.csv")
-    steps = int(history["step"].iloc[-1])
-    phase = Phase(
-        MATCHED, options["learning_rate"], len(history), steps, None, None, header["best"]
-    )
-    return Trained(flow, (phase,))
+    phase = {
+        "objective": MATCHED, "learning_rate": options["learning_rate"], "epochs": len(history),
+        "steps": int(history["step"].iloc[-1]), "seconds": None, "cpu_seconds": None,
+        "best": header["best"],
+    }  # fmt: skip
+    return flow, [phase]
 
 
 def score(flow: Flow, config: Config, data: DataSplits) -> dict[str, Any]:
-    """Density of the first test points by a solve at the stated tolerance, as in evaluate.
-
-    Raises:
-        FloatingPointError: If the solve gives up, or a density is not finite.
-    """
+    """Density of the first test points by a solve at the stated tolerance, as in evaluate."""
     import torch
 
     from cpmm.odes import Solver
     from cpmm.pipeline.scores.scorer import Scorer, flow_log_prob
     from cpmm.seeds import seeded_generator
 
-    options, n_calls = config["evaluation"], 0
-
-    def count() -> None:
-        nonlocal n_calls
-        n_calls += 1
-
+    options, calls = config["evaluation"], []
     scorer = Scorer(data, "test", options["teacher_points"])
-    batch_size = options["batch_size"]
-    training_solver, flow.solver = flow.solver, Solver(**options["teacher_solver"])
-    try:
-        with torch.no_grad():
-            log_prob = flow_log_prob(
-                flow,
-                scorer.z,
-                seeded_generator(config["seed"], 31),
-                batch_size,
-                "teachers",
-                "points of test",
-                alive=count,
-            )
-    finally:
-        flow.solver = training_solver
+    flow.solver = Solver(**options["teacher_solver"])
+    with torch.no_grad():
+        log_prob = flow_log_prob(
+            flow, scorer.z, seeded_generator(config["seed"], 31), options["batch_size"],
+            "teachers", "points of test", alive=lambda: calls.append(1),
+        )  # fmt: skip
     density = scorer.density(log_prob)
     if not math.isfinite(density["density"]):
         raise FloatingPointError("the density of the test points is not finite")
-    n_batches = math.ceil(len(log_prob) / batch_size)
-    return {**density, "n_points": len(log_prob), "calls_per_batch": n_calls / n_batches}
+    n_batches = math.ceil(len(log_prob) / options["batch_size"])
+    return {**density, "n_points": len(log_prob), "calls_per_batch": len(calls) / n_batches}
 
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -267,18 +190,13 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     data = load_prepared(folder / "prepared", fingerprint_prepared(config))
     rate = config["teacher"]["learning_rate"]
     refine_rate = 0.1 * rate if arguments.refine_rate is None else arguments.refine_rate
-    likelihood = Likelihood(
-        arguments.likelihood_epochs,
-        min(arguments.likelihood_points, len(data.raw["train"])),
-        arguments.likelihood_batch,
-        min(arguments.validation_points, len(data.raw["validation"])),
-    )
+    likelihood = {
+        "epochs": arguments.likelihood_epochs,
+        "points": min(arguments.likelihood_points, len(data.raw["train"])),
+        "batch_size": arguments.likelihood_batch,
+        "validation_points": min(arguments.validation_points, len(data.raw["validation"])),
+    }
     trained: dict[str, Trained] = {}
-
-    def matched() -> Trained:
-        if arguments.trained:
-            return read_trained(folder, made, config, data)
-        return match_flow(config, data)
 
     def refined() -> Trained:
         if MATCHED not in trained:
@@ -286,39 +204,17 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         return maximize_likelihood(config, data, likelihood, refine_rate, trained[MATCHED])
 
     arms = {
-        MATCHED: matched,
+        MATCHED: lambda: (
+            read_trained(folder, made, config, data)
+            if arguments.trained
+            else match_flow(config, data)
+        ),
         LIKELIHOOD: lambda: maximize_likelihood(config, data, likelihood, rate),
         REFINED: refined,
     }
+    exact = data.n_features <= config["teacher"]["exact_trace_up_to"]
     record: dict[str, Any] = {
         **pick(vars(arguments), "preset", "overrides", "trained"),
-        **_settings(config, data),
-        "likelihood": asdict(likelihood) | {"learning_rate": rate, "refine_rate": refine_rate},
-        "n_parameters": None,
-        "arms": {},
-    }
-    for name, train in arms.items():
-        print(f"teachers | {name}", flush=True)
-        try:
-            trained[name] = train()
-            flow, phases = trained[name].flow, map(asdict, trained[name].phases)
-            record["n_parameters"] = sum(p.numel() for p in flow.parameters())
-            result = {**score(flow, config, data), "phases": list(phases)}
-            record["arms"][name] = {"status": "finished", **result}
-        except FloatingPointError as error:
-            record["arms"][name] = {"status": "failed", "reason": str(error)}
-            print(f"teachers | {name} failed: {error}", flush=True)
-        if arguments.out:
-            write_json(arguments.out, record)
-    return record
-
-
-def _settings(config: Config, data: DataSplits) -> dict[str, Any]:
-    """What all arms have in common."""
-    import torch
-
-    exact = data.n_features <= config["teacher"]["exact_trace_up_to"]
-    return {
         "prepared": fingerprint_prepared(config),
         "seed": config["seed"],
         "torch": torch.__version__,
@@ -328,7 +224,23 @@ def _settings(config: Config, data: DataSplits) -> dict[str, Any]:
         "scoring_solver": config["evaluation"]["teacher_solver"],
         "scoring_batch_size": config["evaluation"]["batch_size"],
         "teacher": config["teacher"],
+        "likelihood": likelihood | {"learning_rate": rate, "refine_rate": refine_rate},
+        "n_parameters": None,
+        "arms": {},
     }
+    for name, train in arms.items():
+        print(f"teachers | {name}", flush=True)
+        try:
+            flow, phases = trained[name] = train()
+            record["n_parameters"] = sum(p.numel() for p in flow.parameters())
+            scores = score(flow, config, data)
+            record["arms"][name] = {"status": "finished", **scores, "phases": phases}
+        except FloatingPointError as error:
+            record["arms"][name] = {"status": "failed", "reason": str(error)}
+            print(f"teachers | {name} failed: {error}", flush=True)
+        if arguments.out:
+            write_json(arguments.out, record)
+    return record
 
 
 def _configure(folder: Path, arguments: argparse.Namespace) -> tuple[Config, Config]:
@@ -337,14 +249,12 @@ def _configure(folder: Path, arguments: argparse.Namespace) -> tuple[Config, Con
     if made.get("name") != arguments.preset:
         raise ValueError(f"{folder} is of preset {made.get('name')!r}, not {arguments.preset!r}")
     base = flatten(pick(made, "seed", "data", "teacher"))
-    chosen = [*base, *arguments.overrides]
-    for option, value in (
-        ("teacher.flow_matching_epochs", arguments.flow_matching_epochs),
-        ("evaluation.teacher_points", arguments.points),
-    ):
-        if value is not None:
-            chosen.append(f"{option}={value}")
-    return made, compose_preset(arguments.preset, chosen)
+    told = {
+        "teacher.flow_matching_epochs": arguments.flow_matching_epochs,
+        "evaluation.teacher_points": arguments.points,
+    }
+    chosen = [f"{option}={value}" for option, value in told.items() if value is not None]
+    return made, compose_preset(arguments.preset, [*base, *arguments.overrides, *chosen])
 
 
 def tabulate(record: Mapping[str, Any]) -> str:
@@ -369,21 +279,17 @@ def tabulate(record: Mapping[str, Any]) -> str:
         if arm["status"] == "failed":
             lines.append(f"| {name} | failed | - | - | - | - |")
             continue
-        phases = arm["phases"]
-        lines.append(
-            f"| {name} | {arm['density']:.4f} ± {arm['density_standard_error']:.4f} | "
-            f"{_sum(phases, 'seconds')} | {_sum(phases, 'cpu_seconds')} | "
-            f"{_sum(phases, 'steps')} | {arm['calls_per_batch']:.0f} |"
-        )
+        took = [
+            " + ".join("?" if p[key] is None else f"{round(p[key], 1)}" for p in arm["phases"])
+            for key in ("seconds", "cpu_seconds", "steps")
+        ]
+        density = f"{arm['density']:.4f} ± {arm['density_standard_error']:.4f}"
+        row = (name, density, *took, f"{arm['calls_per_batch']:.0f}")
+        lines.append(f"| {' | '.join(row)} |")
     for name, arm in arms.items():
         if arm["status"] == "failed":
             lines += ["", f"{name} failed: {arm['reason']}"]
     return "\n".join(lines)
-
-
-def _sum(phases: Sequence[Mapping[str, Any]], name: str) -> str:
-    values = (phase[name] for phase in phases)
-    return " + ".join("?" if value is None else f"{round(value, 1)}" for value in values)
 
 
 def _whole(least: int) -> Any:

@@ -36,11 +36,7 @@ class ElementwiseMap:
     log_slope: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        """Check that it is a monotone map.
-
-        Raises:
-            ValueError: If the knots do not fit together or do not increase.
-        """
+        """Raise ValueError if the knots do not fit together or do not increase."""
         sizes = len(self.knot), len(self.value), len(self.log_slope)
         if min(sizes) < 2 or len(set(sizes)) > 1:
             raise ValueError(

@@ -8,7 +8,7 @@ baselines all call :func:`component_log_prob`, or its two halves, :func:`prepare
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -31,18 +31,15 @@ class FactorAnalyzers:
     log_diagonal: Tensor
 
     def __post_init__(self) -> None:
-        """Check that the four tensors agree.
-
-        Raises:
-            ValueError: If their shapes do not fit together.
-        """
-        got = {f.name: tuple(getattr(self, f.name).shape) for f in fields(self)}
+        """Raise ValueError if their shapes do not fit together."""
+        got = {name: tuple(value.shape) for name, value in vars(self).items()}
         k, m, r = got["loading"] if len(got["loading"]) == 3 else ("K", "M", "R")
+        matrix = (k, m)
         expected = {
             "log_weight": (k,),
-            "mean": (k, m),
+            "mean": matrix,
             "loading": (k, m, r),
-            "log_diagonal": (k, m),
+            "log_diagonal": matrix,
         }
         if got != expected:
             raise ValueError(
@@ -67,17 +64,16 @@ class FactorAnalyzers:
     @property
     def n_parameters(self) -> int:
         """Numbers stored: weights, means, loadings and log-diagonals."""
-        return sum(getattr(self, field.name).numel() for field in fields(self))
+        return sum(value.numel() for value in vars(self).values())
 
     def to(self, *args, **kwargs) -> FactorAnalyzers:
         """Move every tensor to a device or floating-point type, as ``Tensor.to`` does."""
-        return FactorAnalyzers(
-            **{f.name: getattr(self, f.name).to(*args, **kwargs) for f in fields(self)}
-        )
+        moved = {name: value.to(*args, **kwargs) for name, value in vars(self).items()}
+        return FactorAnalyzers(**moved)
 
     def select(self, index: Tensor) -> FactorAnalyzers:
         """Return the components at ``index``, their weights normalized anew."""
-        chosen = FactorAnalyzers(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
+        chosen = FactorAnalyzers(**{name: value[index] for name, value in vars(self).items()})
         return replace(chosen, log_weight=chosen.log_weight.log_softmax(0))
 
     def covariance(self) -> Tensor:
@@ -145,10 +141,8 @@ def capacitance_cholesky(fa: FactorAnalyzers) -> tuple[Tensor, Tensor]:
         FloatingPointError: If a capacitance matrix is not finite and positive definite.
     """
     scaled = fa.loading.mT * torch.exp(-fa.log_diagonal).unsqueeze(1)  # (K, R, M)
-    capacitance = scaled @ fa.loading
-    capacitance = capacitance + torch.eye(
-        fa.n_factors, dtype=capacitance.dtype, device=capacitance.device
-    )
+    identity = torch.eye(fa.n_factors, dtype=scaled.dtype, device=scaled.device)
+    capacitance = scaled @ fa.loading + identity
     cholesky, info = torch.linalg.cholesky_ex(capacitance)
     if bool(info.any()) or not bool(torch.isfinite(cholesky).all()):
         bad = int(((info != 0) | ~torch.isfinite(cholesky).all((1, 2))).sum())

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -63,6 +64,33 @@ class TimeFeatures(nn.Module):
         return torch.cat([t.unsqueeze(-1), angles.sin(), angles.cos()], -1)
 
 
+def stack_layers(
+    owner: str,
+    layer: Callable[[int, int], nn.Module],
+    n_in: int,
+    width: int,
+    depth: int,
+    n_out: int,
+    activation: str,
+    last_scale: float = 1.0,
+) -> nn.Sequential:
+    """Stack ``depth`` hidden layers, and a last one whose weights are scaled.
+
+    Raises:
+        ValueError: If there are no layers or no units; it names the ``owner``.
+    """
+    if depth < 1 or width < 1:
+        raise ValueError(f"a {owner} needs depth >= 1 and width >= 1: got {depth} and {width}")
+    layers: list[nn.Module] = []
+    for inputs, outputs in pairwise([n_in, *[width] * depth]):
+        layers += [layer(inputs, outputs), make_activation(activation)]
+    last = layer(width, n_out)
+    with torch.no_grad():
+        for parameter in last.parameters():
+            parameter.mul_(last_scale)
+    return nn.Sequential(*layers, last)
+
+
 def _batch_of_times(t: Tensor, h: Tensor) -> Tensor:
     return t.to(h).expand(len(h))
 
@@ -90,16 +118,9 @@ class MLPField(nn.Module):
         last_layer_scale: float = 1.0,
     ) -> None:
         super().__init__()
-        if depth < 1 or width < 1:
-            raise ValueError(f"a field needs depth >= 1 and width >= 1: got {depth} and {width}")
         self.time = TimeFeatures(n_frequencies)
-        sizes = [size + self.time.size, *[width] * depth]
-        layers: list[nn.Module] = []
-        for n_in, n_out in pairwise(sizes):
-            layers += [nn.Linear(n_in, n_out), make_activation(activation)]
-        layers.append(nn.Linear(width, size))
-        self.layers = nn.Sequential(*layers)
-        _scale_(layers[-1], last_layer_scale)
+        sizes = (size + self.time.size, width, depth, size)
+        self.layers = stack_layers("field", nn.Linear, *sizes, activation, last_layer_scale)
 
     def forward(self, t: Tensor, h: Tensor) -> Tensor:
         """Velocity of states ``h``, (B, S), at time ``t``, a scalar or (B,)."""
@@ -121,11 +142,7 @@ class Blocks:
     side: int
 
     def __post_init__(self) -> None:
-        """Check that blocks tile an image.
-
-        Raises:
-            ValueError: If they do not.
-        """
+        """Raise ValueError if they do not."""
         if self.side < 1 or self.height % self.side or self.width % self.side:
             raise ValueError(
                 f"field.squeeze is {self.side}: expected a divisor of the image's sides, "
@@ -180,8 +197,6 @@ class ConvField(nn.Module):
         squeeze: int = 1,
     ) -> None:
         super().__init__()
-        if depth < 1 or width < 1:
-            raise ValueError(f"a field needs depth >= 1 and width >= 1: got {depth} and {width}")
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd to keep the image's size: got {kernel_size}")
         channels, height, columns = shape
@@ -189,22 +204,12 @@ class ConvField(nn.Module):
         channels, (height, columns) = channels * squeeze**2, self.blocks.shape
         self.inner_shape = (channels, height, columns)
         self.time = TimeFeatures(n_frequencies)
-        grid = torch.stack(
-            torch.meshgrid(
-                torch.linspace(-1, 1, height), torch.linspace(-1, 1, columns), indexing="ij"
-            )
-        )
+        sides = torch.linspace(-1, 1, height), torch.linspace(-1, 1, columns)
+        grid = torch.stack(torch.meshgrid(*sides, indexing="ij"))
         self.register_buffer("grid", grid if coordinates else grid[:0], persistent=False)
-        sizes = [channels + self.time.size + len(self.grid), *[width] * depth]
-        layers: list[nn.Module] = []
-        for n_in, n_out in pairwise(sizes):
-            layers += [
-                nn.Conv2d(n_in, n_out, kernel_size, padding=kernel_size // 2),
-                make_activation(activation),
-            ]
-        layers.append(nn.Conv2d(width, channels, kernel_size, padding=kernel_size // 2))
-        self.layers = nn.Sequential(*layers)
-        _scale_(layers[-1], last_layer_scale)
+        layer = partial(nn.Conv2d, kernel_size=kernel_size, padding=kernel_size // 2)
+        sizes = (channels + self.time.size + len(self.grid), width, depth, channels)
+        self.layers = stack_layers("field", layer, *sizes, activation, last_layer_scale)
 
     def forward(self, t: Tensor, h: Tensor) -> Tensor:
         """Velocity of states ``h``, (B, S), at time ``t``, a scalar or (B,)."""
@@ -225,9 +230,8 @@ class SeparateFields(nn.Module):
 
     def forward(self, t: Tensor, h: Tensor) -> Tensor:
         """Velocity of states ``h``, (C, S), at time ``t``, a scalar."""
-        return torch.cat(
-            [field(t, row) for field, row in zip(self.fields, h.split(1), strict=True)]
-        )
+        rows = zip(self.fields, h.split(1), strict=True)
+        return torch.cat([field(t, row) for field, row in rows])
 
 
 class VaryingField(nn.Module):
@@ -275,13 +279,6 @@ class VaryingField(nn.Module):
         left = min(int(position), len(self.knots) - 2)
         weights = torch.lerp(self.knots[left], self.knots[left + 1], position - left)
         parts = weights.split([shape.numel() for shape in self._shapes.values()])
-        named = zip(self._shapes.items(), parts, strict=True)
-        return functional_call(
-            self.field, {name: part.view(shape) for (name, shape), part in named}, (t, h)
-        )
-
-
-def _scale_(layer: nn.Module, factor: float) -> None:
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.mul_(factor)
+        shaped = zip(self._shapes.items(), parts, strict=True)
+        named = {name: part.view(shape) for (name, shape), part in shaped}
+        return functional_call(self.field, named, (t, h))

@@ -1,9 +1,8 @@
 """The paper's figures, drawn from plain arrays.
 
-Every function returns a new ``Figure`` and touches no state of pyplot. All figures are equally
-wide, and narrow beside their type, so that they can be read on a phone and enlarged on a desk.
-Colours are those of Okabe and Ito, which most colour-blind readers can tell apart; past seven
-groups the shape of the marker changes too. Clouds of points are rasterized, even in an SVG file.
+Every function returns a new ``Figure`` and touches no state of pyplot. All are equally wide, and
+narrow beside their type, to be read on a phone and enlarged on a desk. Past seven groups the shape
+of the marker changes with the colour. Clouds of points are rasterized, even in an SVG file.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 
 WIDTH = 5.0  # inches
 DPI = 200  # of the rasterized parts
-# Okabe and Ito without their yellow, which is lost on white.
+# Okabe and Ito, for colour-blind readers, without their yellow, which is lost on white.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#000000")
 MARKERS = "o^sDv"
 GREY = "#8c8c8c"  # points of no class, and data behind a model
@@ -71,8 +70,7 @@ def plot_spaces(
         shown = spaces[:, _examples(label, spaces.shape[1], n_images)]
         reach = np.quantile(np.abs(shown), 0.995, axis=(1, 2))[:, None, None] + 1e-12
         side = (WIDTH - 1.15) / shown.shape[1]  # beside the titles
-        figure = _figure(len(shown) * side * _aspect(image_shape) + 0.1)
-        axes = figure.add_subplot()
+        figure, axes = _axes(len(shown) * side * _aspect(image_shape) + 0.1)
         centres = _draw_mosaic(axes, _grey(shown, -reach, reach), image_shape)
         axes.set_yticks(centres, titles, fontsize=9)
         axes.set_anchor("W")  # centred, the layout finds too little room for the titles
@@ -210,14 +208,11 @@ def plot_trajectory_means(
     n_columns = max(len(thin), 12)
     pixel = 0.98 * WIDTH / (n_columns * (width + gap))
     label_height = 0.22
-    figure = _figure(n_clusters * (height * pixel + label_height) + label_height + 0.1)
-    axes = figure.add_subplot()
+    figure, axes = _axes(n_clusters * (height * pixel + label_height) + label_height + 0.1)
     centres = _draw_mosaic(axes, images, image_shape, row_gap=label_height / pixel)
     axes.set_xlim(-0.5, n_columns * (width + gap) - gap - 0.5)
-    axes.set_ylim(
-        centres[-1] + height / 2 + label_height / pixel,
-        centres[0] - height / 2 - label_height / pixel,
-    )
+    reach = height / 2 + label_height / pixel
+    axes.set_ylim(centres[-1] + reach, centres[0] - reach)
     for centre, text in zip(centres, row_labels, strict=True):
         top = centre - height / 2 - 0.15 * label_height / pixel
         axes.text(-0.5, top, text, fontsize=9, va="baseline", parse_math=False)
@@ -267,27 +262,19 @@ def plot_components(
         members = np.flatnonzero(cluster == c)
         for t, i in zip(_pseudotimes(len(members)), members, strict=True):
             colours[i] = _shade(_colour(c), t)
-    figure = _figure(WIDTH)
-    axes = figure.add_subplot()
+    figure, axes = _axes(WIDTH)
     _scatter(axes, data, None, size=4, colour="#c4c4c4")
     for alpha, width in ((0.12, 0.0), (1.0, 0.9)):  # faces below all outlines
         axes.add_collection(
             EllipseCollection(
-                *size.T,
-                angle,
-                units="xy",
-                offsets=mean,
-                offset_transform=axes.transData,
+                *size.T, angle, units="xy", offsets=mean, offset_transform=axes.transData,
                 facecolors=colours if width == 0 else "none",
-                edgecolors=colours if width else "none",
-                linewidths=width,
-                alpha=alpha,
+                edgecolors=colours if width else "none", linewidths=width, alpha=alpha,
             )
-        )
+        )  # fmt: skip
     reach = n_std * np.sqrt(variance[:, 1:])
     _limit(axes, np.concatenate([data, mean - reach, mean + reach]), robust=False)
-    axes.set_xlabel("feature 1", fontsize=10)
-    axes.set_ylabel("feature 2", fontsize=10)
+    axes.set(xlabel="feature 1", ylabel="feature 2")
     _key(figure, [(f"cluster {c}", _colour(c)) for c in np.unique(cluster)])
     return figure
 
@@ -317,38 +304,35 @@ def plot_history(history: pd.DataFrame, n_spaces: int) -> Figure:
     space = history["space"].to_numpy(int)
     begin = np.concatenate([[0.0], step[:-1]])
     tuning = space >= n_spaces
-    figure = _figure(0.62 * WIDTH)
-    axes = figure.add_subplot()
+    figure, axes = _axes(0.62 * WIDTH)
     for v in np.unique(space[~tuning])[::2]:
         inside = space == v
         axes.axvspan(begin[inside].min(), step[inside].max(), color="#ececec", lw=0, zorder=0)
     axes.plot(step, history["train"], color=PALETTE[0], lw=1.6, label="train")
     axes.plot(step, history["validation"], color=PALETTE[3], lw=1.6, ls="--", label="validation")
-    over = axes.get_xaxis_transform()
-    if (~tuning).any():
-        middle = (begin[~tuning].min() + step[~tuning].max()) / 2
-        text = f"{n_spaces} spaces: latent → input"
+
+    def say(text: str, epochs: np.ndarray) -> None:
+        middle = (begin[epochs].min() + step[epochs].max()) / 2
+        over = axes.get_xaxis_transform()
         axes.text(middle, 1.02, text, transform=over, ha="center", fontsize=9)
+
+    if (~tuning).any():
+        say(f"{n_spaces} spaces: latent → input", ~tuning)
     if tuning.any():
-        start = begin[tuning].min()
-        axes.axvline(start, color="#555555", lw=1, ls=":")
-        middle = (start + step[tuning].max()) / 2
-        axes.text(middle, 1.02, "fine-tuning", transform=over, ha="center", fontsize=9)
+        axes.axvline(begin[tuning].min(), color="#555555", lw=1, ls=":")
+        say("fine-tuning", tuning)
         chosen = history["validation"].where(tuning)
         if chosen.notna().any():
             i = int(np.nanargmin(chosen.to_numpy(float)))
-            axes.plot(
-                step[i],
-                chosen.iloc[i],
-                ls="",
-                marker="*",
-                ms=13,
-                mfc=PALETTE[1],
-                mec="black",
-                mew=0.7,
-                clip_on=False,
-                label=f"best {chosen.iloc[i]:.3f} at step {step[i]:.0f}",
-            )
+            label = f"best {chosen.iloc[i]:.3f} at step {step[i]:.0f}"
+            star: dict[str, Any] = {
+                "marker": "*",
+                "ms": 13,
+                "mfc": PALETTE[1],
+                "mec": "black",
+                "mew": 0.7,
+            }
+            axes.plot(step[i], chosen.iloc[i], ls="", **star, clip_on=False, label=label)
     loss = history[["train", "validation"]].to_numpy(float)
     loss = loss[np.isfinite(loss)]
     if loss.size:
@@ -356,10 +340,9 @@ def plot_history(history: pd.DataFrame, n_spaces: int) -> Figure:
         margin = 0.08 * (high - low) + 1e-3
         axes.set_ylim(low - margin, min(loss.max(), high + 0.2 * (high - low)) + margin)
     axes.set_xlim(0, step.max())
-    axes.set_xlabel("step", fontsize=10)
-    axes.set_ylabel("nats per dimension", fontsize=10)
+    axes.set(xlabel="step", ylabel="nats per dimension")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    _legend(figure, 3)
     return figure
 
 
@@ -389,15 +372,13 @@ def plot_confusion(
     n_classes, n_clusters = table.shape
     order = np.argsort(np.where(match < 0, n_classes, match), kind="stable")
     share = table / np.maximum(table.sum(1, keepdims=True), 1)
-    figure = _figure(np.clip(0.76 * WIDTH * n_classes / n_clusters, 1.5, 2 * WIDTH) + 0.55)
-    axes = figure.add_subplot()
+    figure, axes = _axes(np.clip(0.76 * WIDTH * n_classes / n_clusters, 1.5, 2 * WIDTH) + 0.55)
     image = axes.imshow(share[:, order], cmap="Blues", vmin=0, vmax=1, interpolation="none")
     for column, c in enumerate(order):
         if match[c] >= 0:
             corner = (column - 0.5, match[c] - 0.5)
-            axes.add_patch(
-                Rectangle(corner, 1, 1, fill=False, ec=PALETTE[3], lw=1.8, clip_on=False)
-            )
+            frame: dict[str, Any] = {"fill": False, "ec": PALETTE[3], "lw": 1.8, "clip_on": False}
+            axes.add_patch(Rectangle(corner, 1, 1, **frame))
         for row in range(n_classes if n_clusters <= 16 else 0):
             if table[row, c]:
                 colour = "white" if share[row, c] > 0.55 else "black"
@@ -407,8 +388,7 @@ def plot_confusion(
     size = 9 if n_clusters <= 16 else 6
     axes.set_xticks(range(n_clusters), [str(c) for c in order], fontsize=size)
     axes.set_yticks(range(n_classes), [_plain(name) for name in class_names], fontsize=9)
-    axes.set_xlabel("cluster", fontsize=10)
-    axes.set_ylabel("class", fontsize=10)
+    axes.set(xlabel="cluster", ylabel="class")
     bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.02)
     bar.set_ticks([0, 0.5, 1], labels=["0 %", "50 %", "100 %"], fontsize=9)
     bar.set_label("share of the class", fontsize=10)
@@ -434,13 +414,11 @@ def plot_discretization(
         )
     order = np.argsort(n_pseudotimes)
     g, y = np.asarray(n_pseudotimes)[order], np.asarray(density, float)[order]
-    figure = _figure(0.55 * WIDTH)
-    axes = figure.add_subplot()
+    figure, axes = _axes(0.55 * WIDTH)
     axes.plot(g, y, color=PALETTE[0], marker="o", lw=1.6)
     for x, value in zip(g, y, strict=True):
-        axes.annotate(
-            f"{value:.3f}", (x, value), (0, 8), textcoords="offset points", ha="center", fontsize=9
-        )
+        place: dict[str, Any] = {"textcoords": "offset points", "ha": "center"}
+        axes.annotate(f"{value:.3f}", (x, value), (0, 8), **place, fontsize=9)
     axes.set_xscale("log")
     axes.set_xticks(g, [str(value) for value in g], fontsize=9)
     axes.xaxis.set_minor_locator(NullLocator())
@@ -451,8 +429,7 @@ def plot_discretization(
         reach = max(0.8 * np.ptp(finite), 0.01)
         axes.set_ylim(middle - reach, middle + reach)
     axes.margins(x=0.1)
-    axes.set_xlabel("pseudotimes of a trajectory, G", fontsize=10)
-    axes.set_ylabel(unit, fontsize=10)
+    axes.set(xlabel="pseudotimes of a trajectory, G", ylabel=unit)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
@@ -494,22 +471,15 @@ def _plot_paths(
     plane = _Plane.of(mean.reshape(-1, mean.shape[2]) if data is None else np.asarray(data))
     paths = plane(mean)  # (C, G, 2)
     seen = [paths.reshape(-1, 2)]
-    figure = _figure(WIDTH)
-    axes = figure.add_subplot()
+    figure, axes = _axes(WIDTH)
     if data is not None:
         seen.append(plane(np.asarray(data)))
         _scatter(axes, seen[1], None, size=4, colour="#c4c4c4")
     for c, path in enumerate(paths):
         colours = [_shade(_colour(c), t) for t in _pseudotimes(len(path))]
         axes.plot(*path.T, color=_colour(c), lw=1.2, zorder=2)
-        axes.scatter(
-            *path.T,
-            s=26,
-            c=["white" if dim else to_hex(rgb) for dim, rgb in zip(idle[c], colours, strict=True)],
-            edgecolors=colours,
-            linewidths=1.0,
-            zorder=3,
-        )
+        faces = ["white" if dim else to_hex(rgb) for dim, rgb in zip(idle[c], colours, strict=True)]
+        axes.scatter(*path.T, s=26, c=faces, edgecolors=colours, linewidths=1.0, zorder=3)
         axes.scatter(*path[-1], s=52, marker="s", color=[colours[-1]], zorder=4)
     _limit(axes, np.concatenate(seen), robust=False)
     _name_axes(axes, plane)
@@ -519,6 +489,16 @@ def _plot_paths(
 
 def _figure(height: float) -> Figure:
     return Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained", facecolor="white")
+
+
+def _axes(height: float) -> tuple[Figure, Axes]:
+    figure = _figure(height)
+    return figure, figure.add_subplot()
+
+
+def _legend(figure: Figure, ncols: int, fontsize: int = 9, **options: Any) -> None:
+    place: dict[str, Any] = {"loc": "outside lower center", "frameon": False}
+    figure.legend(**place, ncols=ncols, fontsize=fontsize, **options)
 
 
 def _colour(group: int) -> str:
@@ -571,29 +551,21 @@ def _scatter(
         return
     group = np.asarray(group)[keep]
     for g in np.unique(group):
-        width = 0.6 if g < 0 else 0  # a cross is all outline
-        axes.scatter(
-            *x[group == g].T,
-            s=3 * size if g < 0 else size,
-            color=_colour(g),
-            marker=_marker(g),
-            linewidths=width,
-            rasterized=True,
-        )
+        own, width = (3 * size, 0.6) if g < 0 else (size, 0)  # a cross is all outline
+        style: dict[str, Any] = {"color": _colour(g), "marker": _marker(g), "linewidths": width}
+        axes.scatter(*x[group == g].T, s=own, **style, rasterized=True)
 
 
 def _limit(axes: Axes, x: np.ndarray, robust: bool = True) -> None:
     """Set equal scales that show all points, or all but the outermost 0.2 % along each axis."""
     low, high = np.quantile(x, [0.001, 0.999] if robust else [0, 1], axis=0)
     middle, reach = (low + high) / 2, 0.54 * max((high - low).max(), 1e-9)
-    axes.set_xlim(middle[0] - reach, middle[0] + reach)
-    axes.set_ylim(middle[1] - reach, middle[1] + reach)
-    axes.set_aspect("equal")
+    (left, bottom), (right, top) = middle - reach, middle + reach
+    axes.set(xlim=(left, right), ylim=(bottom, top), aspect="equal")
 
 
 def _name_axes(axes: Axes, plane: _Plane) -> None:
-    axes.set_xlabel(plane.names[0], fontsize=10)
-    axes.set_ylabel(plane.names[1], fontsize=10)
+    axes.set(xlabel=plane.names[0], ylabel=plane.names[1])
     axes.tick_params(labelsize=9)
 
 
@@ -614,9 +586,7 @@ def _key(figure: Figure, groups: list[tuple[str, str]]) -> None:
     n_columns = -(-len(entries) // n_rows)
     entries += [blank] * (n_columns * n_rows - len(entries))
     figure.set_figheight(0.95 * WIDTH + 0.19 * n_rows)
-    figure.legend(
-        handles=entries, loc="outside lower center", ncols=n_columns, frameon=False, fontsize=9
-    )
+    _legend(figure, n_columns, handles=entries)
 
 
 def _examples(label: np.ndarray | None, n: int, n_images: int) -> np.ndarray:
@@ -686,17 +656,13 @@ def _draw_mosaic(
     axes.set_xlim(-0.5, strip.shape[1] - 0.5)
     axes.set_ylim(top + height, -0.5)
     axes.spines[:].set_visible(False)
-    axes.set_xticks([])
-    axes.set_yticks([])
+    axes.set(xticks=[], yticks=[])
     axes.tick_params(length=0)
     return np.arange(n_rows) * (height + row_gap) + height / 2 - 0.5
 
 
 def plot_sweep(
-    labels: Sequence[str],
-    row: np.ndarray,
-    panels: dict[str, np.ndarray],
-    n_failed: Sequence[int],
+    labels: Sequence[str], row: np.ndarray, panels: dict[str, np.ndarray], n_failed: Sequence[int]
 ) -> Figure:
     """Draw the trials of a sweep as strokes, each row's mean and standard deviation as an interval.
 
@@ -722,10 +688,13 @@ def plot_sweep(
             own = values[(row == index) & np.isfinite(values)]
             if len(own):
                 spread = own.std(ddof=1) if len(own) > 1 else 0.0
-                ax.errorbar(
-                    own.mean(), index, xerr=spread, fmt="o", color=PALETTE[panel], capsize=3,
-                    markersize=5, zorder=3,
-                )  # fmt: skip
+                style: dict[str, Any] = {
+                    "fmt": "o",
+                    "color": PALETTE[panel],
+                    "capsize": 3,
+                    "markersize": 5,
+                }
+                ax.errorbar(own.mean(), index, xerr=spread, **style, zorder=3)
                 ax.plot(own, np.full(len(own), index), "|", color=GREY, markersize=9, zorder=2)
         ax.set_xlabel(textwrap.fill(title, 22 if len(panels) > 1 else 40), fontsize=8)
         ax.tick_params(labelsize=7)
@@ -784,17 +753,16 @@ def plot_costs(
         drawn.append((axes, x, shown))
     # Darker than the points, so that the lighter colours can be read.
     ink = [to_hex(_shade(PALETTE[i % len(PALETTE)], 0.8)) for i in kind]
-    handles = [
-        Line2D(
-            [], [], ls="", marker=MARKERS[i % len(MARKERS)], color=PALETTE[i % len(PALETTE)],
-            ms=5, label=_plain(name),
-        )
-        for i, name in enumerate(kinds)
-    ]  # fmt: skip
+    handles = []
+    for i, name in enumerate(kinds):
+        style: dict[str, Any] = {
+            "marker": MARKERS[i % len(MARKERS)],
+            "color": PALETTE[i % len(PALETTE)],
+            "ms": 5,
+        }
+        handles.append(Line2D([], [], ls="", **style, label=_plain(name)))
     if handles:
-        figure.legend(
-            handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8
-        )
+        _legend(figure, 3, fontsize=8, handles=handles)
     figure.draw_without_rendering()  # lays the panels out, whose sizes the labels need
     for axes, x, shown in drawn:
         bars = np.nan_to_num(spread[shown])

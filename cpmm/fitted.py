@@ -103,14 +103,12 @@ class FittedMixture:
             raise ValueError("no points: expected one or more")
         raw = raw.to(self.mixture.components.mean.device)
         if raw.is_floating_point():
-            bad = ~torch.isfinite(raw)
-            if self.preprocessing.levels is not None:
+            bad, kind, levels = ~torch.isfinite(raw), "a finite number", self.preprocessing.levels
+            if levels is not None:
                 bad |= raw != raw.round()
+                kind = f"a whole grey level of 0 to {levels - 1}"
             if bool(bad.any()):
                 row, column = bad.nonzero()[0].tolist()
-                kind = "a finite number"
-                if self.preprocessing.levels is not None:
-                    kind = f"a whole grey level of 0 to {self.preprocessing.levels - 1}"
                 raise ValueError(
                     f"feature {self.feature_names[column]!r} of point {row + 1} is "
                     f"{raw[row, column].item()}: expected {kind}"

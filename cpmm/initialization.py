@@ -58,9 +58,8 @@ def initial_states(
         ValueError: If ``kind`` is unknown or C is out of range.
     """
     if kind not in INITIALIZATIONS:
-        raise ValueError(
-            f"cpmm.initialization.kind is {kind!r}: choose one of {', '.join(INITIALIZATIONS)}"
-        )
+        known = ", ".join(INITIALIZATIONS)
+        raise ValueError(f"cpmm.initialization.kind is {kind!r}: choose one of {known}")
     require_clusters(n_clusters, len(x))
     shape = (n_clusters, layout.n_features)
 
@@ -221,25 +220,14 @@ def local_analyzer_groups(
     """Group points by the likeliest of C local factor analyzers, from several starts of k-means.
 
     Each start alternates between local factor analysis and assignment until nothing changes; the
-    start whose mixture has the highest likelihood wins.
-
-    Args:
-        x: Points, (N, M).
-        n_groups: C.
-        layout: For the number of factors and the floor of log d.
-        restarts: Number of starts.
-        generator: Source of every draw.
-
-    Returns:
-        (N,), integers in [0, C).
+    start whose mixture has the highest likelihood wins. Arguments as for :func:`partition`.
     """
 
     def start() -> tuple[float, Tensor]:
         label = kmeans(x, n_groups, generator, n_init=1)
         for _ in range(50):
-            fa = local_factor_analyzers(
-                x, label, n_groups, layout.n_factors, layout.log_diagonal_floor
-            )
+            sizes = n_groups, layout.n_factors, layout.log_diagonal_floor
+            fa = local_factor_analyzers(x, label, *sizes)
             joint = component_log_prob(x, fa) + fa.log_weight
             proposal = joint.argmax(1)
             if len(proposal.unique()) < n_groups or bool((proposal == label).all()):

@@ -97,9 +97,8 @@ def fit_elementwise_map(
     n_held_out = max(2, options.n_points // 10)
     order = torch.randperm(len(validation), generator=generator)[:n_held_out]
     x, log_det = points(validation[order])
-    held_out = list(
-        zip(x.split(options.batch_size), log_det.split(options.batch_size), strict=True)
-    )
+    parts = (values.split(options.batch_size) for values in (x, log_det))
+    held_out = list(zip(*parts, strict=True))
     if options.n_components > len(raw):
         raise ValueError(
             f"data.map.n_components is {options.n_components}: expected at most {len(raw)}, the "
@@ -107,24 +106,21 @@ def fit_elementwise_map(
         )
     x, _ = points(raw)
     learned = LearnedMap(initial_knots(x[:500], raw[:500], logit, options.n_bins))
-    joint = _start(learned, Space(raw, logit, standardize), x, options, generator)
+    space, k, floor = (
+        Space(raw, logit, standardize),
+        options.n_components,
+        options.log_diagonal_floor,
+    )
+    with torch.no_grad():
+        z, _ = space.forward(learned, x)
+    group = kmeans(z, k, generator, n_init=1)
+    start = local_factor_analyzers(z, group, k, options.n_factors, floor)
+    joint = MappedMixture(learned, DirectMixture(start, floor), space)
 
     def draw() -> tuple[Tensor, Tensor]:
         return points(raw[torch.randint(len(raw), (options.batch_size,), generator=generator)])
 
     return _fit(joint, draw, held_out, options, listener)
-
-
-def _start(
-    learned: LearnedMap, space: Space, x: Tensor, options: MapOptions, generator: torch.Generator
-) -> MappedMixture:
-    """Start the mixture behind the map by k-means and local factor analysis of logits ``x``."""
-    with torch.no_grad():
-        z, _ = space.forward(learned, x)
-    k, floor = options.n_components, options.log_diagonal_floor
-    group = kmeans(z, k, generator, n_init=1)
-    start = local_factor_analyzers(z, group, k, options.n_factors, floor)
-    return MappedMixture(learned, DirectMixture(start, floor), space)
 
 
 def _fit(
@@ -134,14 +130,10 @@ def _fit(
     options: MapOptions,
     listener: Listener | None,
 ) -> ElementwiseMap:
-    """Take the steps; return the map of the best of the twenty states that are validated.
+    """Take the steps, each on the logits and log-determinants that ``draw`` gives; return the best.
 
-    Args:
-        joint: Map and mixture, trained in place.
-        draw: Gives the logits of a batch and their log-determinants.
-        held_out: The same for validation points, in batches.
-        options: Number and size of the steps.
-        listener: As for :func:`fit_elementwise_map`.
+    That is the map of the one of twenty states that makes ``held_out``, the same in batches for
+    validation points, likeliest.
     """
     n_steps = options.n_steps
     optimizer, schedule = joint.optimizer(options.learning_rate, options.map_rate_factor, n_steps)

@@ -34,11 +34,7 @@ class Mixture:
     batch_size: int = 2048
 
     def __post_init__(self) -> None:
-        """Check that every component has a cluster.
-
-        Raises:
-            ValueError: If the sizes of the clusters do not sum to K.
-        """
+        """Raise ValueError if the sizes of the clusters do not sum to K."""
         if sum(self.cluster_sizes) != self.components.n_components or min(self.cluster_sizes) < 0:
             raise ValueError(
                 f"cluster_sizes must sum to K = {self.components.n_components}, the number of "
@@ -165,9 +161,8 @@ class Mixture:
         if set(tensors) != names:
             raise ValueError(f"{folder} holds tensors {sorted(tensors)}: expected {sorted(names)}")
         if not all(bool(torch.isfinite(value).all()) for value in tensors.values()):
-            raise ValueError(
-                f"{folder} holds values that are not finite: extract the mixture again"
-            )
+            again = "extract the mixture again"
+            raise ValueError(f"{folder} holds values that are not finite: {again}")
         sizes = header.get("cluster_sizes")
         if not isinstance(sizes, list) or not all(isinstance(size, int) for size in sizes):
             raise ValueError(
@@ -187,9 +182,5 @@ class Mixture:
         if torch.is_grad_enabled() or len(x) <= self.batch_size:
             return reduce(self.joint_log_prob(x))
         density, log_weight = prepare_density(self.components), self.components.log_weight
-        return torch.cat(
-            [
-                reduce(density.component_log_prob(part) + log_weight)
-                for part in x.split(self.batch_size)
-            ]
-        )
+        joint = (density.component_log_prob(part) + log_weight for part in x.split(self.batch_size))
+        return torch.cat([reduce(part) for part in joint])

@@ -72,9 +72,8 @@ def neighbour_groups(
     # The nearest of all is the image itself.
     nearest = _nearest(own, seen, n_neighbours + 1)[:, 1:]
     rows = np.repeat(np.arange(n_points), n_neighbours)
-    edges = csr_matrix(
-        (np.ones(len(rows)), (rows, nearest.numpy().ravel())), shape=(n_points, n_points)
-    )
+    places = rows, nearest.numpy().ravel()
+    edges = csr_matrix((np.ones(len(rows)), places), shape=(n_points, n_points))
     edges = edges + edges.T
     # Islands of a few images would each get a group of their own: they join one afterwards.
     _, island = connected_components(edges, directed=False)
@@ -86,12 +85,8 @@ def neighbour_groups(
         ).fit_predict(edges[kept][:, kept] / 2)
     seen, chosen = [view[torch.from_numpy(kept)] for view in seen], chosen[torch.from_numpy(kept)]
     votes = torch.nn.functional.one_hot(torch.from_numpy(label).long(), n_groups)
-    group = torch.cat(
-        [
-            votes[_nearest(project(part), seen, n_neighbours)].sum(1).argmax(1)
-            for part in raw.split(PART)
-        ]
-    )
+    nearest = (_nearest(project(part), seen, n_neighbours) for part in raw.split(PART))
+    group = torch.cat([votes[part].sum(1).argmax(1) for part in nearest])
     group[chosen] = votes.argmax(1)
     return group
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -41,11 +42,7 @@ class Solver:
     gradient: str = "backpropagation"
 
     def __post_init__(self) -> None:
-        """Check the choices.
-
-        Raises:
-            ValueError: If an option is unknown or out of range.
-        """
+        """Raise ValueError if an option is unknown or out of range."""
         for name, value, known in (
             ("method", self.method, FIXED_STEP + ADAPTIVE),
             ("interpolation", self.interpolation, ("linear", "cubic")),
@@ -106,7 +103,7 @@ class Solver:
 
     def _integrate(self, field: Callable, initial: Tensor, knots: Tensor) -> Tensor:
         if self.gradient == "checkpoint" and torch.is_grad_enabled():
-            field = _Checkpointed(field)
+            field = partial(checkpoint, field, use_reentrant=False)
         if self.method in FIXED_STEP and self.gradient != "adjoint" and torch.is_grad_enabled():
             # torchdiffeq writes each state into one tensor of all, and the gradient of each write
             # goes through all of that tensor: a fifth of a training step. So only the ends are
@@ -160,12 +157,3 @@ class _Remembered(nn.Module):
 
     def forward(self, t: Tensor, h: Tensor) -> Tensor:
         return self.field(t, h)
-
-
-class _Checkpointed(nn.Module):
-    def __init__(self, field: Callable[[Tensor, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.field = field
-
-    def forward(self, t: Tensor, h: Tensor) -> Tensor:
-        return checkpoint(self.field, t, h, use_reentrant=False)

@@ -47,11 +47,7 @@ class Preprocessing:
     whitening: Tensor | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Check the options that depend on each other.
-
-        Raises:
-            ValueError: If grey levels have no margin in (0, 0.5), or real values have a map.
-        """
+        """Raise ValueError if grey levels have no margin in (0, 0.5), or real values have a map."""
         if self.levels is not None and (self.alpha is None or not 0 < self.alpha < 0.5):
             raise ValueError(
                 f"data.alpha, the margin of the logit, is {self.alpha}: grey levels need 0 < alpha "
@@ -287,11 +283,7 @@ class Preprocessing:
 
 
 def _inverse_root(covariance: Tensor) -> Tensor:
-    """Symmetric root of the inverse of a covariance, (M, M).
-
-    Raises:
-        ValueError: If the covariance is singular.
-    """
+    """Symmetric root of the inverse of a covariance, (M, M)."""
     value, vector = torch.linalg.eigh(covariance)
     if not bool(value[0] > 1e-10 * value[-1]):
         raise ValueError(
@@ -321,11 +313,7 @@ class Augmentation:
     image_shape: tuple[int, int, int] | None = None
 
     def __post_init__(self) -> None:
-        """Check the options.
-
-        Raises:
-            ValueError: If one is out of range, or an image's is asked of a table.
-        """
+        """Raise ValueError if one is out of range, or an image's is asked of a table."""
         if self.noise < 0 or self.translate < 0:
             raise ValueError(
                 f"augmentation: noise and translate must be 0 or more: got {self.noise}, "

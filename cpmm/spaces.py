@@ -61,11 +61,7 @@ class Curriculum:
     fine_tune_epochs: int
 
     def __post_init__(self) -> None:
-        """Check the counts.
-
-        Raises:
-            ValueError: If nothing would be trained.
-        """
+        """Raise ValueError if nothing would be trained."""
         if (
             min(self.n_spaces, self.epochs_per_space, self.fine_tune_epochs) < 0
             or not self.n_epochs

@@ -29,9 +29,7 @@ class Flow(nn.Module):
         super().__init__()
         if trace not in TRACES:
             raise ValueError(f"teacher.trace is {trace!r}: choose one of {TRACES}")
-        self.field = field
-        self.solver = solver
-        self.trace = trace
+        self.field, self.solver, self.trace = field, solver, trace
 
     def transform(
         self, x: Tensor, positions: Tensor, start: float = 0.0, end: float = 1.0
@@ -105,8 +103,7 @@ class _WithTrace(nn.Module):
 
     def __init__(self, field: nn.Module, probe: Tensor | None) -> None:
         super().__init__()
-        self.field = field
-        self.probe = probe
+        self.field, self.probe = field, probe
 
     def forward(self, v: Tensor, h: Tensor) -> Tensor:
         u = h[:, :-3]

@@ -44,11 +44,7 @@ class StateLayout:
     log_diagonal_floor: float = -6.0
 
     def __post_init__(self) -> None:
-        """Check the sizes and choices.
-
-        Raises:
-            ValueError: If one is out of range.
-        """
+        """Raise ValueError if one is out of range."""
         if not 1 <= self.n_factors <= self.n_features:
             raise ValueError(
                 f"cpmm.n_factors (R) is {self.n_factors}: expected 1 <= R <= M = "
@@ -158,14 +154,9 @@ class Trajectories(nn.Module):
             raise ValueError(
                 f"initial states must be (C, {layout.size}) with C >= 1: got {tuple(initial.shape)}"
             )
-        self.layout = layout
-        self.field = field
-        self.solver = solver
-        self.blocks = blocks
+        self.layout, self.field, self.solver, self.blocks = layout, field, solver, blocks
         self.initial = nn.Parameter(initial.clone())
-        self.cluster_logit = nn.Parameter(
-            torch.zeros(len(initial)), requires_grad=learned_cluster_weight
-        )
+        self.cluster_logit = nn.Parameter(torch.zeros(len(initial)), learned_cluster_weight)
 
     @property
     def n_clusters(self) -> int:

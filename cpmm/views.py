@@ -34,11 +34,7 @@ class AffineViews:
     image_shape: tuple[int, int, int] | None = None
 
     def __post_init__(self) -> None:
-        """Check the amounts.
-
-        Raises:
-            ValueError: If one is out of range, or there is no image.
-        """
+        """Raise ValueError if one is out of range, or there is no image."""
         for name, most in (("rotate", 180), ("shear", 89), ("scale", 0.99), ("translate", 1e6)):
             value = getattr(self, name)
             if not 0 <= value <= most:  # NaN is not
@@ -115,14 +111,8 @@ def warp_images(
     angle, slope = rotate * (math.pi / 180), torch.tan(shear * (math.pi / 180))
     cos, sin, size = angle.cos(), angle.sin(), 1 + scale
     # Each pixel of the view looks up where it came from: the inverse of the map above.
-    back = torch.stack(
-        [
-            torch.stack([cos - slope * sin, -sin - slope * cos], 1),
-            torch.stack([sin, cos], 1),
-        ],
-        1,
-    )
-    back = back / size[:, None, None]  # (N, 2, 2)
+    rows = [cos - slope * sin, -sin - slope * cos], [sin, cos]
+    back = torch.stack([torch.stack(row, 1) for row in rows], 1) / size[:, None, None]  # (N, 2, 2)
     start = -(back @ translate.unsqueeze(-1))  # (N, 2, 1)
     half = back.new_tensor([width / 2, height / 2])  # affine_grid counts in halves of the image
     theta = torch.cat([back * half, start], 2) / half[:, None]  # (N, 2, 3)

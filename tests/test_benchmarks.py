@@ -74,9 +74,8 @@ def test_teachers_are_trained_and_scored_as_by_the_pipeline_and_a_failure_is_rec
     for stage in (prepare_data, train_teacher):
         stage.main(folder, config)
     with torch.no_grad():
-        row, _ = evaluate._score_teacher(
-            folder, config, load_prepared(folder / "prepared"), ood=None
-        )
+        data = load_prepared(folder / "prepared")
+        row = evaluate._score_teacher(folder, config, data, ood=None)
     before = {path: file_digest(path) for path in folder.rglob("*") if path.is_file()}
     records = {}
     for name, options in {"anew": [], "trained": ["--trained", "--refine-rate", "1e9"]}.items():

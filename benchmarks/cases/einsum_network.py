@@ -1,11 +1,10 @@
 """A training step of our einsum network beside SPFlow's of the same architecture and weights.
 
-SPFlow deals features to regions at random; here it gets our regions, so that densities can be compared.
+SPFlow deals features to regions at random; here it gets ours, so that densities can be compared.
 """
 
 from __future__ import annotations
 
-import importlib
 import re
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -14,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cases.timing import Row, time_in_turns
+from cases.timing import Row, require_agreement, time_in_turns, unavailable
 from cpmm.baselines.einet import SMOOTHING, EinsumNetwork
 
 MODULES = ("spflow.modules.einsum", "spflow.modules.leaves", "spflow.zoo.einet")
@@ -40,13 +39,8 @@ class Step:
 
 def time_einsum_network(quick: bool, repeats: int) -> list[Row]:
     """Compare densities first, then times and memory; without SPFlow, ours alone."""
-    rows, peer = [], True
-    try:
-        for module in MODULES:
-            importlib.import_module(module)
-    except Exception as error:  # whatever an import may raise
-        rows.append(Row(f"SPFlow Einet: not available ({type(error).__name__}: {error})"))
-        peer = False
+    rows = unavailable("SPFlow Einet", *MODULES)
+    peer = not rows
     for side in SIDES[:1] if quick else SIDES:
         for n_parameters in SIZES[:1] if quick else SIZES:
             rows += _compare(side, n_parameters, repeats, peer, memory=not quick)
@@ -67,21 +61,15 @@ def copy_to_spflow(ours: EinsumNetwork) -> nn.Module:
     from spflow.zoo.einet import Einet
 
     m, n_leaves = ours.n_features, ours.n_leaves
+    loc, scale = ours.mean[0].clone(), (0.5 * ours.log_variance[0]).exp()
     leaves = Normal(
-        range(m),
-        n_leaves,
+        range(m), n_leaves, loc=loc.unsqueeze(2), scale=scale.unsqueeze(2),
         validate_args=False,  # which takes time
-        loc=ours.mean[0].unsqueeze(2).clone(),
-        scale=(0.5 * ours.log_variance[0]).exp().unsqueeze(2),
-    )
+    )  # fmt: skip
     theirs = Einet(
-        [leaves],
-        num_sums=ours.n_sums,
-        num_leaves=n_leaves,
-        depth=ours.depth,
-        num_repetitions=1,
-        layer_type="einsum",
-    ).to(ours.mean)
+        [leaves], num_sums=ours.n_sums, num_leaves=n_leaves, depth=ours.depth,
+        num_repetitions=1, layer_type="einsum",
+    ).to(ours.mean)  # fmt: skip
     # Which region has a feature, (M, regions, 1); SPFlow draws samples by buffers of their own.
     region = torch.zeros(len(ours.index), m + 1).scatter_(1, ours.index, 1)[:, :m].T.unsqueeze(2)
     theirs.factorize.indices.copy_(region)
@@ -100,7 +88,12 @@ def _compare(side: int, n_parameters: int, repeats: int, peer: bool, memory: boo
     rows = [Row(f"{side**2} features, depth {ours.depth}, {sizes}, batch {BATCH}, float32")]
     x = torch.randn(BATCH, side**2, generator=torch.Generator().manual_seed(1))
     if peer:
-        rows.append(_check(ours.double(), x.double()))
+        with torch.no_grad():
+            ours, wide = ours.double(), x.double()
+            found = copy_to_spflow(ours).log_likelihood(wide).flatten()
+            rows.append(
+                require_agreement("SPFlow Einet", "", found, ours.log_prob(wide), TOLERANCE)
+            )
     step = Step(ours.float())
     # As images are to leaves of few pixels: differences of hundreds of nats, subnormal numbers.
     far = f"ours, points {FAR} times as far"
@@ -114,27 +107,13 @@ def _compare(side: int, n_parameters: int, repeats: int, peer: bool, memory: boo
         ratio = seconds[name] / seconds["ours"]
         rows.append(Row(f"{name}, a step", seconds[name], ratio, "x our time"))
     if peer and memory and CLEAR.exists():
-        peaks = [_in_fresh_process(which, side, n_parameters) for which in ("ours", "theirs")]
+        peaks = []
+        for which in ("ours", "theirs"):
+            with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # a process of its own
+                peaks.append(pool.submit(_measure_memory, which, side, n_parameters).result())
         rows.append(Row("ours, memory of a step", None, peaks[0] / 1e6, "MB"))
         rows.append(Row("SPFlow Einet, memory of a step", None, peaks[1] / peaks[0], "x ours"))
     return rows
-
-
-@torch.no_grad()
-def _check(ours: EinsumNetwork, x: Tensor) -> Row:
-    expected, found = ours.log_prob(x), copy_to_spflow(ours).log_likelihood(x).flatten()
-    difference = float(((found - expected) / expected).abs().max())
-    if not difference < TOLERANCE:
-        raise FloatingPointError(
-            f"SPFlow's Einet and ours differ by {difference:.1e}, relative, in float64: expected "
-            f"less than {TOLERANCE}"
-        )
-    return Row("SPFlow Einet in float64", None, difference, "largest relative difference")
-
-
-def _in_fresh_process(which: str, side: int, n_parameters: int) -> int:
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(_measure_memory, which, side, n_parameters).result()
 
 
 def _measure_memory(which: str, side: int, n_parameters: int) -> int:

@@ -1,19 +1,18 @@
 """The mixture's log-density beside its peers, and beside the machine's matrix products.
 
-One of the peers does the same work, MixtureSameFamily over LowRankMultivariateNormal. The others, for
-which there is no low rank, get the same K components as full covariances, factorized beforehand.
+One of the peers does the same work, MixtureSameFamily over LowRankMultivariateNormal. The others,
+for which there is no low rank, get the same K components as full covariances, factorized before.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
+from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from cases.timing import Row, square_product, time_in_turns
+from cases.timing import Row, require_agreement, square_product, time_in_turns, unavailable
 from cpmm.factor_analyzers import FactorAnalyzers
 from cpmm.mixture import Mixture
 
@@ -76,13 +75,22 @@ def time_log_density(quick: bool, repeats: int) -> list[Row]:
     rows += _time_beside_products(fa.to(torch.float32), quick, repeats, generator)
     with torch.no_grad():
         for name, (build, module, tolerance) in PEERS.items():
-            try:
-                importlib.import_module(module)
-            except Exception as error:  # whatever an import may raise
-                rows.append(Row(f"{name}: not available ({type(error).__name__}: {error})"))
+            if missing := unavailable(name, module):
+                rows += missing
                 continue
-            rows.append(_check(name, build, fa, x[:64], tolerance))
-            rows.append(_time_beside_ours(name, build, fa.to(torch.float32), x.float(), repeats))
+            few = fa.select(torch.arange(min(N_CHECKED, k)))
+            ours = Mixture(few, (few.n_components,)).log_prob(x[:64])
+            found, sizes = torch.as_tensor(build(few)(x[:64])), f": {few.n_components} components"
+            rows.append(require_agreement(name, sizes, found, ours, tolerance))
+            narrow, points = fa.to(torch.float32), x.float()
+            mixture, peer = Mixture(narrow, (k,)), build(narrow)
+            calls = {
+                "ours": partial(mixture.log_prob, points),
+                "peer": partial(peer, points),
+            }
+            seconds = time_in_turns(calls, min(3, repeats))
+            ratio = seconds["peer"] / seconds["ours"]
+            rows.append(Row(f"{name}, {len(x)} points", seconds["peer"], ratio, "x our time"))
     return rows
 
 
@@ -102,8 +110,8 @@ def _time_beside_products(
 ) -> list[Row]:
     product, n_operations = square_product(1024 if quick else 2048, generator)
     calls: dict[str, Callable[[], object]] = {"product": product}
-    # Operations of the matrix products that the formula needs. Gradients, which the points do without,
-    # need as many again.
+    # Operations of the matrix products that the formula needs. Gradients, which the points do
+    # without, need as many again.
     useful = {}
     mixture = Mixture(fa, (fa.n_components,))
     for n in (512, 2048) if quick else (512, 2048, 8192):
@@ -128,38 +136,3 @@ def _time_beside_products(
 def _forward_and_backward(fa: FactorAnalyzers, x: Tensor) -> None:
     leaves = {name: value.detach().requires_grad_() for name, value in vars(fa).items()}
     Mixture(FactorAnalyzers(**leaves), (fa.n_components,)).log_prob(x).mean().backward()
-
-
-def _check(
-    name: str,
-    build: Callable[[FactorAnalyzers], LogProb],
-    fa: FactorAnalyzers,
-    x: Tensor,
-    tolerance: float,
-) -> Row:
-    few = fa.select(torch.arange(min(N_CHECKED, fa.n_components)))
-    ours = Mixture(few, (few.n_components,)).log_prob(x).numpy()
-    peer = np.asarray(build(few)(x))
-    difference = float(np.abs((ours - peer) / ours).max())
-    if not difference < tolerance:
-        raise FloatingPointError(
-            f"{name} and ours differ by {difference:.1e}, relative, in float64: expected less than "
-            f"{tolerance}"
-        )
-    name = f"{name}: {few.n_components} components in float64"
-    return Row(name, None, difference, "largest relative difference")
-
-
-def _time_beside_ours(
-    name: str,
-    build: Callable[[FactorAnalyzers], LogProb],
-    fa: FactorAnalyzers,
-    x: Tensor,
-    repeats: int,
-) -> Row:
-    mixture, peer = Mixture(fa, (fa.n_components,)), build(fa)
-    calls = {"ours": lambda: mixture.log_prob(x), "peer": lambda: peer(x)}
-    seconds = time_in_turns(calls, min(3, repeats))
-    return Row(
-        f"{name}, {len(x)} points", seconds["peer"], seconds["peer"] / seconds["ours"], "x our time"
-    )

@@ -1,4 +1,4 @@
-"""Reading and writing the spaces beside plain numpy files, and the rate at which a teacher makes them.
+"""Reading and writing the spaces beside plain numpy files, and how fast a teacher makes them.
 
 Everything that is read lies in the page cache, and nothing that is written is flushed to the disk.
 """
@@ -51,10 +51,7 @@ def time_reading(quick: bool, repeats: int) -> list[Row]:
             "sha256 alone": lambda: file_digest(folder / "u/c/0/0/0"),
         }
         seconds = time_in_turns(calls, repeats)
-    rows = [Row(f"one space of {n} x {m} in float16, {space.nbytes / 1e6:.0f} MB")]
-    rows += [
-        Row(name, value, space.nbytes / value / 1e6, "MB/s") for name, value in seconds.items()
-    ]
+    rows = _rates("one space", space, seconds)
     ours = list(calls)
     for name, reference in ((ours[1], NUMPY), (ours[3], NUMPY_FLOAT32), (ours[4], NUMPY_FLOAT32)):
         ratio = seconds[name] / seconds[reference]
@@ -106,13 +103,16 @@ def time_writing(quick: bool, repeats: int) -> list[Row]:
             "write_space: zarr and sha256": lambda: write_space(folder, 0, space),
         }
         seconds = time_in_turns(write, repeats)
-    rows.append(Row(f"writing one space of {n} x {m} in float16, {space.nbytes / 1e6:.0f} MB"))
-    rows += [
-        Row(name, value, space.nbytes / value / 1e6, "MB/s") for name, value in seconds.items()
-    ]
+    rows += _rates("writing one space", space, seconds)
     written, plain = seconds["write_space: zarr and sha256"], seconds["np.save and sha256"]
     rows.append(Row("write_space", written, written / plain, "x time of np.save and sha256"))
     return rows
+
+
+def _rates(what: str, space: torch.Tensor, seconds: dict[str, float]) -> list[Row]:
+    n, m, size = *space.shape, space.nbytes / 1e6
+    rates = [Row(name, value, size / value, "MB/s") for name, value in seconds.items()]
+    return [Row(f"{what} of {n} x {m} in float16, {size:.0f} MB"), *rates]
 
 
 def _float32(values: np.ndarray) -> torch.Tensor:

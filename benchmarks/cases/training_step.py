@@ -1,4 +1,4 @@
-"""A training step of the method, part by part, and what other ways of computing the field change."""
+"""A training step of the method, part by part, and what other ways to compute the field change."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Step:
 
 
 def time_training_step(quick: bool, repeats: int, compiled: bool, device: str) -> list[Row]:
-    """Time the steps of presets on random points; with ``compiled``, torch.compile of the field too."""
+    """Time the steps of presets on random points; ``compiled``: torch.compile of the field too."""
     rows = []
     for preset in PRESETS:
         side = 14 if quick else 28
@@ -89,12 +89,11 @@ def time_training_step(quick: bool, repeats: int, compiled: bool, device: str) -
         solver = Solver(**options["solver"])
         trajectories = Trajectories(layout, field, initial, solver, blocks=blocks).to(device)
         x = torch.randn(options["batch_size"], layout.n_features, generator=generator).to(device)
-        rows.append(
-            Row(
-                f"{preset}: R = {layout.n_factors}, width {options['field']['width']}, {layout.n_maps} maps of "
-                f"{side} x {side}, {options['solver']['n_steps']} steps, batch {len(x)}"
-            )
+        sizes = (
+            f"R = {layout.n_factors}, width {options['field']['width']}, {layout.n_maps} maps of"
         )
+        steps = f"{options['solver']['n_steps']} steps"
+        rows.append(Row(f"{preset}: {sizes} {side} x {side}, {steps}, batch {len(x)}"))
         rows += _time_variants(trajectories, x, options["n_pseudotimes"], repeats, compiled)
     return rows
 

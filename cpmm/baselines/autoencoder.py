@@ -46,12 +46,9 @@ class Autoencoder(nn.Module):
         if min(sizes) < 1:
             raise ValueError(f"the autoencoder's layers are {sizes}: expected positive sizes")
         if likelihood not in LIKELIHOODS:
-            raise ValueError(
-                f"likelihood is {likelihood!r}: choose one of {', '.join(LIKELIHOODS)}"
-            )
-        self.n_features = n_features
-        self.code_size = code_size
-        self.likelihood = likelihood
+            known = ", ".join(LIKELIHOODS)
+            raise ValueError(f"likelihood is {likelihood!r}: choose one of {known}")
+        self.n_features, self.code_size, self.likelihood = n_features, code_size, likelihood
         self.encoder = _hidden_layers(sizes[:-1], generator)
         self.code = _linear(sizes[-2], code_size, "linear", generator)
         self.decoder = _hidden_layers(sizes[:0:-1], generator)
@@ -182,13 +179,10 @@ def in_batches(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def _hidden_layers(sizes: Sequence[int], generator: torch.Generator) -> nn.Sequential:
-    return nn.Sequential(
-        *(
-            layer
-            for inputs, outputs in pairwise(sizes)
-            for layer in (_linear(inputs, outputs, "relu", generator), nn.ReLU())
-        )
-    )
+    layers: list[nn.Module] = []
+    for inputs, outputs in pairwise(sizes):
+        layers += [_linear(inputs, outputs, "relu", generator), nn.ReLU()]
+    return nn.Sequential(*layers)
 
 
 def _linear(

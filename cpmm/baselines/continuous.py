@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from cpmm.factor_analyzers import FactorAnalyzers
-from cpmm.fields import TimeFeatures, make_activation
+from cpmm.fields import TimeFeatures, make_activation, stack_layers
 from cpmm.mixture import Mixture
 from cpmm.trajectory import StateLayout
 
@@ -44,15 +44,9 @@ class MLPDecoder(nn.Module):
         n_frequencies: int = 0,
     ) -> None:
         super().__init__()
-        if depth < 1 or width < 1:
-            raise ValueError(f"a decoder needs depth >= 1 and width >= 1: got {depth} and {width}")
         self.features = TimeFeatures(n_frequencies)
-        layers: list[nn.Module] = []
-        n_in = n_latent * self.features.size
-        for _ in range(depth):
-            layers += [nn.Linear(n_in, width), make_activation(activation)]
-            n_in = width
-        self.layers = nn.Sequential(*layers, nn.Linear(width, size))
+        sizes = (n_latent * self.features.size, width, depth, size)
+        self.layers = stack_layers("decoder", nn.Linear, *sizes, activation)
 
     def forward(self, z: Tensor) -> Tensor:
         """Decode latent points, (B, d), to states, (B, S)."""
@@ -105,9 +99,8 @@ class ConvDecoder(nn.Module):
                 nn.Conv2d(width, width, 3, padding=1),
                 make_activation(activation),
             ]
-        self.layers = nn.Sequential(
-            *layers, nn.Conv2d(width, channels, 3, padding=1), nn.Flatten(1)
-        )
+        last = nn.Conv2d(width, channels, 3, padding=1)
+        self.layers = nn.Sequential(*layers, last, nn.Flatten(1))
 
     def forward(self, z: Tensor) -> Tensor:
         """Decode latent points, (B, d), to states, (B, S)."""
@@ -154,12 +147,9 @@ class ContinuousMixture(nn.Module):
                 f"a latent space of {n_latent} dimensions with {n_points} integration points and "
                 f"{n_components} components: expected 1 <= n_latent <= n_points and n_components"
             )
-        self.decoder = decoder
-        self.layout = layout
+        self.decoder, self.layout = decoder, layout
         self.initial = nn.Parameter(initial.clone())
-        self.n_latent = n_latent
-        self.n_points = n_points
-        self.n_components = n_components
+        self.n_latent, self.n_points, self.n_components = n_latent, n_points, n_components
 
     def decode(self, z: Tensor) -> FactorAnalyzers:
         """Factor analyzers of latent points, (K, d), with equal weights; differentiable."""

@@ -30,18 +30,12 @@ class DirectMixture(nn.Module):
         self.logit = nn.Parameter(initial.log_weight.clone())
         self.mean = nn.Parameter(initial.mean.clone())
         self.loading = nn.Parameter(initial.loading.clone())
-        self.raw_diagonal = nn.Parameter(
-            inverse_soft_floor(initial.log_diagonal, log_diagonal_floor)
-        )
+        raw = inverse_soft_floor(initial.log_diagonal, log_diagonal_floor)
+        self.raw_diagonal = nn.Parameter(raw)
 
     def mixture(self, _times: Tensor | None = None) -> Mixture:
         """Return the mixture of the current parameters; differentiable."""
-        return Mixture(
-            FactorAnalyzers(
-                log_weight=self.logit.log_softmax(0),
-                mean=self.mean,
-                loading=self.loading,
-                log_diagonal=soft_floor(self.raw_diagonal, self.log_diagonal_floor),
-            ),
-            self.cluster_sizes,
-        )
+        log_weight = self.logit.log_softmax(0)
+        log_diagonal = soft_floor(self.raw_diagonal, self.log_diagonal_floor)
+        components = FactorAnalyzers(log_weight, self.mean, self.loading, log_diagonal)
+        return Mixture(components, self.cluster_sizes)

@@ -86,10 +86,8 @@ class EinsumNetwork(nn.Module):
         self.n_features, self.n_replicas, self.depth = n_features, n_replicas, depth
         self.n_sums, self.n_leaves, self.floor = n_sums, n_leaves, floor
         self.batch_size = batch_size
-        regions = [
-            leaf_regions(n_features, image_shape, depth, replica, generator)
-            for replica in range(n_replicas)
-        ]
+        shape = n_features, image_shape, depth
+        regions = [leaf_regions(*shape, replica, generator) for replica in range(n_replicas)]
         self.register_buffer("index", torch.cat(regions))
 
         def normal(*size: int) -> nn.Parameter:
@@ -118,11 +116,7 @@ class EinsumNetwork(nn.Module):
 
         Args:
             n_parameters: The most that it may have.
-            n_features: M.
-            image_shape: (channels, height, width), None for tables.
-            n_replicas: B.
-            floor: Soft lower bound of the leaves' log-variance.
-            generator: Source of the regions and the first weights, on the CPU.
+            n_features, image_shape, n_replicas, floor, generator: As for the class.
             depth: None takes :func:`usual_depth`.
 
         Raises:
@@ -200,7 +194,11 @@ class EinsumNetwork(nn.Module):
                 "give more points, or lower n_leaves and n_sums"
             )
         chosen = torch.randperm(len(x), generator=generator, device=generator.device)[:n_points]
-        columns, index = _pad(x[chosen.to(x.device)].to(self.mean)).T, self.index
+        chosen_x = x[chosen.to(x.device)].to(self.mean)
+        columns, index = (
+            nn.functional.pad(chosen_x, (0, 1)).T,
+            self.index,
+        )  # zero where there is none
         points = columns[index]  # (P, Q, N)
         group, centre = group_columns(points, self.n_leaves, generator, n_rounds)
         member = _members(group, self.n_leaves).double()  # (P, I, N)
@@ -251,7 +249,7 @@ class EinsumNetwork(nn.Module):
         centre, *leaves = leaves.split([1, *[self.n_leaves] * 3], 2)
         precision, scaled, constant = (part.mT for part in leaves)  # (P, I, Q)
         # Points along the columns: products over few components run along memory.
-        points = _pad(x).T[self.index] - centre  # (P, Q, N)
+        points = nn.functional.pad(x, (0, 1)).T[self.index] - centre  # (P, Q, N)
         distance = torch.baddbmm(precision @ points.square(), scaled, points, alpha=-2)
         return -0.5 * (distance + constant.sum(2, keepdim=True))
 
@@ -421,14 +419,9 @@ def _weight_shapes(
     n_replicas: int, depth: int, n_sums: int, n_leaves: int
 ) -> list[tuple[int, int, int]]:
     """Regions, sums and pairs of each level, from the leaves to the top."""
-    return [
-        (
-            n_replicas * 2**level,
-            n_sums if level else 1,
-            (n_leaves if level == depth - 1 else n_sums) ** 2,
-        )
-        for level in reversed(range(depth))
-    ]
+    halves = [n_leaves, *[n_sums] * depth]  # components of each half
+    levels = zip(reversed(range(depth)), halves, strict=False)
+    return [(n_replicas * 2**level, n_sums if level else 1, n**2) for level, n in levels]
 
 
 def _weights(logit: Tensor) -> Tensor:
@@ -436,15 +429,7 @@ def _weights(logit: Tensor) -> Tensor:
 
 
 def _sum_products(value: Tensor, weight: Tensor) -> Tensor:
-    """Take one level by the log-einsum-exp trick.
-
-    Args:
-        value: Log-densities of the halves' components, nats, (2 P, I, N).
-        weight: (P, K, I * I).
-
-    Returns:
-        Nats, (P, K, N).
-    """
+    """Take one level by the log-einsum-exp trick, nats: (2 P, I, N), (P, K, I * I) to (P, K, N)."""
     pair = value.unflatten(0, (-1, 2))
     peak = pair.detach().amax(2, keepdim=True)  # it cancels, and so does its gradient
     # Halves whose square is subnormal are zero, for a CPU is many times slower over such numbers.
@@ -459,11 +444,6 @@ def _sum_products(value: Tensor, weight: Tensor) -> Tensor:
 def _members(group: Tensor, n_groups: int) -> Tensor:
     """Whether each point, (P, N), belongs to each group, (P, I, N)."""
     return group.unsqueeze(1) == torch.arange(n_groups, device=group.device).unsqueeze(1)
-
-
-def _pad(x: Tensor) -> Tensor:
-    """Append a zero for the feature that is none, (..., M + 1)."""
-    return nn.functional.pad(x, (0, 1))
 
 
 def _require_sizes(n_features: int, n_replicas: int, depth: int, **others: int) -> None:

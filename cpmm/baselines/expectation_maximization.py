@@ -9,7 +9,7 @@ constant gives means and loadings together, so that a pass is enough.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -101,11 +101,8 @@ def fit_by_em(
         FloatingPointError: If a likelihood or a parameter leaves the range of numbers.
     """
     run = start if isinstance(start, EMRun) else EMRun(start, start)
-    for name, number in (
-        ("n_iterations", n_iterations),
-        ("patience", patience),
-        ("batch_size", batch_size),
-    ):
+    counts = {"n_iterations": n_iterations, "patience": patience, "batch_size": batch_size}
+    for name, number in counts.items():
         if number < 1:
             raise ValueError(f"{name} is {number}: expected 1 or more")
     _check_components(run.current, log_diagonal_floor)
@@ -178,16 +175,9 @@ def _expect(fa: FactorAnalyzers, x: Tensor, batch_size: int) -> tuple[Tensor, _M
     cholesky, scaled = capacitance_cholesky(wide)
     regression = torch.cholesky_solve(scaled, cholesky)  # of z on x, (K, R, M)
     constant = torch.linalg.vecdot(regression, (wide.mean - centre).unsqueeze(1))  # (K, R)
-    moments = _Moments(
-        count=torch.zeros_like(wide.log_weight),
-        x=torch.zeros_like(wide.mean),
-        square=torch.zeros_like(wide.mean),
-        factor=torch.zeros_like(constant),
-        factor_square=torch.zeros_like(cholesky),
-        cross=torch.zeros_like(regression),
-        posterior=torch.cholesky_inverse(cholesky),
-        centre=centre,
-    )
+    like = wide.log_weight, wide.mean, wide.mean, constant, cholesky, regression
+    sums = map(torch.zeros_like, like)
+    moments = _Moments(*sums, posterior=torch.cholesky_inverse(cholesky), centre=centre)
     rows, offset = regression.to(x).flatten(0, 1), constant.to(x).flatten().unsqueeze(1)
     log_prob = []
     for part in x.split(batch_size):
@@ -215,11 +205,7 @@ def _is_fed(moments: _Moments, fa: FactorAnalyzers) -> Tensor:
 
 
 def _maximize(fa: FactorAnalyzers, moments: _Moments, log_diagonal_floor: float) -> FactorAnalyzers:
-    """Take the step: the regressions of x on [z, 1], solved for deviations from the means.
-
-    Raises:
-        FloatingPointError: If a regression has no solution within the range of numbers.
-    """
+    """Take the step: the regressions of x on [z, 1], solved for deviations from the means."""
     fed = _is_fed(moments, fa)
     count = moments.count[fed, None]
     x, factor = moments.x[fed] / count, moments.factor[fed] / count  # means, (K, M), (K, R)
@@ -273,8 +259,7 @@ def _mean_log_prob(name: str, log_prob: Tensor, run: EMRun) -> float:
 
 
 def _check_components(fa: FactorAnalyzers, log_diagonal_floor: float) -> None:
-    tensors = {field.name: getattr(fa, field.name) for field in fields(fa)}
-    for name, value in tensors.items():
+    for name, value in vars(fa).items():
         if value.dtype not in (torch.float32, torch.float64) or value.dtype != fa.mean.dtype:
             raise ValueError(
                 f"start.{name} is {value.dtype}, start.mean {fa.mean.dtype}: expected both float32 "

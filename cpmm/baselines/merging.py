@@ -48,19 +48,7 @@ def merge_components(
             affinity falls into more than C parts that nothing ties.
     """
     fa = mixture.components
-    _check_affinity(affinity, fa.n_components)
-    if not 1 <= n_clusters <= fa.n_components:
-        raise ValueError(
-            f"cannot merge {fa.n_components} components into {n_clusters} clusters: expected "
-            f"1 <= C <= K = {fa.n_components}"
-        )
-    group = _normalized_cuts(affinity.double().cpu(), n_clusters, generator)
-    order = group.argsort(stable=True).to(fa.mean.device)
-    sizes = torch.bincount(group, minlength=n_clusters)
-    return replace(mixture, components=fa.select(order), cluster_sizes=tuple(sizes.tolist()))
-
-
-def _check_affinity(affinity: Tensor, k: int) -> None:
+    k = fa.n_components
     if affinity.shape != (k, k):
         raise ValueError(
             f"affinity must be ({k}, {k}), the mixture has {k} components: got "
@@ -71,6 +59,14 @@ def _check_affinity(affinity: Tensor, k: int) -> None:
         raise ValueError(f"{bad} of {k * k} affinities are not finite or negative: expected >= 0")
     if not torch.allclose(affinity, affinity.T):
         raise ValueError("affinity must be symmetric: average it with its transpose")
+    if not 1 <= n_clusters <= k:
+        raise ValueError(
+            f"cannot merge {k} components into {n_clusters} clusters: expected 1 <= C <= K = {k}"
+        )
+    group = _normalized_cuts(affinity.double().cpu(), n_clusters, generator)
+    order = group.argsort(stable=True).to(fa.mean.device)
+    sizes = torch.bincount(group, minlength=n_clusters)
+    return replace(mixture, components=fa.select(order), cluster_sizes=tuple(sizes.tolist()))
 
 
 def _normalized_cuts(affinity: Tensor, n_clusters: int, generator: torch.Generator) -> Tensor:
@@ -120,12 +116,8 @@ def overlap_affinity(mixture: Mixture, x: Tensor, temperature: float = 1.0) -> T
         raise ValueError(f"the temperature of the overlap is {temperature}: expected more than 0")
     with torch.no_grad():
         density = prepare_density(mixture.components)
-        joint = torch.cat(
-            [
-                density.component_log_prob(part) + mixture.components.log_weight
-                for part in x.split(mixture.batch_size)
-            ]
-        )
+        parts = [density.component_log_prob(part) for part in x.split(mixture.batch_size)]
+        joint = torch.cat(parts) + mixture.components.log_weight
         share = (joint.double() / temperature).log_softmax(1)
         share = (share - share.max(0).values).exp_()  # (N, K)
         share /= share.square().sum(0).sqrt()
@@ -235,9 +227,8 @@ def frechet_distances(fa: FactorAnalyzers, tolerance: float = 1e-12) -> Tensor:
                 )  # (L, n, 3 R^2)
                 own, mixed, other = products.unflatten(2, (3, r, r)).unbind(2)
                 mixed = mixed * nodes[:, None, None]
-                matrix = torch.cat(
-                    [torch.cat([own, mixed], 3), torch.cat([-mixed.mT, other], 3)], 2
-                )
+                rows = [own, mixed], [-mixed.mT, other]
+                matrix = torch.cat([torch.cat(row, 3) for row in rows], 2)
                 log_det = torch.linalg.slogdet(matrix + torch.eye(2 * r).to(matrix))[1]  # (L, n)
                 cross[j, others] += log_det @ weights
         cross = cross.triu(1)

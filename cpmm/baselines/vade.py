@@ -121,10 +121,8 @@ class VaDE(nn.Module):
         with warnings.catch_warnings():  # training goes on from wherever EM has come
             warnings.simplefilter("ignore", ConvergenceWarning)
             mixture.fit(codes.numpy())
-        weight, mean, variance = (
-            torch.from_numpy(value)
-            for value in (mixture.weights_, mixture.means_, mixture.covariances_)
-        )
+        fitted = mixture.weights_, mixture.means_, mixture.covariances_
+        weight, mean, variance = map(torch.from_numpy, fitted)
         model = cls(copy.deepcopy(autoencoder), n_clusters, log_variance_floor)
         with torch.no_grad():
             model.logit.copy_(weight.log())
@@ -253,16 +251,13 @@ class VaDE(nn.Module):
         output, log_variance = self._decode(z)
         if log_variance is not None:
             return _log_normal(x, output, log_variance)
-        target = x.expand_as(output)
-        return -functional.binary_cross_entropy_with_logits(output, target, reduction="none").sum(
-            -1
-        )
+        cross_entropy = functional.binary_cross_entropy_with_logits
+        return -cross_entropy(output, x.expand_as(output), reduction="none").sum(-1)
 
     def _joint_log_prob(self, z: Tensor) -> Tensor:
         """Log of pi_c N(z; mu_c, sigma_c^2), nats, (..., d) to (..., C)."""
-        return self.logit.log_softmax(0) + _log_normal(
-            z.unsqueeze(-2), self.mean, self.log_variance
-        )
+        log_prob = _log_normal(z.unsqueeze(-2), self.mean, self.log_variance)
+        return self.logit.log_softmax(0) + log_prob
 
     def _log_posterior(self, z: Tensor) -> Tensor:
         """Log of p(c | z) averaged over the draws, (L, N, d) to (N, C)."""

@@ -68,11 +68,8 @@ class EpochData(pl.LightningDataModule):
         n_rows: Callable[[int], int],
     ) -> None:
         super().__init__()
-        self.rows = rows
-        self.validation_rows = validation_rows
-        self.n_rows = n_rows
-        self.batch_size = batch_size
-        self.seed = seed
+        self.rows, self.validation_rows, self.n_rows = rows, validation_rows, n_rows
+        self.batch_size, self.seed = batch_size, seed
         self._ahead: dict[int, Future[tuple[Rows, torch.Generator]]] = {}
         self._thread = ThreadPoolExecutor(1)
 
@@ -104,11 +101,8 @@ class EpochData(pl.LightningDataModule):
     @property
     def n_steps(self) -> int:
         """Steps of the whole run."""
-        return sum(self._n_batches(self.n_rows(epoch)) for epoch in range(self.n_epochs))
-
-    def _n_batches(self, n_rows: int) -> int:
-        full, rest = divmod(n_rows, self.batch_size)
-        return full + (rest >= self._run.world_size)
+        parts = (divmod(self.n_rows(epoch), self.batch_size) for epoch in range(self.n_epochs))
+        return sum(full + (rest >= self._run.world_size) for full, rest in parts)
 
     @property
     def _run(self) -> pl.Trainer:
@@ -157,12 +151,9 @@ class Recorded(pl.LightningModule):
         seed: int,
     ) -> None:
         super().__init__()
-        self.model = model
-        self.learning_rate = learning_rate
-        self.n_epochs = n_epochs
-        self.n_constant_epochs = n_constant_epochs
+        self.model, self.learning_rate, self.seed = model, learning_rate, seed
+        self.n_epochs, self.n_constant_epochs = n_epochs, n_constant_epochs
         self.n_warmup_epochs = n_warmup_epochs
-        self.seed = seed
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Any] = {"value": math.inf, "epoch": -1, "weights": None}
         self.listeners: list[Callable[[Recorded], None]] = []
@@ -180,10 +171,8 @@ class Recorded(pl.LightningModule):
             position = min(1.0, max(0, epoch - self.n_constant_epochs) / tail)
             return warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * position)))
 
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
-        }
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Parameters by learning rate."""

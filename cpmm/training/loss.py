@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,18 +11,12 @@ from cpmm.seeds import seeded_generator
 from cpmm.training.epochs import Recorded
 
 
-class HasLoss(Protocol):
-    """A model of points that is neither a flow nor a mixture on trajectories."""
-
-    def loss(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """Loss of points, (N, M), a scalar: nats per dimension where the model is a density."""
-
-
 class LossTraining(Recorded):
     """Minimize a model's own loss on training points: the baselines that gradients train.
 
     Args:
-        model: States its loss, see :class:`HasLoss`.
+        model: Its ``loss(x, generator)`` is a scalar, of points (N, M): nats per dimension where
+            it is a density.
         n_epochs: Epochs of the run; the learning rate decays over the second half.
         noise: Deviation of the Gaussian noise added to training points.
         learning_rate: Learning rate of Adam.
@@ -45,8 +38,7 @@ class LossTraining(Recorded):
         density: bool = True,
     ) -> None:
         super().__init__(model, learning_rate, n_epochs, n_epochs // 2, n_warmup_epochs, seed)
-        self.noise = noise
-        self.density = density
+        self.noise, self.density = noise, density
 
     def measures_density(self, epoch: int) -> bool:
         """Only what has a density does."""
@@ -54,8 +46,7 @@ class LossTraining(Recorded):
 
     def loss(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """Loss of points, (N, M), a scalar."""
-        model: HasLoss = self.model
-        return model.loss(x, generator)
+        return self.model.loss(x, generator)
 
     def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
         """One step down the loss."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,8 @@ def path_cost(mixture: Mixture, times: Tensor | None = None) -> Tensor:
     """
     means = mixture.components.mean.split(mixture.cluster_sizes)
     if times is None:
-        costs = [
-            (mean.diff(dim=0).square().sum(0) * max(1, len(mean) - 1)).mean() for mean in means
-        ]
+        lengths = [mean.diff(dim=0).square().sum(0) for mean in means]
+        costs = [(x * max(1, len(mean) - 1)).mean() for x, mean in zip(lengths, means, strict=True)]
     else:
         step = times.diff()[:, None].clamp(min=1e-6)
         costs = [(mean.diff(dim=0).square() / step).sum(0).mean() for mean in means]
@@ -55,13 +54,6 @@ def posterior_disagreement(own: Tensor, seen: Tensor, temperature: float) -> Ten
     """
     p, q = (own / temperature).log_softmax(1), (seen / temperature).log_softmax(1)
     return 0.5 * ((p.exp() - q.exp()) * (p - q)).sum(1).mean()
-
-
-class HasMixture(Protocol):
-    """Trajectories, or a direct mixture."""
-
-    def mixture(self, times: Tensor) -> Mixture:
-        """Return the mixture at the pseudotimes ``times``."""
 
 
 @dataclass(frozen=True)
@@ -108,12 +100,10 @@ class MixtureTraining(Recorded):
     """Train a mixture by maximum likelihood through a curriculum of spaces (section 3.3).
 
     Args:
-        model: The trajectories, or a direct mixture, see :class:`HasMixture`.
+        model: The trajectories, or a direct mixture: ``mixture(times)`` is that at pseudotimes.
         curriculum: Which space each epoch trains on.
         options: Weights of the loss, and how to step.
     """
-
-    model: HasMixture
 
     def __init__(self, model: nn.Module, curriculum: Curriculum, options: MixtureOptions) -> None:
         super().__init__(

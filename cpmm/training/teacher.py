@@ -43,8 +43,7 @@ class TeacherTraining(LossTraining):
             raise ValueError("the teacher needs at least one epoch of flow matching or likelihood")
         super().__init__(flow, n_epochs, 0.0, learning_rate, n_warmup_epochs, seed)
         self.flow_matching_epochs = flow_matching_epochs
-        self.kinetic_weight = kinetic_weight
-        self.jacobian_weight = jacobian_weight
+        self.kinetic_weight, self.jacobian_weight = kinetic_weight, jacobian_weight
 
     def describe_epoch(self) -> dict[str, float]:
         """Which objective the epoch had: 0 flow matching, 1 likelihood."""

@@ -158,7 +158,8 @@ def score(flow: Flow, config: Config, data: DataSplits) -> dict[str, Any]:
     import torch
 
     from cpmm.odes import Solver
-    from cpmm.pipeline.scores.scorer import Scorer, flow_log_prob
+    from cpmm.pipeline.models.flows import flow_log_prob
+    from cpmm.pipeline.scores.scorer import Scorer
     from cpmm.seeds import seeded_generator
 
     options, calls = config["evaluation"], []
@@ -212,18 +213,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         LIKELIHOOD: lambda: maximize_likelihood(config, data, likelihood, rate),
         REFINED: refined,
     }
-    exact = data.n_features <= config["teacher"]["exact_trace_up_to"]
-    record: dict[str, Any] = {
-        **pick(vars(arguments), "preset", "overrides", "trained"),
-        "prepared": fingerprint_prepared(config),
-        "seed": config["seed"],
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "unit": data.preprocessing.density_unit[0],
-        "trace": "exact" if exact else "Hutchinson, fixed seed",
-        "scoring_solver": config["evaluation"]["teacher_solver"],
-        "scoring_batch_size": config["evaluation"]["batch_size"],
-        "teacher": config["teacher"],
+    record = _describe(arguments, config, data) | {
         "likelihood": likelihood | {"learning_rate": rate, "refine_rate": refine_rate},
         "n_parameters": None,
         "arms": {},
@@ -241,6 +231,25 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         if arguments.out:
             write_json(arguments.out, record)
     return record
+
+
+def _describe(arguments: argparse.Namespace, config: Config, data: DataSplits) -> dict[str, Any]:
+    """What all arms have in common."""
+    import torch
+
+    exact = data.n_features <= config["teacher"]["exact_trace_up_to"]
+    return {
+        **pick(vars(arguments), "preset", "overrides", "trained"),
+        "prepared": fingerprint_prepared(config),
+        "seed": config["seed"],
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "unit": data.preprocessing.density_unit[0],
+        "trace": "exact" if exact else "Hutchinson, fixed seed",
+        "scoring_solver": config["evaluation"]["teacher_solver"],
+        "scoring_batch_size": config["evaluation"]["batch_size"],
+        "teacher": config["teacher"],
+    }
 
 
 def _configure(folder: Path, arguments: argparse.Namespace) -> tuple[Config, Config]:

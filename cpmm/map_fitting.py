@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cpmm.baselines.direct import DirectMixture
+from cpmm.direct import DirectMixture
 from cpmm.elementwise import ElementwiseMap, spline
 from cpmm.initialization import kmeans, local_factor_analyzers
 from cpmm.preprocessing import Preprocessing

@@ -76,8 +76,7 @@ def _score(
 ) -> dict[str, Any]:
     """Score every model, CPMM's mixture first, and the teacher where there is one."""
     from cpmm.pipeline.config.fingerprints import needs_teacher
-    from cpmm.pipeline.models.fitted import score_baseline
-    from cpmm.pipeline.scores.scorer import Scorer
+    from cpmm.pipeline.scores.scorer import Scorer, score_baseline
 
     n_first, n_clusters = config["evaluation"]["teacher_points"], config["cpmm"]["n_clusters"]
     rows = {}
@@ -130,9 +129,9 @@ def _score_teacher(
     from cpmm.odes import Solver
     from cpmm.pipeline.artifacts.store import load_model
     from cpmm.pipeline.config.fingerprints import fingerprint_teacher
-    from cpmm.pipeline.models.flows import make_teacher
+    from cpmm.pipeline.models.flows import flow_log_prob, make_teacher
     from cpmm.pipeline.models.runtime import compute_device
-    from cpmm.pipeline.scores.scorer import Scorer, flow_log_prob
+    from cpmm.pipeline.scores.scorer import Scorer
     from cpmm.seeds import seeded_generator
 
     options = config["evaluation"]

@@ -26,9 +26,9 @@ def main(folder: Path, config: Config, row: str) -> str:
     from cpmm.pipeline.artifacts.spaces import open_spaces
     from cpmm.pipeline.artifacts.store import load_prepared
     from cpmm.pipeline.models.baselines import train_baseline
-    from cpmm.pipeline.models.fitted import save_baseline, score_baseline
+    from cpmm.pipeline.models.fitted import save_baseline
     from cpmm.pipeline.scores.ood import read_ood
-    from cpmm.pipeline.scores.scorer import Scorer
+    from cpmm.pipeline.scores.scorer import Scorer, score_baseline
 
     data = load_prepared(folder / "prepared", fingerprint_prepared(config))
     spaces = extracted = None

@@ -27,9 +27,9 @@ from cpmm.pipeline.config.compose import compose_preset, known_presets
 from cpmm.pipeline.models import baselines
 from cpmm.pipeline.models import fitted as fitted_models
 from cpmm.pipeline.models.baselines import start_direct, train_baseline
-from cpmm.pipeline.models.fitted import KEPT, Fitted, load_baseline, score_baseline
+from cpmm.pipeline.models.fitted import KEPT, Fitted, load_baseline
 from cpmm.pipeline.scores.ood import OodPoints
-from cpmm.pipeline.scores.scorer import Scorer
+from cpmm.pipeline.scores.scorer import Scorer, score_baseline
 from cpmm.pipeline.sweeps.inputs import locate_inputs, open_inputs
 from cpmm.pipeline.sweeps.plan import make_trial, set_option
 from cpmm.pipeline.sweeps.trial import run_trial, summarize

@@ -13,7 +13,7 @@ from conftest import ROOT, project_environment
 
 from cpmm.pipeline.sweeps import progress as sweep_progress
 from cpmm.pipeline.sweeps import worker as sweep_worker
-from cpmm.pipeline.sweeps.reporter import GPULost, Reporter, on_given_device, trial_scratch
+from cpmm.pipeline.sweeps.reporter import Reporter, on_given_device, trial_scratch
 
 WORKER = """
 from cpmm.pipeline.sweeps.reporter import trial_scratch
@@ -70,7 +70,7 @@ def test_signs_of_life_are_reported_now_and_then(report_seconds, n_reports, tmp_
     )
     assignment = SimpleNamespace(options={"report_seconds": report_seconds})
     reports, trial = [], SimpleNamespace(fingerprint="1" * 16)
-    reporter = Reporter(trial, assignment, tmp_path, (data, None), reports.append)
+    reporter = Reporter(trial, assignment, tmp_path, data, reports.append)
     for _ in range(3):
         reporter.alive()
     assert reports == [{"fingerprint": "1" * 16, "alive": True}] * n_reports
@@ -81,9 +81,9 @@ def test_what_a_gpu_does_is_not_the_trials_own_failure(error, monkeypatch):
     def train(*arguments):
         raise error("CUDA error")
 
-    monkeypatch.setattr(sweep_worker, "_train_alone", train)
+    monkeypatch.setattr(sweep_worker, "train_here", train)
     assignment = SimpleNamespace(options={"workers": 1})
-    with pytest.raises(GPULost, match=f"{error.__name__}: CUDA error"):
+    with pytest.raises(sweep_worker.GPULost, match=f"{error.__name__}: CUDA error"):
         sweep_worker._train(SimpleNamespace(fingerprint="1" * 16), assignment)
 
 
@@ -96,17 +96,22 @@ def test_a_trial_that_is_given_no_gpu_takes_none(gpus, accelerator, monkeypatch)
     assert config["trainer"]["accelerator"] == "auto"
 
 
+def images(n_trials):
+    trials = [SimpleNamespace(fingerprint="0" * 16, name="cpmm, seed 0")]
+    return SimpleNamespace(name="images", trials=trials, n_trials=n_trials)
+
+
 @pytest.mark.parametrize("resumed_at", [0, 40, 60])
 def test_the_rest_of_a_trial_is_judged_by_its_steps(resumed_at, capsys, monkeypatch):
     """Of 51 epochs of ten steps and 80 of 25, half the epochs are a third of the steps."""
     clock = [0.0]
     monkeypatch.setattr(sweep_progress.time, "monotonic", lambda: clock[0])
-    progress = sweep_progress.Progress("images", {"0" * 16: "cpmm, seed 0"}, 1, 0, "bits")
+    progress = sweep_progress.Progress(images(1), 0, "bits")
     trial = SimpleNamespace(trial_id="a", config={"fingerprint": "0" * 16})
     steps = [10 * (epoch + 1) for epoch in range(51)]
     steps += [510 + 25 * (epoch + 1) for epoch in range(80)]
     for epoch in range(resumed_at, 131):
-        clock[0] = 3.0 * (steps[epoch] - steps[resumed_at])  # three seconds a step
+        clock[0] = 2.4 * (steps[epoch] - steps[resumed_at])  # 25 steps a minute
         report = {
             "phase": "fine-tuning", "step": steps[epoch], "n_steps": 2510,
             "progress": (epoch + 1) / 131, "validation_loss": 0.7,
@@ -120,17 +125,16 @@ def test_the_rest_of_a_trial_is_judged_by_its_steps(resumed_at, capsys, monkeypa
             rf"step {step}/2510 val 0.700 eta (.+)m",
             line,
         )
-        left = (2510 - step) * 3 / 60
-        assert float(found[2]) == pytest.approx(left, abs=0.051)
+        assert float(found[2]) == pytest.approx((2510 - step) / 25, abs=0.051)
         if resumed_at == 0:  # of the sweep, only what was done in this process counts
-            assert float(found[1].removesuffix("m")) == pytest.approx(left, rel=0.05)
+            assert float(found[1].removesuffix("m")) == pytest.approx((2510 - step) / 25, rel=0.02)
     ended = {"fingerprint": "0" * 16, "status": "finished", "progress": 1.0, "step": 2510}
     progress.on_trial_result(0, [], trial, ended)
     assert progress._eta(clock[0]) == "0.0m"
 
 
 def test_a_trial_that_ends_before_its_last_epoch_is_reported_has_nothing_left():
-    progress = sweep_progress.Progress("images", {"0" * 16: "cpmm, seed 0"}, 2, 0, "bits")
+    progress = sweep_progress.Progress(images(2), 0, "bits")
     trial = SimpleNamespace(trial_id="a", config={"fingerprint": "0" * 16})
     report = {"phase": "space 1/51", "step": 500, "n_steps": 1310, "validation_loss": 0.7}
     progress.on_trial_result(0, [], trial, report | {"progress": 50 / 131})

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from cpmm.baselines.direct import DirectMixture
 from cpmm.data import DataSplits
+from cpmm.direct import DirectMixture
 from cpmm.initialization import group_axes, kmeans, shrunk_factor_analyzers
 from cpmm.mixture import Mixture
 from cpmm.pipeline.config import Config, pick
@@ -359,8 +359,7 @@ def _einet(run: Run) -> Fitted:
 def _flow(run: Run) -> Fitted:
     """A continuous normalizing flow with options of its own, those of the section ``teacher``."""
     from cpmm.odes import Solver
-    from cpmm.pipeline.models.flows import make_teacher
-    from cpmm.pipeline.scores.scorer import flow_log_prob
+    from cpmm.pipeline.models.flows import flow_log_prob, make_teacher
     from cpmm.training.teacher import TeacherTraining
 
     options, evaluation = run.section, run.config["evaluation"]

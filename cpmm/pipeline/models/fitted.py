@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,10 +17,6 @@ from cpmm.pipeline.config import Config
 from cpmm.pipeline.config.fingerprints import fingerprint_baseline
 from cpmm.pipeline.models.runtime import choose
 from cpmm.pipeline.models.trajectories import mixture_header
-
-if TYPE_CHECKING:
-    from cpmm.pipeline.scores.ood import OodPoints
-    from cpmm.pipeline.scores.scorer import Scorer
 
 LogProb = Callable[[Tensor], Tensor]
 NOT_TRAINED: dict[str, int | None] = {"best_epoch": None, "steps": None}
@@ -149,48 +142,3 @@ def load_baseline(row: str, folder: Path, config: Config, data: DataSplits) -> F
         return Fitted(None, NOT_TRAINED, missing=header["missing"])
     kind = config["baselines"][row]["kind"]
     return choose(f"baselines.{row}.kind, to be scored again,", kind, KEPT)(weights, data)
-
-
-def score_baseline(
-    fitted: Fitted, score: Scorer, n_clusters: int, ood: OodPoints | None = None, timed: bool = True
-) -> dict[str, Any]:
-    """Density and clustering scores of a model on the split of ``score``.
-
-    Returns:
-        The scores of the split; for a density, if ``timed``, ``seconds_10k``, the time that it
-        takes for 10,000 points, and with ``ood`` the entry ``ood`` of
-        :meth:`cpmm.pipeline.scores.ood.OodPoints.scores`.
-
-    Raises:
-        FloatingPointError: If the density is not finite.
-    """
-    scores: dict[str, Any] = {}
-    if fitted.log_prob is not None:
-        with torch.no_grad():
-            inside, seconds = _timed(fitted.log_prob, score.z, 5 if timed else 1)
-            scores |= score.density(inside)
-            if not math.isfinite(scores["density"]):
-                raise FloatingPointError(
-                    f"the density of the trained model is not finite on the {score.split} split"
-                )
-            if timed:
-                scores["seconds_10k"] = seconds * 10_000 / len(score.z)
-            if ood is not None:
-                there = fitted.log_prob(ood.z[: fitted.n_points])
-                scores["ood"] = ood.scores(score, inside, there)
-    if fitted.predict is not None and score.label is not None:
-        scores |= score.clusters(fitted.predict(score.split).numpy(), n_clusters)
-    sizes = {"n_components": fitted.n_components, "n_parameters": fitted.n_parameters}
-    return scores | {name: size for name, size in sizes.items() if size is not None}
-
-
-def _timed(log_prob: LogProb, z: Tensor, most: int) -> tuple[Tensor, float]:
-    """Log-densities and the seconds they take, the least of ``most`` where that is soon done."""
-    seconds = math.inf
-    for _ in range(most):
-        started = time.perf_counter()
-        found = log_prob(z)
-        seconds = min(seconds, time.perf_counter() - started)
-        if seconds > 1:
-            break
-    return found, seconds

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Generator, Tensor, nn
 
 from cpmm.data import DataSplits
 from cpmm.fields import Blocks, ConvField, MLPField
 from cpmm.odes import Solver
 from cpmm.pipeline.config import pick
 from cpmm.pipeline.models.runtime import choose, seeded
+from cpmm.pipeline.progress import ProgressLine
 from cpmm.teacher import Flow
 
 
@@ -55,3 +58,47 @@ def make_teacher(config: Mapping[str, Any], data: DataSplits, seed: int) -> Flow
         field = make_field(config["field"], data, maps=1)
     trace = "exact" if data.n_features <= config["exact_trace_up_to"] else "hutchinson"
     return Flow(field, Solver(**config["solver"]), trace)
+
+
+def flow_log_prob(
+    flow: Flow,
+    z: Tensor,
+    generator: Generator,
+    batch_size: int,
+    title: str | None = None,
+    what: str = "points",
+    alive: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """Log-density of points by a flow, batch by batch, with one progress line.
+
+    Args:
+        flow: With the solver that it is scored by.
+        z: (N, M).
+        generator: Of Hutchinson's vectors, on the flow's device.
+        batch_size: Points of a batch.
+        title: How the progress line begins; None prints none.
+        what: The points, for the progress line.
+        alive: Called with every evaluation of the field.
+
+    Returns:
+        Nats, (N,), float64, on the CPU.
+    """
+    n, done, n_calls = len(z), 0, 0
+    line = ProgressLine(title or "")
+
+    def count(*_: object) -> None:
+        nonlocal n_calls
+        n_calls += 1
+        alive()
+
+    hook = flow.field.register_forward_hook(count)
+    log_prob = []
+    for i, batch in enumerate(z.float().split(batch_size), 1):
+        log_prob.append(flow.log_prob(batch.to(generator.device), generator).double().cpu())
+        done += len(batch)
+        if title is not None and (done == n or line.is_due()):
+            calls = f"{math.ceil(n_calls / i)} calls of the field a batch"
+            _, eta = line.pace(done, n)
+            line.show(f"{done}/{n} {what}", calls, eta, last=done == n)
+    hook.remove()
+    return torch.cat(log_prob)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cpmm.baselines.direct import DirectMixture
 from cpmm.data import DataSplits
+from cpmm.direct import DirectMixture
 from cpmm.initialization import kmeans, local_factor_analyzers
 from cpmm.pipeline.artifacts.spaces import Spaces
 from cpmm.pipeline.config import pick

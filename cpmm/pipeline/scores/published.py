@@ -68,7 +68,7 @@ def data_of(preset: str) -> str | None:
 
 
 def printed(data: str | None, row: str | None, metric: str, ood: str = "") -> float | None:
-    """A score of the paper by its row or our model, of Table 3 with ``ood``; None if it has none."""
+    """A score of the paper, by its row or our model; of Table 3 with ``ood``; None without one."""
     for score in published():
         key = (score.data, score.ood, score.metric)
         if key == (data, ood, metric) and row in (score.row, score.model):

@@ -21,8 +21,8 @@ def state_rules(config: Config, data: DataSplits, ood: OodPoints | None) -> dict
         "of their number.",
         "selection": "Weights are those of the fine-tuning epoch with the best validation "
         "likelihood.",
-        "direct": "k-means and local factor analysis, shrinkage by validation likelihood, then Adam "
-        f"for {direct['epochs']} epochs; best epoch by validation.",
+        "direct": "k-means and local factor analysis, shrinkage by validation likelihood, then "
+        f"Adam for {direct['epochs']} epochs; best epoch by validation.",
         "refined": "The extracted components as the start of the same Adam, for as many epochs.",
     }
     if config["baselines"]["matched"]["em_iterations"]:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+import time
+from typing import TYPE_CHECKING, Any
 
 from cpmm.metrics import clustering_scores, nats_per_dimension
-from cpmm.pipeline.progress import ProgressLine
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import Generator, Tensor
+    from torch import Tensor
 
     from cpmm.data import DataSplits
-    from cpmm.teacher import Flow
+    from cpmm.pipeline.models.fitted import Fitted, LogProb
+    from cpmm.pipeline.scores.ood import OodPoints
 
 
 class Scorer:
@@ -59,47 +59,48 @@ class Scorer:
         return {} if self.label is None else clustering_scores(self.label, cluster, n_clusters)
 
 
-def flow_log_prob(
-    flow: Flow,
-    z: Tensor,
-    generator: Generator,
-    batch_size: int,
-    title: str | None = None,
-    what: str = "points",
-    alive: Callable[[], None] = lambda: None,
-) -> Tensor:
-    """Log-density of points by a flow, batch by batch, with one progress line.
-
-    Args:
-        flow: With the solver that it is scored by.
-        z: (N, M).
-        generator: Of Hutchinson's vectors, on the flow's device.
-        batch_size: Points of a batch.
-        title: How the progress line begins; None prints none.
-        what: The points, for the progress line.
-        alive: Called with every evaluation of the field.
+def score_baseline(
+    fitted: Fitted, score: Scorer, n_clusters: int, ood: OodPoints | None = None, timed: bool = True
+) -> dict[str, Any]:
+    """Density and clustering scores of a model on the split of ``score``.
 
     Returns:
-        Nats, (N,), float64, on the CPU.
+        The scores of the split; for a density, if ``timed``, ``seconds_10k``, the time that it
+        takes for 10,000 points, and with ``ood`` the entry ``ood`` of
+        :meth:`cpmm.pipeline.scores.ood.OodPoints.scores`.
+
+    Raises:
+        FloatingPointError: If the density is not finite.
     """
     import torch
 
-    n, done, n_calls = len(z), 0, 0
-    line = ProgressLine(title or "")
+    scores: dict[str, Any] = {}
+    if fitted.log_prob is not None:
+        with torch.no_grad():
+            inside, seconds = _timed(fitted.log_prob, score.z, 5 if timed else 1)
+            scores |= score.density(inside)
+            if not math.isfinite(scores["density"]):
+                raise FloatingPointError(
+                    f"the density of the trained model is not finite on the {score.split} split"
+                )
+            if timed:
+                scores["seconds_10k"] = seconds * 10_000 / len(score.z)
+            if ood is not None:
+                there = fitted.log_prob(ood.z[: fitted.n_points])
+                scores["ood"] = ood.scores(score, inside, there)
+    if fitted.predict is not None and score.label is not None:
+        scores |= score.clusters(fitted.predict(score.split).numpy(), n_clusters)
+    sizes = {"n_components": fitted.n_components, "n_parameters": fitted.n_parameters}
+    return scores | {name: size for name, size in sizes.items() if size is not None}
 
-    def count(*_: object) -> None:
-        nonlocal n_calls
-        n_calls += 1
-        alive()
 
-    hook = flow.field.register_forward_hook(count)
-    log_prob = []
-    for i, batch in enumerate(z.float().split(batch_size), 1):
-        log_prob.append(flow.log_prob(batch.to(generator.device), generator).double().cpu())
-        done += len(batch)
-        if title is not None and (done == n or line.is_due()):
-            calls = f"{math.ceil(n_calls / i)} calls of the field a batch"
-            _, eta = line.pace(done, n)
-            line.show(f"{done}/{n} {what}", calls, eta, last=done == n)
-    hook.remove()
-    return torch.cat(log_prob)
+def _timed(log_prob: LogProb, z: Tensor, most: int) -> tuple[Tensor, float]:
+    """Log-densities and the seconds they take, the least of ``most`` where that is soon done."""
+    seconds = math.inf
+    for _ in range(most):
+        started = time.perf_counter()
+        found = log_prob(z)
+        seconds = min(seconds, time.perf_counter() - started)
+        if seconds > 1:
+            break
+    return found, seconds

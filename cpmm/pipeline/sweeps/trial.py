@@ -139,8 +139,7 @@ def _score(
     """Score a trained model, and measure how long densities take."""
     import torch
 
-    from cpmm.pipeline.models.fitted import score_baseline
-    from cpmm.pipeline.scores.scorer import Scorer
+    from cpmm.pipeline.scores.scorer import Scorer, score_baseline
 
     validation = None
     if fitted.log_prob is not None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cpmm.baselines.direct import DirectMixture
+from cpmm.direct import DirectMixture
 from cpmm.mixture import Mixture
 from tests.oracles import random_factor_analyzers, torch_mixture
 

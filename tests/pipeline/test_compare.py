@@ -44,7 +44,7 @@ MODELS = {
         "n_parameters": 1000,
     },
     "teacher": {"name": "teacher (continuous normalizing flow)", "density": 1.5, "n_parameters": 70},
-    "groups": {"name": "groups told", "accuracy": 0.83, "nmi": 0.7},
+    "groups": {"name": "groups", "accuracy": 0.83, "nmi": 0.7},
     "kmeans": {"name": "k-means, 10 clusters", "accuracy": 0.2},
 }  # fmt: skip
 

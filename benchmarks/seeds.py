@@ -19,16 +19,15 @@ import pandas as pd
 import yaml
 
 from cpmm.pipeline.config.compose import compose_preset
+from cpmm.pipeline.config.fingerprints import EVALUATED
 from cpmm.pipeline.config.root import ROOT
 from cpmm.pipeline.errors import command
 
-STAGES = (
-    "prepare_data",
-    "train_teacher",
-    "build_spaces",
-    "train_cpmm",
-    "extract_mixture",
-    "evaluate",
+COMMANDS = (
+    *(("prepare_data",), ("train_teacher",), ("build_spaces",), ("train_cpmm",)),
+    ("extract_mixture",),
+    *(("train_baseline", row) for row in EVALUATED),
+    ("evaluate",),
 )
 
 
@@ -43,9 +42,9 @@ def run_seed(config: dict) -> pd.DataFrame:
         (folder / "metrics.json").unlink(missing_ok=True)
         path.write_text(text)
     if not (folder / "metrics.json").is_file():
-        for stage in STAGES:
-            command = [sys.executable, ROOT / "workflows" / f"{stage}.py", path]
-            done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+        for stage, *row in COMMANDS:
+            words = [sys.executable, ROOT / "workflows" / f"{stage}.py", path, *row]
+            done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=ROOT)
             if done.returncode:
                 raise ChildProcessError(f"{stage} of seed {seed} failed: {done.stderr.strip()}")
             print(f"seed {seed} | {done.stdout.splitlines()[-1]}", flush=True)

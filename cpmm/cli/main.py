@@ -161,7 +161,7 @@ def plot(fitted: FittedMixture, arguments: argparse.Namespace) -> None:
     _check_out(out, [".png", ".svg", ".pdf"])
     figure = _figure(fitted, arguments.kind, arguments.seed)
     metadata = {"Date": None} if out.suffix == ".svg" else None
-    options = {"format": out.suffix[1:], "metadata": metadata, "dpi": 150}
+    options: dict[str, Any] = {"format": out.suffix[1:], "metadata": metadata, "dpi": 150}
     with rc_context({"svg.hashsalt": "cpmm"}):
         replace_file(out, lambda temporary: figure.savefig(temporary, **options))
     _say(arguments, arguments.kind)

@@ -31,7 +31,7 @@ class PointReader:
         self, path: Path, feature_names: Sequence[str], batch_size: int, delimiter: str = ","
     ) -> None:
         self.path, self.names, self.batch_size = path, list(feature_names), batch_size
-        self.options = {"sep": delimiter, "skipinitialspace": True, "engine": "c"}
+        self.options: dict[str, Any] = {"sep": delimiter, "skipinitialspace": True, "engine": "c"}
         if not path.is_file():
             raise FileNotFoundError(f"there is no file {path}: give a .csv or .npy file of points")
         readers = {

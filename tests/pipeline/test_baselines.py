@@ -28,6 +28,7 @@ from cpmm.pipeline.models import baselines
 from cpmm.pipeline.models import fitted as fitted_models
 from cpmm.pipeline.models.baselines import start_direct, train_baseline
 from cpmm.pipeline.models.fitted import KEPT, Fitted, load_baseline
+from cpmm.pipeline.scores import scorer
 from cpmm.pipeline.scores.ood import OodPoints
 from cpmm.pipeline.scores.scorer import Scorer, score_baseline
 from cpmm.pipeline.sweeps.inputs import locate_inputs, open_inputs
@@ -360,7 +361,7 @@ def test_labels_score_clusters_and_nothing_else(fit):
 @pytest.mark.parametrize(("step", "n_calls"), [(2.0, 1), (0.1, 5)])
 def test_a_density_that_takes_long_is_computed_once(step, n_calls, rings, monkeypatch):
     clock = count(0, step)
-    monkeypatch.setattr(fitted_models, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(scorer, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     seen = []
 
     def log_prob(z):

@@ -137,6 +137,9 @@ class Recorded(pl.LightningModule):
         n_constant_epochs: Epochs before the cosine decay to a hundredth begins.
         n_warmup_epochs: Epochs of linear warm-up.
         seed: Seed of every random draw.
+
+    Attributes:
+        patience: Epochs without a better validation loss that end the run; None: none do.
     """
 
     model: Any  # a module; what else it must be, each training says
@@ -154,6 +157,7 @@ class Recorded(pl.LightningModule):
         self.model, self.learning_rate, self.seed = model, learning_rate, seed
         self.n_epochs, self.n_constant_epochs = n_epochs, n_constant_epochs
         self.n_warmup_epochs = n_warmup_epochs
+        self.patience: int | None = None
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Any] = {"value": math.inf, "epoch": -1, "weights": None}
         self.listeners: list[Callable[[Recorded], None]] = []
@@ -178,6 +182,10 @@ class Recorded(pl.LightningModule):
         """Parameters by learning rate."""
         return [{"params": [p for p in self.parameters() if p.requires_grad]}]
 
+    def on_train_start(self) -> None:
+        """Go no further, if a run that ended early is taken up again."""
+        self._stop_in_vain()
+
     def on_train_epoch_start(self) -> None:
         """Seed the epoch's draws, those of each process by its rank."""
         stream = (1, self.current_epoch, *([self.global_rank] if self.global_rank else []))
@@ -201,8 +209,20 @@ class Recorded(pl.LightningModule):
         if self.is_candidate() and value < self.best["value"]:
             weights = {k: v.detach().cpu().clone() for k, v in self.model.state_dict().items()}
             self.best = {"value": value, "epoch": self.current_epoch, "weights": weights}
+        self._stop_in_vain()
         for listener in self.listeners:
             listener(self)
+
+    def _stop_in_vain(self) -> None:
+        """Ask for the end after ``patience`` epochs without a better validation loss."""
+        best = self.best["epoch"]
+        if self.patience is not None and 0 <= best <= len(self.history) - 1 - self.patience:
+            self.trainer.should_stop = True
+
+    @property
+    def is_last_epoch(self) -> bool:
+        """Whether the current epoch ends the run."""
+        return self.current_epoch + 1 == self.n_epochs or self.trainer.should_stop
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the history, the best weights and the time spent with Lightning's own state."""

@@ -78,6 +78,8 @@ class MixtureOptions:
         consistency_weight: Weight of :func:`posterior_disagreement` between points and their views.
         temperature: Temperature of the posteriors in both, nats.
         initial_rate_factor: The initial states' learning rate in units of the field's.
+        patience: Epochs on the input space without a better validation loss that end the training;
+            None: none do.
     """
 
     noise: float
@@ -94,6 +96,7 @@ class MixtureOptions:
     consistency_weight: float = 0.0
     temperature: float = 1.0
     initial_rate_factor: float = 1.0
+    patience: int | None = None
 
 
 class MixtureTraining(Recorded):
@@ -114,6 +117,7 @@ class MixtureTraining(Recorded):
             options.n_warmup_epochs,
             options.seed,
         )
+        self.patience = options.patience
         self.curriculum = curriculum
         self.options = options
         n_spaces = min(options.pseudo_label_spaces, curriculum.n_spaces)

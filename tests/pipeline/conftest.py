@@ -52,6 +52,12 @@ TINY = [
     "evaluation.teacher_solver.method=rk4",
 ]
 
+# What presets of one's own data cannot do without.
+NEEDED = {
+    name: [f"data.options.path=x.{name[:3]}", "cpmm.n_clusters=3"]
+    for name in ("csv", "npy", "npy_images")
+}
+
 
 @pytest.fixture
 def make_folder(tmp_path):

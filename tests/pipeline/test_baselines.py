@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TINY, check_last_step
+from conftest import NEEDED, ROOT, TINY, check_last_step
 from sklearn.datasets import load_digits
 
 import cpmm.pipeline.stage
@@ -464,8 +464,7 @@ def test_what_is_trained_in_double_precision_takes_points_as_ever(row, rings, tm
 
 @pytest.mark.parametrize("preset", known_presets())
 def test_a_preset_of_tables_decodes_without_convolutions(preset):
-    own = {name: [f"data.options.path=x.{name}"] for name in ("csv", "npy")}
-    config = compose_preset(preset, own.get(preset, []))
+    config = compose_preset(preset, NEEDED.get(preset, []))
     decoder = config["baselines"]["continuous"]["decoder"]
     assert decoder["kind"] == config["cpmm"]["field"]["kind"]
 

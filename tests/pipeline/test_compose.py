@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import NEEDED, ROOT
 
 from cpmm.initialization import GROUPINGS
 from cpmm.odes import FIXED_STEP
@@ -45,15 +45,14 @@ def test_nested_overrides_become_hydra_syntax():
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_composes_and_keeps_its_name(preset):
-    needs = {"csv": ["data.options.path=x.csv"], "npy": ["data.options.path=x.npy"]}
-    config = compose_preset(preset, needs.get(preset, []))
+    config = compose_preset(preset, NEEDED.get(preset, []))
     assert config["name"] == preset
     assert yaml.safe_load(yaml.safe_dump(config)) == config
 
 
 def test_a_file_that_was_edited_is_another_configuration(tmp_path):
     path = tmp_path / "table.csv"
-    overrides = [f"data.options.path={path}"]
+    overrides = [f"data.options.path={path}", "cpmm.n_clusters=3"]
     assert (
         "digests" not in compose_preset("csv", overrides)["data"]
     )  # to be missed where it is read
@@ -114,6 +113,7 @@ def test_a_new_baseline_is_a_file_and_nothing_else(tmp_path, monkeypatch):
     file.write_text("n_epochs: 3\n")
     config_compose.option_rules.cache_clear()
     config_compose._compose_plain.cache_clear()
+    config_compose._compose_rows.cache_clear()
     with pytest.raises(ValueError, match=r"^conf/baselines/new\.yaml has no kind"):
         compose_preset("rings", [])
 
@@ -232,7 +232,8 @@ def test_a_value_of_another_type_is_named(override, named):
 
 
 def test_a_missing_value_says_where_to_set_it():
-    with pytest.raises(ValueError, match=r"overrides\.csv\.data\.options\.path"):
+    both = r"overrides\.csv\.cpmm\.n_clusters and overrides\.csv\.data\.options\.path"
+    with pytest.raises(ValueError, match=both):
         compose_preset("csv", [])
 
 
@@ -303,7 +304,8 @@ def test_trials_know_nothing_of_the_sweep():
 )
 def test_text_comes_through_hydra_as_it_is(text):
     (override,) = flatten({"data.options.path": text})
-    assert compose_preset("csv", [override])["data"]["options"]["path"] == text
+    config = compose_preset("csv", [override, "cpmm.n_clusters=3"])
+    assert config["data"]["options"]["path"] == text
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ CHANGES = {
     "report": ({"evaluation": {"discretizations": [3]}}, ["report.html"]),
     "sweep": ({"cpmm": {"learning_rate": 0.002}}, ["sweep"]),
 }
+BEFORE = {"extract_mixture": "train_cpmm", "report": "evaluate"}  # to be run with the change first
 RESUMED = {
     "train_teacher": ("last.ckpt", "train_teacher | resuming after epoch "),
     "train_cpmm": ("last.ckpt", "train_cpmm | resuming after epoch "),
@@ -205,6 +206,12 @@ class Case:
             done = self.disk.run(*command_of("config"))
             assert done.returncode == 0, done.stderr
             self.config = path.read_text()
+            if self.stage in BEFORE:
+                done = self.disk.run(*command_of(BEFORE[self.stage]))
+                assert done.returncode == 0, done.stderr
+                self.good = self.good.with_name(self.stage)
+                shutil.rmtree(self.good, ignore_errors=True)
+                shutil.copytree(self.project / "data", self.good, symlinks=True)
         path.write_text(self.config)
 
     def run(self, **options):

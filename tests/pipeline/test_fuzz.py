@@ -29,7 +29,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import STAGES, TINY
+from conftest import NEEDED, STAGES, TINY
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
@@ -46,7 +46,6 @@ from cpmm.pipeline.config.schema import leaves
 
 SEED = int(os.environ.get("CPMM_FUZZ_SEED", random.randrange(2**32)))
 COUNTS: Counter[tuple[str, str]] = Counter()
-NEEDED = {"csv": ["data.options.path=x.csv"], "npy": ["data.options.path=x.npy"]}
 fuzzed = pytest.mark.parametrize("size", ["fast", pytest.param("full", marks=pytest.mark.slow)])
 
 
@@ -801,7 +800,7 @@ ENDS = {
     "teacher.exact_trace_up_to": [0, 1, 10**6], "teacher.flow_matching_epochs": [0, 1, 2], "teacher.likelihood_epochs": [0, 1], "teacher.kinetic_weight": [1, 1e9], "teacher.jacobian_weight": [1, 1e9],
     "teacher.n_draws": [1, 3], "teacher.batch_size": BATCH, "teacher.learning_rate": RATE, "teacher.n_warmup_epochs": [0, 10**6], "teacher.gradient_clip": [0, 1e-300, 1e9],
     "spaces.kind": ["teacher", "noise"], "spaces.n_spaces": [2, 3, 20], "spaces.n_draws": [1, 3], "spaces.n_train": [None, 2, 3, 2**40], "spaces.n_validation": [None, 2, 3, 2**40], "spaces.batch_size": BATCH, "spaces.dtype": ["float16", "float32"], "spaces.chunk_rows": [1, 10**6],
-    "cpmm.n_clusters": [1, 2, 7, 60, 100, 10**6], "cpmm.n_factors": [1, 2, 3, 10**6], "cpmm.augmentation": [0, 0.1, 2.5, 20], "cpmm.diagonal": ["variable", "constant"],
+    "cpmm.n_clusters": [1, 2, 7, 60, 100, 10**6], "cpmm.n_factors": [None, 1, 2, 3, 10**6], "cpmm.augmentation": [0, 0.1, 2.5, 20], "cpmm.diagonal": ["variable", "constant"],
     "cpmm.learned_weight": [True, False], "cpmm.learned_cluster_weight": [True, False], "cpmm.log_diagonal_floor": [-60, 0, 20], "cpmm.ode": ["shared", "separate"],
     **{f"cpmm.field.{k}": v for k, v in FIELD.items()}, **{f"cpmm.solver.{k}": v for k, v in SOLVER.items()},
     "cpmm.initialization.kind": ["gaussian", "random", "kmeans", "analyzers", "linkage", "neighbours"], "cpmm.initialization.mean_scale": [0, 1e9], "cpmm.initialization.loading_scale": [0, 1e9],
@@ -809,7 +808,7 @@ ENDS = {
     "cpmm.initialization.n_points": [1, 20, 10**6], "cpmm.initialization.n_views": [0, 2], "cpmm.initialization.n_neighbours": [1, 3, 10**6],
     "cpmm.views.rotate": [0, 180], "cpmm.views.shear": [0, 89], "cpmm.views.scale": [0, 0.99], "cpmm.views.translate": [0, 1e6],
     "cpmm.pseudo_label_weight": [0, 1, 1e9], "cpmm.weight_knots": [None, 2, 3, 1000], "cpmm.n_points": [1, 20, 10**6], "cpmm.consistency_weight": [0, 1, 1e9], "cpmm.temperature": [1e-300, 1, 1e9],
-    "cpmm.pseudo_label_spaces": [0, 1, 10**6], "cpmm.curriculum": [True, False], "cpmm.epochs_per_space": [0, 1, 2], "cpmm.fine_tune_epochs": [0, 1, 2], "cpmm.n_draws": [1, 3],
+    "cpmm.pseudo_label_spaces": [0, 1, 10**6], "cpmm.curriculum": [True, False], "cpmm.epochs_per_space": [0, 1, 2], "cpmm.fine_tune_epochs": [0, 1, 2], "cpmm.n_draws": [None, 1, 3], "cpmm.patience": [None, 1, 10**6],
     "cpmm.n_pseudotimes": [1, 2, 30], "cpmm.pseudotimes": ["grid", "uniform", "stratified"], "cpmm.noise": [0, 1, 1e9], "cpmm.entropy_weight": [-1, 1, 1e9, -1e9], "cpmm.path_weight": [1, 1e9],
     "cpmm.seed": [0, 2**32 - 1], "cpmm.batch_size": BATCH, "cpmm.learning_rate": RATE, "cpmm.initial_rate_factor": [0, 1e9], "cpmm.n_warmup_epochs": [0, 10**6], "cpmm.gradient_clip": [0, 1e-300, 1e9],
     "mixture.n_pseudotimes": [1, 2, 30, 100], "mixture.drop_idle": [True, False],
@@ -862,7 +861,9 @@ def images(tmp_path_factory):
         (generator.integers(0, 60, (90, 4, 3)) + 60 * kind[:, None, None]).astype(np.uint8),
     )
     np.save(folder / "label.npy", kind)
-    return [f"data.options.path={folder}/x.npy", f"data.options.label_path={folder}/label.npy"]
+    return [
+        f"data.options.path={folder}/x.npy", f"data.options.label_path={folder}/label.npy",
+    ]  # fmt: skip
 
 
 @fuzzed

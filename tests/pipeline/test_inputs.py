@@ -151,7 +151,7 @@ def test_they_are_made_with_the_threads_that_are_asked_for(threads, tmp_path, st
 def test_what_a_stage_finds_at_fault_is_one_line(tmp_path, capfd):
     path = tmp_path / "table.csv"
     path.write_text("a,b\n1,2\n3,word\n")
-    config = compose_preset("csv", [f"data.options.path={path}"])
+    config = compose_preset("csv", [f"data.options.path={path}", "cpmm.n_clusters=2"])
     with pytest.raises(ChildProcessError, match=r"^prepare_data: .*word") as error:
         locate_inputs(config, tmp_path / "csv")
     assert len(str(error.value).splitlines()) == 1

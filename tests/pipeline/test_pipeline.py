@@ -369,7 +369,10 @@ def test_a_bad_option_is_named(stage, override, named, copied, run_stage):
 def test_a_bad_table_is_named(content, named, tmp_path, make_folder, run_stage):
     path = tmp_path / "table.csv"
     path.write_text(content)
-    folder = make_folder("csv", f"data.options.path={path}", "data.n_validation=2", "data.n_test=2")
+    folder = make_folder(
+        "csv", f"data.options.path={path}", "data.n_validation=2", "data.n_test=2",
+        "cpmm.n_clusters=3",
+    )  # fmt: skip
     status, _, errors = run_stage("prepare_data", folder)
     assert status == 1
     assert errors.startswith("prepare_data: error: ")

@@ -2,7 +2,7 @@ import math
 import re
 
 import pytest
-from conftest import ROOT
+from conftest import NEEDED, ROOT
 
 from cpmm.elementwise import MAPS
 from cpmm.fields import ACTIVATIONS
@@ -22,7 +22,6 @@ from cpmm.preprocessing import STANDARDIZATIONS
 from cpmm.trajectory import DIAGONALS
 
 OPTIONS = option_rules()
-NEEDED = {"csv": ["data.options.path=x.csv"], "npy": ["data.options.path=x.npy"]}
 
 
 def nested(name, value):

@@ -61,6 +61,24 @@ def test_resumed_equals_uninterrupted(make, tmp_path):
         assert equal(resumed.best["weights"], whole.best["weights"])
 
 
+def test_a_run_in_vain_ends_and_resumed_it_stays_ended(tmp_path):
+    def stuck():  # no step changes anything
+        return mixture_training(curriculum=Curriculum(2, 2, 8), learning_rate=0.0, patience=3)
+
+    every = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    told: list[bool] = []
+    module = stuck()
+    module.listeners = [lambda module: told.append(module.is_last_epoch)]
+    fit(module, callbacks=(every,))
+    assert module.best["epoch"] == 4  # after those of the spaces, which do not count
+    assert len(module.history) == 8
+    assert told == [False] * 7 + [True]
+    for path in sorted(tmp_path.iterdir()):
+        resumed = fit(stuck(), resume=path)
+        assert resumed.history == module.history
+        assert resumed.best_summary() == module.best_summary()
+
+
 class LearningRates(Callback):
     def __init__(self) -> None:
         self.rates: list[list[float]] = []

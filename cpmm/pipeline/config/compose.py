@@ -189,8 +189,8 @@ def _resolve(primary: str, preset: str, overrides: Sequence[str]) -> dict[str, A
         ) from error
     if resolved is None:
         raise ValueError(
-            f"preset {preset!r} needs a value for {missing[0]}: set "
-            f"overrides.{preset}.{missing[0]} in params.yaml"
+            f"preset {preset!r} needs a value for {' and '.join(missing)}: set "
+            f"{' and '.join(f'overrides.{preset}.{name}' for name in missing)} in params.yaml"
         )
     return resolved
 
@@ -201,11 +201,23 @@ def _open_conf(root: Path) -> Iterator[Callable[..., Any]]:
     from hydra import compose, initialize_config_dir
     from hydra.core.config_store import ConfigStore
 
-    rows = sorted(path.stem for path in (root / "conf" / "baselines").glob("*.yaml"))
-    every = {"defaults": [{f"/baselines@{row}": row} for row in rows]}
-    ConfigStore.instance().store(group="baselines", name="*", node=every)
+    ConfigStore.instance().store(group="baselines", name="*", node=_compose_rows(root))
     with initialize_config_dir(str(root / "conf"), version_base="1.3"):
         yield compose
+
+
+@lru_cache
+def _compose_rows(root: Path) -> dict[str, Any]:
+    """Compose all of ``conf/baselines/`` once: more files than the rest of conf/ has together."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+
+    rows = sorted(path.stem for path in (root / "conf" / "baselines").glob("*.yaml"))
+    every = {"defaults": [{f"/baselines@{row}": row} for row in rows]}
+    ConfigStore.instance().store(name="every_row", node=every)
+    with initialize_config_dir(str(root / "conf"), version_base="1.3"):
+        return OmegaConf.to_container(compose("every_row"))
 
 
 def _require_ours(overrides: Sequence[str]) -> None:

@@ -284,7 +284,7 @@ OPTIONS: dict[str, Rule] = {
     "spaces.chunk_rows": COUNT,
     # cpmm
     "cpmm.n_clusters": COUNT,
-    "cpmm.n_factors": COUNT,
+    "cpmm.n_factors": or_null(COUNT),
     "cpmm.augmentation": number(0, 100),
     "cpmm.diagonal": choice("variable", "constant"),
     "cpmm.learned_weight": flag(),
@@ -311,7 +311,8 @@ OPTIONS: dict[str, Rule] = {
     "cpmm.curriculum": flag(),
     "cpmm.epochs_per_space": COUNT_OR_NONE,
     "cpmm.fine_tune_epochs": COUNT_OR_NONE,
-    "cpmm.n_draws": COUNT,
+    "cpmm.n_draws": or_null(COUNT),
+    "cpmm.patience": or_null(COUNT),
     "cpmm.weight_knots": or_null(whole(2, 1000)),
     "cpmm.n_points": or_null(COUNT),
     "cpmm.n_pseudotimes": COUNT,

@@ -25,7 +25,7 @@ from cpmm.pipeline.models.fitted import (
     of_mixture,
 )  # fmt: skip
 from cpmm.pipeline.models.runtime import choose, compute_device, seeded
-from cpmm.pipeline.models.trajectories import make_groups, make_layout
+from cpmm.pipeline.models.trajectories import make_groups, make_layout, n_factors
 from cpmm.seeds import seeded_generator
 from cpmm.spaces import Curriculum
 from cpmm.training.epochs import EpochData, Recorded, Rows
@@ -215,8 +215,8 @@ def start_direct(
 def _direct(run: Run) -> Fitted:
     """Directly optimized factor analyzers: a cluster each, or merged into C clusters."""
     options, n_components = run.section, run.n_components
-    n_factors = run.config["cpmm"]["n_factors"]
-    start = start_direct(run.data, options, n_components, n_factors, run.floor, run.seed)
+    r = n_factors(run.config["cpmm"], run.data)
+    start = start_direct(run.data, options, n_components, r, run.floor, run.seed)
     with torch.no_grad():
         first = start.mixture()  # a copy: training changes the parameters in place
         first = replace(first, components=first.components.select(torch.arange(n_components)))
@@ -342,8 +342,8 @@ def _einet(run: Run) -> Fitted:
     from cpmm.baselines.einet import EinsumNetwork
 
     options, data = run.section, run.data
-    n_factors = run.config["cpmm"]["n_factors"]
-    of_each = data.n_features * (n_factors + 2) + 1  # means, loadings, log d, weight
+    r = n_factors(run.config["cpmm"], data)
+    of_each = data.n_features * (r + 2) + 1  # means, loadings, log d, weight
     size = round(options["size_factor"] * (run.n_components * of_each))
     generator = run.generator(44)
     network = EinsumNetwork.of_size(

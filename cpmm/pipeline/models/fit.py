@@ -67,7 +67,7 @@ class TrainingProgress(Callback):
 
     def __call__(self, module: Recorded) -> None:
         """Tell of the epoch that has just ended."""
-        last = module.current_epoch + 1 == module.n_epochs
+        last = module.is_last_epoch
         self.phase = module.describe_phase()
         if last or self.within or self.line.is_due():
             self.within = False

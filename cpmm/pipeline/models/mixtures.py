@@ -15,13 +15,19 @@ from cpmm.initialization import kmeans, local_factor_analyzers
 from cpmm.pipeline.artifacts.spaces import Spaces
 from cpmm.pipeline.config import pick
 from cpmm.pipeline.config.schema import check_cpmm
-from cpmm.pipeline.models.trajectories import make_groups, make_trajectories, make_views
+from cpmm.pipeline.models.trajectories import (
+    make_groups,
+    make_trajectories,
+    make_views,
+    n_factors,
+)  # fmt: skip
 from cpmm.seeds import seeded_generator
 from cpmm.spaces import Curriculum
 from cpmm.training.epochs import EpochData, Rows
 from cpmm.training.mixture import MixtureOptions, MixtureTraining
 
 SPACES = ("teacher", "noise")
+STEPS = 25  # of an epoch, where the number of draws is left to the number of points
 
 
 def make_disconnected(
@@ -51,7 +57,7 @@ def make_disconnected(
         member = group == c
         label[member] = c * n_each + kmeans(start[member], n_each, generator, n_init=1)
     analyzers = local_factor_analyzers(
-        start, label, n_clusters * n_each, config["n_factors"], floor, shrinkage
+        start, label, n_clusters * n_each, n_factors(config, data), floor, shrinkage
     )
     return DirectMixture(analyzers, floor, (n_each,) * n_clusters)
 
@@ -90,7 +96,7 @@ def make_mixture_training(
         **pick(
             config, "pseudo_label_spaces", "pseudo_label_weight", "n_pseudotimes", "pseudotimes",
             "noise", "entropy_weight", "learning_rate", "path_weight", "consistency_weight",
-            "temperature", "initial_rate_factor", "n_warmup_epochs", "seed",
+            "temperature", "initial_rate_factor", "n_warmup_epochs", "patience", "seed",
         ),
     )  # fmt: skip
     module = MixtureTraining(model, curriculum, options)
@@ -114,7 +120,8 @@ def make_mixture_training(
     def n_rows(epoch: int) -> int:
         if curriculum.space(epoch) is not None:
             return len(start)
-        return config["n_draws"] * (config["n_points"] or len(data.raw["train"]))
+        n = config["n_points"] or len(data.raw["train"])
+        return n * _draws(config, n)
 
     return module, EpochData(rows, validation_rows, config["batch_size"], config["seed"], n_rows)
 
@@ -144,10 +151,16 @@ def _all_or(index: Tensor | None) -> Tensor | slice:
     return slice(None) if index is None else index
 
 
+def _draws(config: Mapping[str, Any], n_points: int) -> int:
+    """Draws of each point in an epoch of fine-tuning; null: so many that it has some 25 steps."""
+    return config["n_draws"] or max(1, round(STEPS * config["batch_size"] / n_points))
+
+
 def _fine_tuning_rows(
     config: Mapping[str, Any], data: DataSplits, group: Tensor | None, generator: torch.Generator
 ) -> Rows:
-    n, n_points, n_draws = len(data.raw["train"]), config["n_points"], config["n_draws"]
+    n, n_points = len(data.raw["train"]), config["n_points"]
+    n_draws = _draws(config, n_points or n)
     if n_points is not None and n_points > n:
         raise ValueError(
             f"cpmm.n_points is {n_points}: expected at most {n}, the training points, or null for "

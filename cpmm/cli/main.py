@@ -57,8 +57,10 @@ def show_info(fitted: FittedMixture, arguments: argparse.Namespace) -> None:
     pre, sizes = fitted.preprocessing, fitted.mixture.cluster_sizes
     data = "a table of real values"
     if pre.levels is not None:
+        channels, height, width = fitted.image_shape or (1, 1, fa.n_features)
+        size = f"{channels} channels of " * (channels > 1) + f"{height} x {width}"
         levels = f"{pre.levels} grey levels, logit with margin {pre.alpha:g}"
-        data = f"images {fitted.image_shape}, {levels}"
+        data = f"images of {size}, {levels}"
     values = {
         "preset": header.get("preset"),
         "components": fa.n_components,

@@ -176,7 +176,7 @@ def real_values(
         ValueError: If one is not finite, or larger than :data:`LARGEST`; names row and column.
     """
     with np.errstate(over="ignore"):  # of long doubles; caught below
-        value = np.array(x, dtype=np.float64)
+        value = np.array(x, dtype=np.float64, order="C")
     bad = ~(np.abs(value) <= LARGEST)  # of NaN, too
     if bad.any():
         row, column = (int(i[0]) for i in bad.nonzero())
@@ -228,7 +228,7 @@ def grey_levels(path: str | Path, x: np.ndarray, levels: int, n_before: int = 0)
             f"images in {path} must hold whole grey levels of 0 to {top}: got {x[row, column]} in "
             f"image {n_before + row + 1}, {x.dtype} of {low} to {high}; {remedy}"
         )
-    return x.astype(np.uint8)
+    return x.astype(np.uint8, order="C")  # the last digits of sums depend on it
 
 
 def require_more_than_one(path: str | Path, x: np.ndarray, levels: int, option: str = "") -> None:

@@ -631,19 +631,25 @@ def _draw_mosaic(
 ) -> np.ndarray:
     """Draw a grid of images, (rows, columns, M) in [0, 1], NaN for none, one pixel a unit.
 
+    The first three channels are red, green and blue; of two, blue stays dark.
+
     Returns:
         Vertical centre of each row, (rows,).
     """
     channels, height, width = image_shape
-    if images.shape[2] != channels * height * width or channels not in (1, 3):
+    if images.shape[2] != channels * height * width:
         raise ValueError(
-            f"image_shape must be (1 or 3, height, width) for {images.shape[2]} features: got "
+            f"image_shape must be (channels, height, width) for {images.shape[2]} features: got "
             f"{tuple(image_shape)}"
         )
     gap = _gap(width)
     row_gap = max(row_gap, gap)
     n_rows, n_columns = images.shape[:2]
     images = images.reshape(n_rows, n_columns, channels, height, width)
+    if channels == 2:
+        dark = np.where(np.isnan(images[:, :, :1]), np.nan, 0.0)
+        images = np.concatenate([images, dark], axis=2)
+    images = images[:, :, :3]
     images = np.nan_to_num(np.broadcast_to(images, (n_rows, n_columns, 3, height, width)), nan=1.0)
     for i, row in enumerate(images):
         strip = np.ones((height, n_columns * (width + gap) - gap, 3))

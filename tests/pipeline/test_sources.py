@@ -77,6 +77,7 @@ class Idx:
             "files": FILES,
             "md5": {role: hashlib.md5(pack(a)).hexdigest() for role, a in self.array.items()},
             "class_names": ["ant", "bee", "cat"],
+            "axes": None,
         }
 
     def path(self, role: str) -> Path:
@@ -291,13 +292,95 @@ def test_idx_damaged_gzip(idx):
         idx.read()
 
 
-def test_idx_wrong_magic(idx):
-    idx.write("train_images", pack(idx.array["train_labels"]))
-    with raises(ValueError, idx.path("train_images"), "00000803", "got 00000801", "13 bytes"):
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        (b"<!DOCTYPE html><p>not found</p>", ["a web page", "replace the file"]),
+        (b"MATLAB 5.0 MAT-file", ["a MATLAB file", "np.save", "axes=HWCN"]),
+        (b"version https://git-lfs.github.com/spec/v1", ["git lfs pull"]),
+        (b"\x93NUMPY\1\0", ["a .npy file", "preset npy"]),
+        (b"\0\0\7\1", ["begins with 00000701", "4 bytes"]),
+        (b"", ["empty"]),
+    ],
+)
+def test_idx_other_files_are_named_for_what_they_are(idx, content, parts):
+    idx.write("train_images", content)
+    with raises(ValueError, idx.path("train_images"), "IDX format, of train_images", *parts):
         idx.read()
-    idx.write("train_images", b"<!DOCTYPE html><p>not found</p>")
-    with raises(ValueError, idx.path("train_images"), "00000803", "got 3c21444f"):
+
+
+def test_idx_files_in_each_others_place(idx):
+    images, labels = (pack(idx.array[f"train_{what}"]) for what in ("images", "labels"))
+    idx.write("train_images", labels)
+    with raises(ValueError, "images", "got uint8 of shape (5,)", "data.options.files.train_images"):
+        idx.read(md5=None)
+    idx.write("train_images", images)
+    idx.write("train_labels", images)
+    with raises(ValueError, "labels", "got uint8 of shape (5, 3, 2)", "files.train_labels"):
+        idx.read(md5=None)
+
+
+def test_idx_labels_of_qmnist_are_its_first_column(idx):
+    label = np.arange(40).reshape(5, 8).astype(">i4")
+    label[:, 0] = idx.array["train_labels"]
+    data = struct.pack(">HBB2I", 0, 12, 2, *label.shape) + label.tobytes()
+    idx.write("train_labels", gzip.compress(data))
+    assert idx.read(md5=None).label.tolist() == [2, 0, 1, 1, 2, 0, 2]
+
+
+def test_idx_images_of_other_types_and_axes(idx):
+    random = np.random.default_rng(0)
+    x = {split: random.integers(0, 256, (n, 3, 2, 4)) for split, n in (("train", 5), ("test", 2))}
+    for dtype, code in ((">i2", 11), (">f4", 13)):
+        for split, images in x.items():
+            stored = images.transpose(2, 3, 1, 0).astype(dtype)  # HWCN
+            head = struct.pack(">HBB4I", 0, code, 4, *stored.shape)
+            idx.write(f"{split}_images", head + stored.tobytes())
+        source = idx.read(md5=None, axes="HWCN")
+        assert source.image_shape == (3, 2, 4)
+        assert source.x.tolist() == np.concatenate([*x.values()]).reshape(7, -1).tolist()
+        with raises(ValueError, "order of the axes", "not certain"):
+            idx.read(md5=None)
+
+
+def follow(said: str) -> dict[str, object]:
+    """Options of a source that a message says to set."""
+    options: dict[str, object] = {"files": {}}
+    for name, value in re.findall(r"data\.options\.([\w.]+)=([\w.-]+)", said):
+        if name.startswith("files."):
+            options["files"][name.removeprefix("files.")] = value
+        else:
+            options[name] = None if value == "null" else value
+    return options
+
+
+def test_idx_names_of_emnist_are_found_and_the_way_out_works(idx):
+    for role, array in idx.array.items():
+        idx.path(role).unlink()
+        stored = array.transpose(0, 2, 1) if "images" in role else array + 1
+        split = role.split("_")[0]
+        what = "images-idx3" if "images" in role else "labels-idx1"
+        name = f"emnist-letters-{split}-{what}-ubyte.gz"
+        (idx.folder / name).write_bytes(gzip.compress(pack(stored)))
+    with raises(FileNotFoundError, "is missing", "other names", "axes=NWH") as caught:
         idx.read()
+    source = idx.read(**follow(str(caught.value)))
+    images = [*idx.array["train_images"], *idx.array["test_images"]]
+    assert [x.reshape(3, 2).tolist() for x in source.x] == [i.tolist() for i in images]
+    assert source.class_names == ("1", "2", "3")
+    assert source.label.tolist() == [2, 0, 1, 1, 2, 0, 2]
+
+
+def test_idx_what_the_folder_holds_instead_is_named(idx, tmp_path):
+    with raises(FileNotFoundError, f"{idx.folder} has such files: set data.options.folder"):
+        idx.read(folder=str(tmp_path))
+    other = tmp_path / "svhn"
+    other.mkdir()
+    (other / "train_32x32.mat").write_bytes(b"MATLAB 5.0 MAT-file, Platform")
+    with raises(FileNotFoundError, "train_32x32.mat is a MATLAB file", "np.save", "preset npy"):
+        idx.read(folder=str(other))
+    with raises(FileNotFoundError, f"there is no folder {other}s"):
+        idx.read(folder=f"{other}s")
 
 
 @pytest.mark.parametrize("surplus", [b"", b"xy"])
@@ -330,12 +413,12 @@ def test_idx_files_must_belong_together(idx):
         idx.read(md5=None)
     idx.write("train_labels", pack(idx.array["train_labels"]))
     idx.write("test_images", pack(np.zeros((2, 2, 3), dtype=np.uint8)))
-    with raises(ValueError, "training images are (3, 2), test images (2, 3)"):
+    with raises(ValueError, "training images are (1, 3, 2), test images (1, 2, 3)"):
         idx.read(md5=None)
 
 
 def test_idx_needs_a_name_for_every_label(idx):
-    with raises(ValueError, "labels go up to 2", "has 2 names", "give 3"):
+    with raises(ValueError, "labels are 0 to 2", "has 2 names", "give 3, or null"):
         idx.read(class_names=["ant", "bee"])
 
 

@@ -128,7 +128,8 @@ def read_idx(
     cache: str | None,
     files: Mapping[str, str],
     md5: Mapping[str, str | None] | None,
-    class_names: Sequence[str],
+    class_names: Sequence[str] | None,
+    axes: str | None,
 ) -> Source:
     """Read images and labels in the IDX format of MNIST, 256 grey levels.
 
@@ -141,7 +142,9 @@ def read_idx(
         cache: Where downloads are kept.
         files: File name of each role of :data:`cpmm.pipeline.artifacts.idx.IDX_ROLES`.
         md5: Digest of each role's uncompressed payload; null where it is not to be checked.
-        class_names: Names of labels 0, 1, ...
+        class_names: Names of labels 0, 1, ...; None takes the labels that there are.
+        axes: Order of the axes of images, such as NHWC; None takes N, H, W, and with channels
+            N, C, H, W where the shape allows no other.
 
     Returns:
         Training rows, then the test rows.
@@ -152,16 +155,19 @@ def read_idx(
         FileNotFoundError: If a file is nowhere and there is no mirror.
         ConnectionError: If a download fails.
     """
-    part = read_idx_files(folder, mirror, cache, files, md5 or {})
-    label = np.concatenate([part["train_labels"], part["test_labels"]]).astype(np.int64)
-    if label.max() >= len(class_names):
+    part = read_idx_files(folder, mirror, cache, files, md5 or {}, axes)
+    label = np.concatenate([part["train_labels"], part["test_labels"]])
+    if class_names is None:
+        label, class_names = index_classes(files["train_labels"], map(str, label))
+    elif not -1 <= label.min() <= label.max() < len(class_names):
         raise ValueError(
-            f"labels go up to {label.max()}, data.options.class_names has {len(class_names)} "
-            f"names: give {label.max() + 1}"
+            f"labels are {label.min()} to {label.max()}, data.options.class_names has "
+            f"{len(class_names)} names, of 0 to {len(class_names) - 1}: give {label.max() + 1}, or "
+            "null for the numbers themselves"
         )
-    image = np.concatenate([part["train_images"], part["test_images"]])  # (N, H, W)
-    shape = (1, *image.shape[1:])
-    return _images(image, label, 256, tuple(class_names), shape, len(part["test_images"]))
+    image = np.concatenate([part["train_images"], part["test_images"]])  # (N, C, H, W)
+    n_test = len(part["test_images"])
+    return _images(image, label, 256, tuple(class_names), image.shape[1:], n_test)
 
 
 def read_csv(path: str, label_column: str | None, delimiter: str) -> Source:

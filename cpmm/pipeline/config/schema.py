@@ -187,7 +187,7 @@ FILES = {  # of the sources that read files
     "cache": or_null(text()),
     "files": named("file names", text()),
     "md5": or_null(named("digests, or null,", or_null(text()))),
-    "class_names": several("names, in quotes if they look like numbers", text()),
+    "class_names": or_null(several("names, in quotes if they look like numbers", text())),
     "path": text(),
     "label_column": or_null(text()),
     "delimiter": Rule(

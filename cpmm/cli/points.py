@@ -20,6 +20,7 @@ from cpmm.reading.arrays import (
     real_values,
     require_more_than_one,
 )
+from cpmm.reading.kinds import recognize
 
 if TYPE_CHECKING:
     from cpmm.fitted import FittedMixture
@@ -52,11 +53,17 @@ class PointReader:
             raise FileNotFoundError(f"there is no file {path}: give a .csv or .npy file of points")
         readers = {
             ".npy": (self._open_npy, self._read_npy),
+            ".npz": (self._open_npy, self._read_npy),  # refused, with what to do
             ".csv": (self._open_csv, self._read_csv),
         }
         if path.suffix not in readers:
             got = path.suffix or "no ending"
-            raise ValueError(f"{path} must be a .csv or .npy file: got {got!r}")
+            with path.open("rb") as file:
+                known = recognize(path, file.read(512))
+            said = f"; it {known}" if known else ""
+            raise ValueError(f"{path} must be a .csv or .npy file: got {got!r}{said}")
+        if axes is not None and path.suffix == ".csv":
+            raise ValueError(f"--axes is of images in .npy files, {path} is a table: leave it out")
         open_file, self._read = readers[path.suffix]
         self.total = open_file()
 

@@ -31,7 +31,7 @@ REFUSED = {
     "m": "lengths of time: save numbers, x / np.timedelta64(1, 's') for seconds",
     "U": "text: save x.astype(float) if it writes numbers",
     "S": "text: save x.astype(float) if it writes numbers",
-    "V": "raw bytes, such as of bfloat16: save x.astype(np.float32)",
+    "V": "raw bytes, such as of bfloat16: save its source, x.astype(np.float32)",
     "O": "Python objects, which are not opened, as they may run anything: if you trust it, save "
     "np.load(path, allow_pickle=True).astype(float), or .astype(str) for labels",
 }

@@ -24,6 +24,7 @@ from cpmm.mixture import Mixture
 from cpmm.pipeline.artifacts.store import load_prepared
 from cpmm.pipeline.config.compose import compose_preset
 from cpmm.pipeline.errors import EXTRAS
+from cpmm.pipeline.scores import drawing
 from cpmm.preprocessing import Preprocessing
 from cpmm.seeds import seeded_generator
 from workflows import build_spaces, extract_mixture, prepare_data, train_cpmm, train_teacher
@@ -204,6 +205,7 @@ def test_plots_are_drawn(preset, kind, ending, made, cpmm, tmp_path):
         ("p.npy", np.zeros(3, "U4"), "{path} holds text"),
         ("p.npy", b"PAR1", "not a whole .npy file, but a Parquet file"),
         ("p.txt", "1 2", "must be a .csv or .npy file"),
+        ("p.mat", b"MATLAB 5.0 MAT-file", "got '.mat'; it is a MATLAB file: np.save("),
         ("p.csv", None, "there is no file"),
     ],
 )  # fmt: skip
@@ -297,6 +299,26 @@ def test_colour_samples_are_written_as_they_are_read(colour, cpmm, tmp_path):
         assert status == 0, said
         pixels = np.asarray(Image.open(out).convert("RGB")).astype(int)
         assert (np.ptp(pixels, axis=2) > 60).mean() > 0.01  # colours, not grey
+
+
+def test_colour_images_need_nothing_but_their_path(cpmm, tmp_path):
+    random = np.random.default_rng(0)
+    x = random.integers(0, 256, (450, 3, 1, 1)) // 2 + random.integers(0, 128, (450, 3, 5, 5))
+    np.save(tmp_path / "x.npy", x.astype(">u2"))
+    options = [f"data.options.path={tmp_path / 'x.npy'}", "spaces.kind=noise", "cpmm.n_clusters=2"]
+    config = compose_preset("npy", [*TINY, *options])
+    for stage in STAGES:
+        if stage is not train_teacher:
+            stage.main(tmp_path / "npy", config)
+    mixture = tmp_path / "npy" / "mixture"
+    data = load_prepared(tmp_path / "npy" / "prepared")
+    assert data.image_shape == (3, 5, 5)
+    for figure in drawing._draw_mixture(data, Mixture.load(mixture).to(torch.float64), 0).values():
+        figure.savefig(tmp_path / "figure.png")
+        pixels = np.asarray(Image.open(tmp_path / "figure.png").convert("RGB")).astype(int)
+        assert (np.ptp(pixels, axis=2) > 30).mean() > 0.01
+    status, _, said = cpmm("score", mixture, tmp_path / "x.npy")
+    assert (status, "450 points" in said) == (0, True), said
 
 
 @pytest.mark.parametrize("change", ["bytes inserted", "shape negative"])

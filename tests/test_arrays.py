@@ -84,6 +84,13 @@ def test_the_way_out_of_an_archive_works(tmp_path, monkeypatch):
     assert map_npy("x_train.npy").shape == (3, 2)
 
 
+def test_a_sparse_matrix_is_named(tmp_path):
+    parts = {"data": np.ones(1), "indices": np.zeros(1, int), "indptr": np.arange(2)}
+    np.savez(tmp_path / "x.npz", shape=(1, 1), format=b"csr", **parts)
+    with raises("x.npz is a sparse matrix", "scipy.sparse.load_npz", "toarray"):
+        map_npy(tmp_path / "x.npz")
+
+
 def test_rows_of_cifar_are_unpacked_as_said(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = np.random.default_rng(0).integers(0, 256, (5, 3073), dtype=np.uint8)

@@ -14,6 +14,7 @@ from cpmm.pipeline.stage import publish, run_stage, scratch_folder
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from cpmm.data import DataSplits
     from cpmm.elementwise import ElementwiseMap
 
 
@@ -56,7 +57,16 @@ def main(folder: Path, config: Config) -> str:
     save_prepared(scratch / "prepared", data, fingerprint)
     publish(scratch, "prepared", folder / "prepared")
     sizes = ", ".join(f"{len(index[split])} {split}" for split in SPLITS)
-    return f"{sizes} points with {data.n_features} features -> {folder / 'prepared'}"
+    return f"{sizes} points, {_describe(data)} -> {folder / 'prepared'}"
+
+
+def _describe(data: DataSplits) -> str:
+    """Say what was read, so that a table that was meant for images, or axes astray, are seen."""
+    if data.image_shape is None:
+        return f"a table of {data.n_features} features"
+    channels, height, width = data.image_shape
+    named = f"{channels} channels of " * (channels > 1)
+    return f"images of {named}{height} x {width} and {data.preprocessing.levels} grey levels"
 
 
 def _fit_map(

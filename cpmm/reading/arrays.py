@@ -55,13 +55,13 @@ def map_npy(path: str | Path, kinds: str = "biuf") -> np.ndarray:
     with _whole_npy(path) as file:
         shape, dtype = _read_header(file)
         if dtype.kind not in kinds:
-            what = REFUSED.get(dtype.kind, "other values: save them as numbers")
+            what = f"{REFUSED.get(dtype.kind, 'other values: save numbers')} (now {dtype})"
             if dtype.names:
                 what = (
                     f"records with the fields {', '.join(dtype.names[:5])}: save np.stack([x[n] for"
                     " n in x.dtype.names], 1)"
                 )
-            raise ValueError(f"{path} holds {what} (now {dtype} of shape {shape})")
+            raise ValueError(f"{path} of shape {shape} holds {what}")
         announced = math.prod(shape) * dtype.itemsize
         found = os.fstat(file.fileno()).st_size - file.tell()
         if found != announced:
@@ -332,7 +332,12 @@ def _require_npy(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             names = [n.removesuffix(".npy") for n in archive.namelist() if n.endswith(".npy")]
         if names:
-            name = next((n for n in names if n.split(".")[-1] in ("x", "x_train")), names[0])
+            if {"format", "shape", "data"} <= set(names):
+                raise ValueError(
+                    f"{path} is a sparse matrix: write it in full, np.save('x.npy', "
+                    f"scipy.sparse.load_npz({str(path)!r}).toarray())"
+                )
+            name = next((n for n in names if n in ("x", "X", "x_train", "train_images")), names[0])
             raise ValueError(
                 f"{path} is an archive of arrays ({', '.join(names[:8])}), not one: write the one "
                 f"that you want, np.save('{name}.npy', np.load({str(path)!r})[{name!r}])"

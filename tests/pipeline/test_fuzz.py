@@ -816,7 +816,7 @@ ENDS = {
     "data.map.kind": ["none", "spline"], "data.map.n_bins": [2, 3, 1000], "data.map.n_points": [2, 3, 10**6], "data.map.n_components": [1, 2, 50, 10**6], "data.map.n_factors": [1, 2, 1000],
     "data.map.log_diagonal_floor": [-60, 0, 20], "data.map.n_steps": [1, 3, 21], "data.map.batch_size": [1, 7], "data.map.learning_rate": [1e-300, 1e-3, 1, 1e9], "data.map.map_rate_factor": [1e-300, 1, 1e9],
     "data.options.n": [1, 2, 42, 45, 60], "data.options.seed": [2**32 - 1], "data.options.radius": [1e-300, 1e-9, 1e9], "data.options.ratio": [1 + 1e-9, 1e9],
-    "data.options.thickness": [0, 1e9], "data.options.gaps": [[0, 0], [-1e9, 1e9]], "data.options.gap_width": [0, 359.999999], "data.options.levels": [1, 2, 256], "data.options.label_path": [None],
+    "data.options.thickness": [0, 1e9], "data.options.gaps": [[0, 0], [-1e9, 1e9]], "data.options.gap_width": [0, 359.999999], "data.options.levels": [1, 2, 256], "data.options.label_path": [None], "data.options.axes": [None, "NHW", "WHCN"],
     **{f"teacher.field.{k}": v for k, v in FIELD.items()}, **{f"teacher.solver.{k}": v for k, v in SOLVER.items()},
     "teacher.exact_trace_up_to": [0, 1, 10**6], "teacher.flow_matching_epochs": [0, 1, 2], "teacher.likelihood_epochs": [0, 1], "teacher.kinetic_weight": [1, 1e9], "teacher.jacobian_weight": [1, 1e9],
     "teacher.n_draws": [1, 3], "teacher.batch_size": BATCH, "teacher.learning_rate": RATE, "teacher.n_warmup_epochs": [0, 10**6], "teacher.gradient_clip": [0, 1e-300, 1e9],
@@ -882,7 +882,8 @@ def images(tmp_path_factory):
         (generator.integers(0, 60, (90, 4, 3)) + 60 * kind[:, None, None]).astype(np.uint8),
     )
     np.save(folder / "label.npy", kind)
-    return [f"data.options.path={folder}/x.npy", f"data.options.label_path={folder}/label.npy"]
+    files = [f"data.options.path={folder}/x.npy", f"data.options.label_path={folder}/label.npy"]
+    return [*files, "data.options.axes=NHW"]
 
 
 @fuzzed

@@ -100,7 +100,9 @@ def require_clusters(n_clusters: int, n: int) -> None:
     """
     if not 1 <= n_clusters <= n:
         raise TooFewPointsError(
-            f"cpmm.n_clusters (C) is {n_clusters}: expected 1 <= C <= N = {n} points", n
+            f"cpmm.n_clusters (C) is {n_clusters}: expected 1 <= C <= N = {n} points; set it to "
+            f"{n} or less",
+            n,
         )
 
 
@@ -219,20 +221,32 @@ def linkage_groups(x: Tensor, n_groups: int, outlier_share: float, n_neighbors: 
     if not 0 <= outlier_share < 1:
         raise ValueError(f"outlier_share is {outlier_share}: expected 0 <= outlier_share < 1")
     points = x.double().numpy()
+    dense = dense_points(points, n_groups, outlier_share, n_neighbors)
+    label = AgglomerativeClustering(n_groups, linkage="single").fit_predict(points[dense])
+    with warnings.catch_warnings():  # many groups may be a regression, thinks scikit-learn
+        warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)
+        nearest = KNeighborsClassifier(1).fit(points[dense], label)
+        return torch.from_numpy(nearest.predict(points).astype(np.int64))
+
+
+def dense_points(
+    points: np.ndarray, n_groups: int, outlier_share: float, n_neighbors: int = 10
+) -> np.ndarray:
+    """Which points are no outliers, (N,); arguments as for :func:`linkage_groups`.
+
+    Raises:
+        ValueError: If they are too few.
+    """
     n_neighbors = min(n_neighbors, len(points))
     distance = NearestNeighbors(n_neighbors=n_neighbors).fit(points).kneighbors(points)[0][:, -1]
     dense = distance <= np.quantile(distance, 1 - outlier_share)
     if dense.sum() < max(2, n_groups):
         raise ValueError(
             f"linkage needs {max(2, n_groups)} points that are no outliers, outlier_share "
-            f"{outlier_share} leaves {dense.sum()} of {len(x)}: lower "
+            f"{outlier_share} leaves {dense.sum()} of {len(points)}: lower "
             "cpmm.initialization.outlier_share"
         )
-    label = AgglomerativeClustering(n_groups, linkage="single").fit_predict(points[dense])
-    with warnings.catch_warnings():  # many groups may be a regression, thinks scikit-learn
-        warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)
-        nearest = KNeighborsClassifier(1).fit(points[dense], label)
-        return torch.from_numpy(nearest.predict(points).astype(np.int64))
+    return dense
 
 
 def local_analyzer_groups(

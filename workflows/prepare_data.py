@@ -24,6 +24,7 @@ def main(folder: Path, config: Config) -> str:
     from cpmm.data import SPLITS, DataSplits, describe_split, split_indices
     from cpmm.pipeline.artifacts.sources import read_source
     from cpmm.pipeline.artifacts.store import save_prepared
+    from cpmm.pipeline.scores.sizes import check_sizes
     from cpmm.preprocessing import Augmentation, Preprocessing
     from cpmm.seeds import seeded_generator
 
@@ -49,6 +50,7 @@ def main(folder: Path, config: Config) -> str:
         Augmentation(**options["augmentation"], image_shape=source.image_shape),
         options["noise_seed"], source.image_shape, source.feature_names, source.class_names,
     )  # fmt: skip
+    check_sizes(config, data, ood=True)  # before anything is trained
     fingerprint = fingerprint_prepared(config)
     scratch = scratch_folder(folder, "prepare_data", fingerprint)
     save_prepared(scratch / "prepared", data, fingerprint)

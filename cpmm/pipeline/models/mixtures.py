@@ -147,15 +147,24 @@ def _all_or(index: Tensor | None) -> Tensor | slice:
     return slice(None) if index is None else index
 
 
-def _fine_tuning_rows(
-    config: Mapping[str, Any], data: DataSplits, group: Tensor | None, generator: torch.Generator
-) -> Rows:
-    n, n_points, n_draws = len(data.raw["train"]), config["n_points"], config["n_draws"]
+def require_drawn(n: int, n_points: int | None) -> None:
+    """Check ``cpmm.n_points``, the training points of an epoch.
+
+    Raises:
+        ValueError: If there are only ``n``, fewer.
+    """
     if n_points is not None and n_points > n:
         raise ValueError(
             f"cpmm.n_points is {n_points}: expected at most {n}, the training points, or null for "
             "all"
         )
+
+
+def _fine_tuning_rows(
+    config: Mapping[str, Any], data: DataSplits, group: Tensor | None, generator: torch.Generator
+) -> Rows:
+    n, n_points, n_draws = len(data.raw["train"]), config["n_points"], config["n_draws"]
+    require_drawn(n, n_points)
     index = None if n_points is None else torch.randperm(n, generator=generator)[:n_points]
     rows = {"x": data.draw(n_draws, generator, index)}
     if group is not None:

@@ -22,9 +22,10 @@ def main(folder: Path, config: Config) -> str:
     """Write ``prepared`` for a preset."""
     import torch
 
-    from cpmm.data import SPLITS, DataSplits, split_indices
+    from cpmm.data import SPLITS, DataSplits, describe_split, split_indices
     from cpmm.pipeline.artifacts.sources import read_source
     from cpmm.pipeline.artifacts.store import save_prepared
+    from cpmm.pipeline.scores.sizes import check_sizes
     from cpmm.preprocessing import Augmentation, Preprocessing
     from cpmm.seeds import seeded_generator
 
@@ -32,12 +33,10 @@ def main(folder: Path, config: Config) -> str:
     source = read_source({"source": options["source"], **options["options"]})
     check_digests(options, "data", f"compose@{config['name']}")
     raw = torch.from_numpy(source.x)
-    index = split_indices(
-        len(raw),
-        **pick(options, "n_train", "n_validation", "n_test"),
-        official_test=source.official_test,
-        seed=options["split_seed"],
-    )
+    sizes = pick(options, "n_train", "n_validation", "n_test")
+    sizes |= {"n": len(raw), "official_test": source.official_test}
+    print(f"prepare_data | {describe_split(**sizes)}", flush=True)
+    index = split_indices(**sizes, seed=options["split_seed"])
     raw, label = {split: raw[index[split]] for split in SPLITS}, None
     if source.label is not None:
         label = {split: torch.from_numpy(source.label)[index[split]] for split in SPLITS}
@@ -52,6 +51,7 @@ def main(folder: Path, config: Config) -> str:
         Augmentation(**options["augmentation"], image_shape=source.image_shape),
         options["noise_seed"], source.image_shape, source.feature_names, source.class_names,
     )  # fmt: skip
+    check_sizes(config, data, ood=True)  # before anything is trained
     fingerprint = fingerprint_prepared(config)
     scratch = scratch_folder(folder, "prepare_data", fingerprint)
     save_prepared(scratch / "prepared", data, fingerprint)

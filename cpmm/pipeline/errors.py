@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,9 @@ REMEDIES = {
 
 # In what torch says of it, a RuntimeError like any bug.
 NO_MEMORY = ("allocate memory", "out of memory", "Storage size calculation overflowed")
+
+# Modules whose errors are of files, not of the numbers in them.
+OF_FILES = ("cpmm.artifact", "cpmm.files", "cpmm.pipeline.artifacts", "zarr")
 
 # The extra of cpmm that brings a module which not every installation has.
 EXTRAS = {
@@ -96,6 +100,21 @@ def describe(error: BaseException, place: Path | None = None) -> str:
     named = cause.filename or (remedy and place)
     said = f"{cause.strerror}: {named}" if named else cause.strerror
     return f"{said}: {remedy}" if remedy else said
+
+
+def reason_of(error: Exception) -> str | None:
+    """Say why a model cannot be fitted to its data or scored on them, in one line.
+
+    None where that is not what went wrong: for a bug of ours, the machine, or a damaged file.
+    """
+    from torch.linalg import LinAlgError
+
+    if not isinstance(error, ValueError | FloatingPointError | LinAlgError):
+        return None
+    frames = traceback.walk_tb(error.__traceback__)
+    if any(frame.f_globals.get("__name__", "").startswith(OF_FILES) for frame, _ in frames):
+        return None
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def system_error(error: BaseException) -> OSError | None:

@@ -61,6 +61,18 @@ def number(low: float = -LARGEST, high: float = LARGEST, ends: str = "[]") -> Ru
     )
 
 
+def count_or_share(least: int) -> Rule:
+    """A number of points, or a share of them."""
+    share = number(0, 1, "()")
+    return Rule(
+        f"expected a whole number of at least {least}, or a share between 0 and 1, such as 0.15",
+        lambda value: (
+            (type(value) is float and share.accepts(value))
+            or (type(value) is int and least <= value <= 2**40)
+        ),
+    )
+
+
 def choice(*names: str) -> Rule:
     """One of several words."""
     return Rule(
@@ -246,8 +258,8 @@ OPTIONS: dict[str, Rule] = {
     # data
     "data.source": choice("digits", "rings", "spiral", "idx", "csv", "npy"),
     "data.n_train": or_null(whole(2, 2**40)),
-    "data.n_validation": whole(2, 2**40),
-    "data.n_test": whole(0, 2**40),
+    "data.n_validation": count_or_share(2),
+    "data.n_test": count_or_share(0),
     "data.split_seed": SEED,
     "data.noise_seed": SEED,
     "data.alpha": or_null(number(0, 0.5, "()")),

@@ -264,7 +264,7 @@ def test_a_stiff_solve_ends_at_its_limit(method, each, gradient):
             return self.linear(h)
 
     solver = Solver(method, gradient=gradient, max_evaluations=60, name="teacher.solver")
-    match = rf"time 0\.0\d* after {60 // each} steps, .*teacher.solver.max_evaluations \(60\)"
+    match = rf"time [\d.e-]+ after {60 // each} steps, .*teacher.solver.max_evaluations \(60\)"
     with pytest.raises(FloatingPointError, match=match):
         solver.solve(Field(), torch.ones(3, 2), torch.ones(1))
     assert 60 <= n_calls <= 62  # two choose the first step
@@ -277,7 +277,7 @@ def test_the_limit_holds_on_the_way_back():
             self.rate = torch.nn.Parameter(torch.tensor(1.0))
 
         def forward(self, t, h):
-            return self.rate * torch.where(h > 2, torch.sin(1e4 * h) * 1e-3, torch.ones_like(h))
+            return self.rate * torch.where(h > 2, torch.sin(1e4 * h), torch.ones_like(h))
 
     solver = Solver("dopri5", gradient="adjoint", max_evaluations=60, rtol=1e-3, atol=1e-1)
     end = solver.solve(Field(), torch.full((1, 1), 2.1), torch.ones(1))

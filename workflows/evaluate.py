@@ -153,7 +153,7 @@ def _score_teacher(
     options = config["evaluation"]
     teacher = make_teacher(config["teacher"], data, config["seed"])
     load_model(folder / "teacher", "teacher", teacher, fingerprint_teacher(config))
-    teacher.solver = Solver(**options["teacher_solver"])
+    teacher.solver = Solver(**options["teacher_solver"], name="evaluation.teacher_solver")
     device = compute_device(config["trainer"], exact=True)
     teacher = teacher.to(device)
     score = Scorer(data, "test", options["teacher_points"])

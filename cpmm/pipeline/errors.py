@@ -23,7 +23,12 @@ REMEDIES = {
 }
 
 # In what torch says of it, a RuntimeError like any bug.
-NO_MEMORY = ("allocate memory", "out of memory", "Storage size calculation overflowed")
+NO_MEMORY = (
+    "allocate memory",
+    "out of memory",
+    "Storage size calculation overflowed",
+    "ALLOC_FAILED",
+)
 
 # Modules whose errors are of files, not of the numbers in them.
 OF_FILES = ("cpmm.artifact", "cpmm.files", "cpmm.pipeline.artifacts", "zarr")
@@ -70,20 +75,31 @@ def user_message(error: Exception, place: Path | None = None) -> str | None:
 
     None for a bug of ours.
     """
+    text = str(error).splitlines()[0] if str(error) else ""
+    if _lacks_memory(error):
+        asked = re.search(r"tried to allocate (\d+) bytes", text)
+        text = f"{int(asked[1]) / 2**20:,.0f} MiB more were asked for" if asked else text[:200]
+        return (
+            f"too little memory{text and f' ({text})'}: lower a batch_size, n_clusters, "
+            "n_pseudotimes, n_draws or a field's width, set gradient=checkpoint or adjoint in the "
+            "section solver of what is trained, or leave the process more memory"
+        )
     if isinstance(error, EXPECTED_ERRORS) or system_error(error) is not None:
         return describe(error, place)
-    text = str(error).splitlines()[0] if str(error) else ""
     if isinstance(error, ModuleNotFoundError):
         module = (error.name or "").partition(".")[0]
         extra = next((extra for extra, modules in EXTRAS.items() if module in modules), None)
         return extra and f"{module} is not installed: pip install 'cpmm[{extra}]'"
-    if isinstance(error, RuntimeError) and any(words in text for words in NO_MEMORY):
-        sizes = "n_clusters, n_pseudotimes, a field's width, a batch_size or n_draws"
-        return f"too little memory ({text[:200]}): lower what the stage multiplies: {sizes}"
     if type(error).__name__ == "MisconfigurationException":  # Lightning's, imported where it trains
         remedy = "Set trainer.accelerator and trainer.devices to what this machine has."
         return f"{text[:200]} {remedy}"
     return None
+
+
+def _lacks_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
 
 
 def describe(error: BaseException, place: Path | None = None) -> str:

@@ -163,7 +163,7 @@ FIELD = {
     "squeeze": whole(1, 1000),
 }
 METHOD = choice(*FIXED_STEP, "dopri5", "adaptive_heun")
-TOLERANCES = {"method": METHOD, "rtol": POSITIVE, "atol": POSITIVE}
+TOLERANCES = {"method": METHOD, "rtol": POSITIVE, "atol": POSITIVE, "max_evaluations": COUNT}
 SOLVER = TOLERANCES | {
     "n_steps": COUNT,
     "interpolation": choice("linear", "cubic"),

@@ -406,7 +406,7 @@ def _flow(run: Run) -> Fitted:
 
     options, evaluation = run.section, run.config["evaluation"]
     _require_images(run, "field")
-    flow = make_teacher(options, run.data, run.seed)
+    flow = make_teacher(options, run.data, run.seed, f"baselines.{run.row}")
     reported, flow.trace = flow.trace, "hutchinson"  # which training needs no more than
     module = TeacherTraining(
         flow,
@@ -421,7 +421,8 @@ def _flow(run: Run) -> Fitted:
     weights = {name: value.clone() for name, value in flow.state_dict().items()}
     device = compute_device(run.config["trainer"], exact=True)
     flow.to(device)
-    flow.solver, flow.trace = Solver(**evaluation["teacher_solver"]), reported
+    flow.trace = reported
+    flow.solver = Solver(**evaluation["teacher_solver"], name="evaluation.teacher_solver")
 
     title = None if run.options.get("quiet") else f"baseline {run.row}"
 

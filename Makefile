@@ -11,6 +11,7 @@ install = { [ -x $(BIN)/uv ] && $(BIN)/uv pip install --quiet --python $(BIN)/py
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .DEFAULT_GOAL := help
+CHECK_GIT = @[ -e .git ] || { echo 'no .git here, as in a download without git, and DVC needs one: run `git init`, or clone the project'; exit 1; }
 .PHONY: help setup repro sweep compare report test lint slow gpu servers bench clean
 
 help: ## list the targets
@@ -28,13 +29,16 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 repro: setup ## run the pipeline on the presets of params.yaml and print where the report is
+	$(CHECK_GIT)
 	dvc repro report
 	@python -m cpmm.cli.summary
 
 sweep: setup ## Table 2 of the paper on digits, ten rows over three seeds (13 minutes on two cores)
+	$(CHECK_GIT)
 	dvc repro sweep@digits-table2
 
 compare: setup ## CPMM and fifteen baselines in one table on digits (15 minutes on two cores)
+	$(CHECK_GIT)
 	dvc repro compare@digits
 
 report: setup ## print where the reports are and their main figures

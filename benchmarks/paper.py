@@ -144,7 +144,11 @@ def read_preset(folder: Path) -> Column:
     }
     ood = metrics.get("ood") or {"name": "", "models": {}}
     for model, row in ood["models"].items():
-        values |= {(model, space, key): (row[space][key], None) for space, key in OOD.values()}
+        values |= {
+            (model, space, key): (row[space][key], None)
+            for space, key in OOD.values()
+            if space in row
+        }
     return Column(folder.name, data, ood["name"], _describe_preset(config, metrics), values)
 
 

@@ -50,6 +50,7 @@ def run_seed(config: dict) -> pd.DataFrame:
             print(f"seed {seed} | {done.stdout.splitlines()[-1]}", flush=True)
     models = json.loads((folder / "metrics.json").read_text())["models"]
     rows = pd.DataFrame.from_dict(models, orient="index").drop(columns="name")
+    rows = rows.drop(columns=["missing", "notes"], errors="ignore")
     return rows.assign(seed=seed).rename_axis("model").reset_index()
 
 

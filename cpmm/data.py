@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "validation", "test")
 PART = 4096  # points preprocessed at a time
+# What a share of the points may come to, and how many points there must be to take a share of.
+LEAST, MOST, FEWEST = 30, 10_000, 100
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,64 @@ class DataSplits:
         ]
 
 
+def split_sizes(
+    n: int, n_train: int | None, n_validation: float, n_test: float, official_test: int
+) -> dict[str, int]:
+    """Number of points of each split; arguments as for :func:`split_indices`."""
+    n_rest = n - official_test
+    if n_rest < 6:
+        raise ValueError(
+            f"{n_rest} points are too few: training, validation and test take two each"
+        )
+    held_out = {"n_validation": n_validation, "n_test": official_test or n_test}
+    shares = [name for name, size in held_out.items() if isinstance(size, float)]
+    if shares and n_rest < FEWEST:
+        some = max(2, n_rest // 5)
+        remedy = " and ".join(f"data.{name} to {some}" for name in shares)
+        raise ValueError(
+            f"{n_rest} points are too few to hold a share of them out: set {remedy}, or to other "
+            "whole numbers, and take scores on so few points for rough ones"
+        )
+    # A quarter at most of a small table, so that half is left to train on.
+    least = min(LEAST, n_rest // 4)
+    n_validation, n_test = (
+        min(max(round(size * n_rest), least), MOST) if isinstance(size, float) else size
+        for size in held_out.values()
+    )
+    n_left = n_rest - n_validation - (0 if official_test else n_test)
+    if min(n_validation, n_test, n_left) < 2:  # a standard error takes two
+        raise ValueError(
+            f"the split leaves {n_left} of {n} points to train on, {n_validation} to validate, "
+            f"{n_test} to test: lower data.n_validation or data.n_test; each needs two or more"
+        )
+    if n_train is not None and not (isinstance(n_train, int) and 2 <= n_train <= n_left):
+        raise ValueError(
+            f"data.n_train is {n_train!r}: expected 2 to {n_left}, what validation and test leave, "
+            "or null"
+        )
+    n_train = n_left if n_train is None else n_train
+    return {"train": n_train, "validation": n_validation, "test": n_test}
+
+
+def describe_split(
+    n: int, n_train: int | None, n_validation: float, n_test: float, official_test: int
+) -> str:
+    """Say how many points each split has, and why; arguments as for :func:`split_indices`."""
+
+    def why(size: float) -> str:
+        return f" ({100 * size:g} %, {LEAST} to {MOST:,})" if isinstance(size, float) else ""
+
+    sizes = split_sizes(n, n_train, n_validation, n_test, official_test)
+    whys = {
+        "train": "" if n_train is None else " (data.n_train)",
+        "validation": why(n_validation),
+        "test": " (the data set's own)" if official_test else why(n_test),
+    }
+    return f"{n} points: " + ", ".join(f"{sizes[name]} {name}{whys[name]}" for name in SPLITS)
+
+
 def split_indices(
-    n: int, n_train: int | None, n_validation: int, n_test: int, official_test: int, seed: int
+    n: int, n_train: int | None, n_validation: float, n_test: float, official_test: int, seed: int
 ) -> dict[str, Tensor]:
     """Split points at random into training, validation and test.
 
@@ -112,8 +170,10 @@ def split_indices(
         n: Number of points.
         n_train: Size of the training split, for a cheaper run; None takes all that the others
             leave.
-        n_validation: Size of the validation split.
-        n_test: Size of the test split; ignored if the source has its own.
+        n_validation: Size of the validation split: a whole number, or as a float a share of the
+            points that are no official test points, in (0, 1). A share comes to :data:`LEAST`
+            points or more (in a small table to a quarter) and to :data:`MOST` at most.
+        n_test: The same of the test split; ignored if the source has its own.
         official_test: Number of points at the end that are the source's own test split.
         seed: Seed of the permutation; the same for every run on the data set.
 
@@ -121,27 +181,15 @@ def split_indices(
         Indices by split.
 
     Raises:
-        ValueError: If nothing is left to train on.
+        ValueError: If nothing is left to train on, or there are fewer than :data:`FEWEST` points
+            to take a share of.
     """
+    sizes = split_sizes(n, n_train, n_validation, n_test, official_test)
     n_rest = n - official_test
-    n_test = 0 if official_test else n_test
-    n_left = n_rest - n_validation - n_test
-    if min(n_validation, n_test + official_test, n_left) < 2:  # a standard error takes two
-        raise ValueError(
-            f"the split leaves {n_left} of {n} points to train on, {n_validation} to validate, "
-            f"{n_test + official_test} to test: lower data.n_validation or data.n_test; each needs "
-            "two or more"
-        )
-    if n_train is not None and not (isinstance(n_train, int) and 2 <= n_train <= n_left):
-        raise ValueError(
-            f"data.n_train is {n_train!r}: expected 2 to {n_left}, what validation and test leave, "
-            "or null"
-        )
     order = torch.randperm(n_rest, generator=seeded_generator(seed))
-    held_out = order[n_left:]
-    official = torch.arange(n_rest, n)
+    held_out = order[n_rest - sizes["validation"] - (0 if official_test else sizes["test"]) :]
     return {
-        "train": order[: n_left if n_train is None else n_train],
-        "validation": held_out[:n_validation],
-        "test": official if official_test else held_out[n_validation:],
+        "train": order[: sizes["train"]],
+        "validation": held_out[: sizes["validation"]],
+        "test": (torch.arange(n_rest, n) if official_test else held_out[sizes["validation"] :]),
     }

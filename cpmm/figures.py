@@ -22,6 +22,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.textpath import TextPath
 from matplotlib.ticker import MaxNLocator, NullLocator
 
+from cpmm.fonts import choose_fonts, drawable
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -194,7 +196,7 @@ def plot_trajectory_means(
     row_labels = [f"cluster {c}" for c in range(n_clusters)] if row_labels is None else row_labels
     if len(row_labels) != n_clusters:
         raise ValueError(f"{n_clusters} trajectories need as many labels: got {len(row_labels)}")
-    row_labels = [text if len(text) <= 45 else text[:44] + "…" for text in row_labels]
+    row_labels = [drawable(text, 45) for text in row_labels]
     if image_shape is None:
         return _plot_paths(mean, row_labels, share == 0, data)
 
@@ -220,7 +222,7 @@ def plot_trajectory_means(
     axes.text(-0.5, foot, "t = 0", fontsize=9, va="top")
     last = (len(thin) - 1) * (width + gap) + width - 0.5
     axes.text(last, foot, "t = 1", fontsize=9, va="top", ha="right")
-    return figure
+    return choose_fonts(figure)
 
 
 def plot_components(
@@ -387,12 +389,14 @@ def plot_confusion(
                 axes.text(column, row, text, color=colour, fontsize=size, ha="center", va="center")
     size = 9 if n_clusters <= 16 else 6
     axes.set_xticks(range(n_clusters), [str(c) for c in order], fontsize=size)
-    axes.set_yticks(range(n_classes), [_plain(name) for name in class_names], fontsize=9)
+    axes.set_yticks(
+        range(n_classes), [_plain(drawable(name, 30)) for name in class_names], fontsize=9
+    )
     axes.set(xlabel="cluster", ylabel="class")
     bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.02)
     bar.set_ticks([0, 0.5, 1], labels=["0 %", "50 %", "100 %"], fontsize=9)
     bar.set_label("share of the class", fontsize=10)
-    return figure
+    return choose_fonts(figure)
 
 
 def plot_discretization(
@@ -484,7 +488,7 @@ def _plot_paths(
     _limit(axes, np.concatenate(seen), robust=False)
     _name_axes(axes, plane)
     _key(figure, [(text, _colour(c)) for c, text in enumerate(row_labels)])
-    return figure
+    return choose_fonts(figure)
 
 
 def _figure(height: float) -> Figure:
@@ -631,19 +635,25 @@ def _draw_mosaic(
 ) -> np.ndarray:
     """Draw a grid of images, (rows, columns, M) in [0, 1], NaN for none, one pixel a unit.
 
+    The first three channels are red, green and blue; of two, blue stays dark.
+
     Returns:
         Vertical centre of each row, (rows,).
     """
     channels, height, width = image_shape
-    if images.shape[2] != channels * height * width or channels not in (1, 3):
+    if images.shape[2] != channels * height * width:
         raise ValueError(
-            f"image_shape must be (1 or 3, height, width) for {images.shape[2]} features: got "
+            f"image_shape must be (channels, height, width) for {images.shape[2]} features: got "
             f"{tuple(image_shape)}"
         )
     gap = _gap(width)
     row_gap = max(row_gap, gap)
     n_rows, n_columns = images.shape[:2]
     images = images.reshape(n_rows, n_columns, channels, height, width)
+    if channels == 2:
+        dark = np.where(np.isnan(images[:, :, :1]), np.nan, 0.0)
+        images = np.concatenate([images, dark], axis=2)
+    images = images[:, :, :3]
     images = np.nan_to_num(np.broadcast_to(images, (n_rows, n_columns, 3, height, width)), nan=1.0)
     for i, row in enumerate(images):
         strip = np.ones((height, n_columns * (width + gap) - gap, 3))
@@ -701,12 +711,13 @@ def plot_sweep(
         ax.grid(axis="y", color="#e6e6e6", linewidth=0.6)
         ax.set_axisbelow(True)
     names = [
-        f"{label}\n({failed} of {int((row == index).sum())} failed)" if failed else label
+        textwrap.fill(drawable(label, 120), 60)
+        + (f"\n({failed} of {int((row == index).sum())} failed)" if failed else "")
         for index, (label, failed) in enumerate(zip(labels, n_failed, strict=True))
     ]
-    axes[0].set_yticks(range(len(labels)), names, fontsize=7)
+    axes[0].set_yticks(range(len(labels)), names, fontsize=7, parse_math=False)
     axes[0].set_ylim(len(labels) - 0.4, -0.6)
-    return figure
+    return choose_fonts(figure)
 
 
 def plot_costs(
@@ -737,6 +748,7 @@ def plot_costs(
     for title, values in columns.items():
         if len(values) != len(labels):
             raise ValueError(f"{title}: expected {len(labels)} values, got {len(values)}")
+    labels = [drawable(label) for label in labels]
     if not costs:
         raise ValueError("costs has no panel: expected the values of one cost or more")
     kinds = list(dict.fromkeys(group))
@@ -760,7 +772,7 @@ def plot_costs(
             "color": PALETTE[i % len(PALETTE)],
             "ms": 5,
         }
-        handles.append(Line2D([], [], ls="", **style, label=_plain(name)))
+        handles.append(Line2D([], [], ls="", **style, label=_plain(drawable(name))))
     if handles:
         _legend(figure, 3, fontsize=8, handles=handles)
     figure.draw_without_rendering()  # lays the panels out, whose sizes the labels need
@@ -768,7 +780,7 @@ def plot_costs(
         bars = np.nan_to_num(spread[shown])
         texts = [(labels[k], ink[k]) for k in shown]
         _label_points(axes, texts, x[shown], density[shown], bars)
-    return figure
+    return choose_fonts(figure)
 
 
 def _draw_costs(

@@ -101,7 +101,11 @@ class FittedMixture:
             )
         if len(raw) == 0:
             raise ValueError("no points: expected one or more")
+        if raw.is_complex():
+            raise ValueError(f"points must be real: got {raw.dtype}; give raw.real, or raw.abs()")
         raw = raw.to(self.mixture.components.mean.device)
+        if raw.dtype != torch.uint8:  # torch cannot compare numbers of every type
+            raw = raw.double()
         if raw.is_floating_point():
             bad, kind, levels = ~torch.isfinite(raw), "a finite number", self.preprocessing.levels
             if levels is not None:

@@ -23,6 +23,14 @@ GROUPINGS = (*PARTITIONS, "neighbours")  # the last is of images, see cpmm/neigh
 INITIALIZATIONS = ("gaussian", "random", *GROUPINGS)
 
 
+class TooFewPointsError(ValueError):
+    """There are fewer distinct points than groups asked for; ``n_found`` says how many."""
+
+    def __init__(self, message: str, n_found: int) -> None:
+        super().__init__(message)
+        self.n_found = n_found
+
+
 def initial_states(
     kind: str,
     layout: StateLayout,
@@ -88,10 +96,14 @@ def require_clusters(n_clusters: int, n: int) -> None:
     """Check the number of clusters.
 
     Raises:
-        ValueError: If it is not between 1 and the number of points.
+        TooFewPointsError: If it is not between 1 and the number of points.
     """
     if not 1 <= n_clusters <= n:
-        raise ValueError(f"cpmm.n_clusters (C) is {n_clusters}: expected 1 <= C <= N = {n} points")
+        raise TooFewPointsError(
+            f"cpmm.n_clusters (C) is {n_clusters}: expected 1 <= C <= N = {n} points; set it to "
+            f"{n} or less",
+            n,
+        )
 
 
 def partition(
@@ -153,7 +165,7 @@ def kmeans(
         (N,), integers in [0, C).
 
     Raises:
-        ValueError: If there are fewer distinct points than clusters.
+        TooFewPointsError: If there are fewer distinct points than clusters.
     """
     seed = int(torch.randint(2**31, (1,), generator=generator))
     points = np.asarray(x)
@@ -173,10 +185,21 @@ def kmeans(
 
 def _require_distinct(n_clusters: int, n_found: int, n: int) -> None:
     if n_found < n_clusters:
-        raise ValueError(
+        raise TooFewPointsError(
             f"k-means needs {n_clusters} distinct points, found {n_found} among {n}: lower the "
-            "number of clusters, cpmm.n_clusters (of a direct mixture: times mixture.n_pseudotimes)"
+            "number of clusters, cpmm.n_clusters (of free components: times mixture.n_pseudotimes)",
+            n_found,
         )
+
+
+def count_distinct(x: Tensor, most: int) -> int:
+    """Count distinct points, (N, M), no further than to ``most``."""
+    seen: set[bytes] = set()
+    for part in x.split(4096):
+        seen.update(row.tobytes() for row in (part + 0.0).numpy())  # -0.0 is 0.0
+        if len(seen) >= most:
+            return most
+    return len(seen)
 
 
 def linkage_groups(x: Tensor, n_groups: int, outlier_share: float, n_neighbors: int = 10) -> Tensor:
@@ -198,20 +221,32 @@ def linkage_groups(x: Tensor, n_groups: int, outlier_share: float, n_neighbors: 
     if not 0 <= outlier_share < 1:
         raise ValueError(f"outlier_share is {outlier_share}: expected 0 <= outlier_share < 1")
     points = x.double().numpy()
+    dense = dense_points(points, n_groups, outlier_share, n_neighbors)
+    label = AgglomerativeClustering(n_groups, linkage="single").fit_predict(points[dense])
+    with warnings.catch_warnings():  # many groups may be a regression, thinks scikit-learn
+        warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)
+        nearest = KNeighborsClassifier(1).fit(points[dense], label)
+        return torch.from_numpy(nearest.predict(points).astype(np.int64))
+
+
+def dense_points(
+    points: np.ndarray, n_groups: int, outlier_share: float, n_neighbors: int = 10
+) -> np.ndarray:
+    """Which points are no outliers, (N,); arguments as for :func:`linkage_groups`.
+
+    Raises:
+        ValueError: If they are too few.
+    """
     n_neighbors = min(n_neighbors, len(points))
     distance = NearestNeighbors(n_neighbors=n_neighbors).fit(points).kneighbors(points)[0][:, -1]
     dense = distance <= np.quantile(distance, 1 - outlier_share)
     if dense.sum() < max(2, n_groups):
         raise ValueError(
             f"linkage needs {max(2, n_groups)} points that are no outliers, outlier_share "
-            f"{outlier_share} leaves {dense.sum()} of {len(x)}: lower "
+            f"{outlier_share} leaves {dense.sum()} of {len(points)}: lower "
             "cpmm.initialization.outlier_share"
         )
-    label = AgglomerativeClustering(n_groups, linkage="single").fit_predict(points[dense])
-    with warnings.catch_warnings():  # many groups may be a regression, thinks scikit-learn
-        warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)
-        nearest = KNeighborsClassifier(1).fit(points[dense], label)
-        return torch.from_numpy(nearest.predict(points).astype(np.int64))
+    return dense
 
 
 def local_analyzer_groups(

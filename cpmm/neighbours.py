@@ -50,13 +50,7 @@ def neighbour_groups(
     Raises:
         ValueError: If there are too few images for so many groups or neighbours.
     """
-    n_points = min(n_points, len(raw))
-    if n_points <= max(n_neighbours, n_groups):
-        raise ValueError(
-            f"a graph of {n_points} images is too small for {n_groups} groups and {n_neighbours} "
-            "neighbours: raise cpmm.initialization.n_points, or lower "
-            "cpmm.initialization.n_neighbours"
-        )
+    n_points = require_graph(len(raw), n_groups, n_points, n_neighbours)
     seed = int(torch.randint(2**31, (1,), generator=generator))
     chosen = torch.randperm(len(raw), generator=generator)[:n_points]
     graph = raw[chosen]
@@ -89,6 +83,22 @@ def neighbour_groups(
     group = torch.cat([votes[part].sum(1).argmax(1) for part in nearest])
     group[chosen] = votes.argmax(1)
     return group
+
+
+def require_graph(n: int, n_groups: int, n_points: int, n_neighbours: int) -> int:
+    """Number of the N images that make the graph; arguments as for :func:`neighbour_groups`.
+
+    Raises:
+        ValueError: If it is too small for so many groups or neighbours.
+    """
+    n_points = min(n_points, n)
+    if n_points <= max(n_neighbours, n_groups):
+        raise ValueError(
+            f"a graph of {n_points} images is too small for {n_groups} groups and {n_neighbours} "
+            "neighbours: raise cpmm.initialization.n_points (there are "
+            f"{n}), or lower cpmm.initialization.n_neighbours and cpmm.n_clusters below it"
+        )
+    return n_points
 
 
 def _nearest(points: Tensor, seen: list[Tensor], n: int) -> Tensor:

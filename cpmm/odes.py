@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,6 +15,7 @@ FIXED_STEP = ("euler", "midpoint", "heun2", "heun3", "rk4")
 # Not dopri8, bosh3 and fehlberg2: torchdiffeq 0.2.5 interpolates to the times asked for, and there
 # they miss a linear field's solution by 2e-4 to 7e-4 at tolerance 1e-6 (dopri5: 2e-6).
 ADAPTIVE = ("dopri5", "adaptive_heun")
+EVALUATIONS = {"dopri5": 6, "adaptive_heun": 1}  # of the field, in a step
 GRADIENTS = ("backpropagation", "checkpoint", "adjoint")
 
 
@@ -32,6 +33,9 @@ class Solver:
         atol: Absolute tolerance of an adaptive method.
         gradient: "backpropagation" keeps every activation; "checkpoint" recomputes those of each
             call of the field; "adjoint" solves the adjoint ODE backwards, in constant memory.
+        max_evaluations: Of the field, in one solve of an adaptive method, forwards or backwards;
+            backpropagation keeps them all in memory.
+        name: Of the section of the configuration, for messages.
     """
 
     method: str = "midpoint"
@@ -40,6 +44,8 @@ class Solver:
     rtol: float = 1e-5
     atol: float = 1e-5
     gradient: str = "backpropagation"
+    max_evaluations: int = 1000
+    name: str = "solver"
 
     def __post_init__(self) -> None:
         """Raise ValueError if an option is unknown or out of range."""
@@ -50,9 +56,10 @@ class Solver:
         ):
             if value not in known:
                 raise ValueError(f"solver.{name} is {value!r}: choose one of {', '.join(known)}")
-        if self.n_steps < 1 or min(self.rtol, self.atol) <= 0:
+        if min(self.n_steps, self.max_evaluations) < 1 or min(self.rtol, self.atol) <= 0:
             raise ValueError(
-                f"a solver needs n_steps >= 1 and positive tolerances: got n_steps {self.n_steps}, "
+                "a solver needs n_steps and max_evaluations of at least 1 and positive tolerances: "
+                f"got n_steps {self.n_steps}, max_evaluations {self.max_evaluations}, "
                 f"rtol {self.rtol}, atol {self.atol}"
             )
 
@@ -81,7 +88,8 @@ class Solver:
 
         Raises:
             ValueError: If ``times`` leave the interval.
-            FloatingPointError: If an adaptive solver underflows its step.
+            FloatingPointError: If an adaptive solver needs more evaluations than it may have, its
+                step underflows, or a state is not finite.
         """
         low, high = min(start, end), max(start, end)
         if not bool(((times >= low - 1e-6) & (times <= high + 1e-6)).all()):
@@ -113,15 +121,10 @@ class Solver:
             end = odeint(steps, initial, knots[[0, -1]], method=self.method, options=grid)[-1]
             return torch.stack([*steps.states, end])
         integrate = odeint_adjoint if self.gradient == "adjoint" else odeint
-        try:
-            return integrate(
-                field, initial, knots, rtol=self.rtol, atol=self.atol, method=self.method
-            )
-        except AssertionError as error:  # torchdiffeq asserts that its step does not underflow
-            raise FloatingPointError(
-                f"the {self.method} solver gave up at tolerances {self.rtol}/{self.atol}: {error}; "
-                "the field has become stiff: loosen the tolerance, or use a fixed-step method"
-            ) from error
+        watched = _Watched(field, self) if self.method in ADAPTIVE else field
+        return integrate(
+            watched, initial, knots, rtol=self.rtol, atol=self.atol, method=self.method
+        )
 
     def _interpolate(
         self, field: Callable, states: Tensor, knots: Tensor, times: Tensor, keep: int | None
@@ -157,3 +160,43 @@ class _Remembered(nn.Module):
 
     def forward(self, t: Tensor, h: Tensor) -> Tensor:
         return self.field(t, h)
+
+
+class _Watched(nn.Module):
+    """A field whose adaptive solve ends in time; torchdiffeq calls back before each step."""
+
+    def __init__(self, field: Callable[[Tensor, Tensor], Tensor], solver: Solver) -> None:
+        super().__init__()
+        self.field = field
+        self.callback_step, self.callback_step_adjoint = _Watch(solver), _Watch(solver)
+
+    def forward(self, t: Tensor, h: Tensor) -> Tensor:
+        return self.field(t, h)
+
+
+class _Watch:
+    """Counts steps, and raises FloatingPointError where the next one leads nowhere."""
+
+    def __init__(self, solver: Solver) -> None:
+        self.solver, self.n_steps = solver, 0
+
+    def __call__(self, t: Tensor, h: Tensor | Sequence[Tensor], step: Tensor) -> None:
+        solver, more = self.solver, ""
+        t, step = t.detach(), step.detach()
+        limit = f"{solver.name}.max_evaluations"
+        if not all(bool(torch.isfinite(part).all()) for part in ([h] if torch.is_tensor(h) else h)):
+            why = "its state is not finite"
+        elif bool(t + step == t):
+            why = "its step has vanished"
+        elif (self.n_steps + 1) * EVALUATIONS[solver.method] > solver.max_evaluations:
+            why, more = f"{limit} ({solver.max_evaluations}) allows no more", f"raise {limit}, "
+        else:
+            self.n_steps += 1
+            return
+        name = solver.name
+        raise FloatingPointError(
+            f"the {solver.method} solver gave up at time {float(t):.4g} after {self.n_steps} "
+            f"steps, the next of {float(step):.2g}: {why}; the field has diverged or become stiff: "
+            f"lower the learning rate, {more}loosen {name}.rtol and {name}.atol (now "
+            f"{solver.rtol:g} and {solver.atol:g}), or set {name}.method=midpoint"
+        )

@@ -46,6 +46,19 @@ def training_subset(n: int, n_train: int | None, seed: int) -> Tensor | None:
     return torch.randperm(n, generator=seeded_generator(seed, 21))[:n_train].sort().values
 
 
+def require_validation(n: int, n_validation: int | None) -> None:
+    """Check the number of validation points that go through the spaces, of ``n``; None: all.
+
+    Raises:
+        ValueError: If it is not from 2 to ``n``.
+    """
+    if n_validation is not None and not 2 <= n_validation <= n:
+        raise ValueError(
+            f"spaces.n_validation is {n_validation}: expected 2 to {n}, the validation points, or "
+            "null for all"
+        )
+
+
 @dataclass(frozen=True)
 class Curriculum:
     """Which space each epoch trains on; earlier spaces are not revisited, they are only a guide.

@@ -48,7 +48,7 @@ class StateLayout:
         if not 1 <= self.n_factors <= self.n_features:
             raise ValueError(
                 f"cpmm.n_factors (R) is {self.n_factors}: expected 1 <= R <= M = "
-                f"{self.n_features}, the number of features"
+                f"{self.n_features}, the number of features; set it to {self.n_features} or less"
             )
         if self.diagonal not in DIAGONALS:
             raise ValueError(f"cpmm.diagonal is {self.diagonal!r}: choose one of {DIAGONALS}")

@@ -86,8 +86,8 @@ def every_figure(rng, n_features, image_shape, label):
 
 @pytest.mark.parametrize(
     ("n_features", "image_shape"),
-    [(2, None), (7, None), (30, IMAGE), (90, (3, 6, 5))],
-    ids=["plane", "table", "grey", "colour"],
+    [(2, None), (7, None), (30, IMAGE), (90, (3, 6, 5)), (60, (2, 6, 5)), (120, (4, 6, 5))],
+    ids=["plane", "table", "grey", "colour", "two channels", "four channels"],
 )
 @pytest.mark.parametrize("labelled", [True, False])
 def test_every_kind_of_data_renders(rng, n_features, image_shape, labelled):

@@ -106,6 +106,15 @@ def test_batch_by_batch_gives_what_all_at_once_gives(images):
     assert torch.allclose(whole, parts, rtol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32", "uint64", "int64", "float16"])
+def test_numbers_of_every_type_have_the_same_density(images, table, dtype):
+    raw = torch.arange(18).reshape(3, 6) % 8
+    of_type = raw.to(getattr(torch, dtype))
+    for fitted, x, y in ((images, raw, of_type), (table, raw[:, :2], of_type[:, :2])):
+        one, two = (fitted.log_prob(z, torch.Generator().manual_seed(3)) for z in (x, y))
+        assert torch.equal(one, two)
+
+
 def test_samples_are_data(images, table, generator):
     x, cluster = images.sample(5000, generator)
     assert x.dtype == torch.uint8
@@ -135,6 +144,8 @@ def test_responsibilities_are_bayes_rule(table, generator):
         (torch.tensor([[0, 0, 0, 0, 0, float("nan")]]), "'x5' of point 1 is nan"),
         (torch.full((2, 6), 8), "grey levels must be 0 to 7"),
         (torch.full((2, 6), -1), "grey levels must be 0 to 7"),
+        (torch.full((2, 6), 300, dtype=torch.uint16), "grey levels must be 0 to 7"),
+        (torch.full((2, 6), 1j), "points must be real: got torch.complex64"),
     ],
 )
 def test_points_that_do_not_fit_are_named(images, raw, message):

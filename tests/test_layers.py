@@ -22,7 +22,7 @@ MODULES = {
 # From the ground up; a file stands on the floor of the longest name that it begins with.
 FLOORS = (
     ("cpmm",),
-    ("cpmm.training", "cpmm.baselines"),
+    ("cpmm.training", "cpmm.baselines", "cpmm.reading"),
     ("cpmm.pipeline",),  # errors and progress, which know nothing of a pipeline
     ("cpmm.pipeline.config",),
     ("cpmm.pipeline.artifacts", "cpmm.pipeline.stage"),

@@ -224,6 +224,7 @@ def test_times_outside_raise(matrix, initial, method, time, start, end):
         {"n_steps": 0},
         {"rtol": 0.0},
         {"atol": -1.0},
+        {"max_evaluations": 0},
     ],
 )
 def test_unknown_options_raise_and_are_named(options):
@@ -236,8 +237,52 @@ def test_unknown_options_raise_and_are_named(options):
 )
 def test_an_adaptive_solver_that_gives_up_says_so(field):
     initial = torch.full((1,), 2.0, dtype=torch.float64)  # 1 / (1/2 - t) explodes at t = 1/2
-    with pytest.raises(FloatingPointError, match="dopri5 solver gave up"):
+    with pytest.raises(
+        FloatingPointError, match=r"dopri5 solver gave up at time 0.*method=midpoint"
+    ):
         Solver("dopri5").solve(field, initial, TIMES)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize(("method", "each"), [("dopri5", 6), ("adaptive_heun", 1)])
+def test_a_stiff_solve_ends_at_its_limit(method, each, gradient):
+    field, n_calls = torch.nn.Linear(2, 2, bias=False), 0
+    with torch.no_grad():
+        field.weight.copy_(torch.tensor([[-1e4, 0.0], [0.0, -1.0]]))
+
+    def count(*_):
+        nonlocal n_calls
+        n_calls += 1
+
+    class Field(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = field
+
+        def forward(self, t, h):
+            count()
+            return self.linear(h)
+
+    solver = Solver(method, gradient=gradient, max_evaluations=60, name="teacher.solver")
+    match = rf"time [\d.e-]+ after {60 // each} steps, .*teacher.solver.max_evaluations \(60\)"
+    with pytest.raises(FloatingPointError, match=match):
+        solver.solve(Field(), torch.ones(3, 2), torch.ones(1))
+    assert 60 <= n_calls <= 62  # two choose the first step
+
+
+def test_the_limit_holds_on_the_way_back():
+    class Field(torch.nn.Module):  # mild itself, but not its gradient
+        def __init__(self):
+            super().__init__()
+            self.rate = torch.nn.Parameter(torch.tensor(1.0))
+
+        def forward(self, t, h):
+            return self.rate * torch.where(h > 2, torch.sin(1e4 * h), torch.ones_like(h))
+
+    solver = Solver("dopri5", gradient="adjoint", max_evaluations=60, rtol=1e-3, atol=1e-1)
+    end = solver.solve(Field(), torch.full((1, 1), 2.1), torch.ones(1))
+    with pytest.raises(FloatingPointError, match="solver gave up at time"):
+        end.sum().backward()
 
 
 @pytest.mark.parametrize("backwards", [False, True])

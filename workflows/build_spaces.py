@@ -131,14 +131,10 @@ def _draw(data: DataSplits, options: Mapping[str, Any], seed: int, with_noise: b
     import torch
 
     from cpmm.seeds import seeded_generator
-    from cpmm.spaces import training_subset
+    from cpmm.spaces import require_validation, training_subset
 
-    n, n_validation = len(data.raw["validation"]), options["n_validation"]
-    if n_validation is not None and not 2 <= n_validation <= n:
-        raise ValueError(
-            f"spaces.n_validation is {n_validation}: expected 2 to {n}, the validation points, or "
-            "null for all"
-        )
+    n_validation = options["n_validation"]
+    require_validation(len(data.raw["validation"]), n_validation)
     generator = seeded_generator(seed, 20)
     index = training_subset(len(data.raw["train"]), options["n_train"], seed)
     train = data.draw(options["n_draws"], generator, index)

@@ -13,6 +13,7 @@ from cpmm.pipeline.config import Config
 from cpmm.pipeline.config.fingerprints import hash_of
 from cpmm.pipeline.scores import published
 from cpmm.pipeline.scores.comparison import LEVEL, Comparison, Seeds, compare_rows
+from cpmm.pipeline.scores.rules import doubt_densities
 from cpmm.pipeline.scores.tables import (
     COSTS,
     OOD,
@@ -138,7 +139,9 @@ def compare(trials: pd.DataFrame, metrics: Mapping[str, Any], config: Config) ->
     columns += ["n_parameters", *(f"{c}_{what}" for c in COSTS[1:] for what in ("median", "n"))]
     columns += [f"{score}_{what}" for score in OOD for what in ("mean", "sd", "n")]
     columns += ["paper_density", "paper_accuracy", "failures"]
-    table = pd.DataFrame(rows, columns=columns).fillna({"failures": ""})
+    _add_doubts(rows)
+    noted = ["notes"] if any(row.get("notes") for row in rows) else []
+    table = pd.DataFrame(rows, columns=columns + noted).fillna({"failures": "", "notes": ""})
     numbers = columns[columns.index("density_mean") : -1]
     whole = ["n_parameters", *(f"{name}_n" for name in (*COSTS[1:], *OOD))]
     return table.astype(dict.fromkeys(numbers, float)).astype(dict.fromkeys(whole, "Int64"))
@@ -197,6 +200,9 @@ def markdown(
         *_notes_on_absent(table, metrics, config),
     ]
     text += [f"- {note}" for note in notes]
+    if "notes" in table:
+        noted = table[table["notes"] != ""]
+        text += [f"- {row['name']}: {row['notes']}." for _, row in noted.iterrows()]
     if (failed := table[table["failures"] != ""]).size:
         text += ["", "## Trials that did not finish", ""]
         for _, row in failed.iterrows():
@@ -231,18 +237,32 @@ def _of_sweep(group: pd.DataFrame) -> dict[str, Any]:
     row |= {f"{name}_median": done[name].median() for name in COSTS}
     row |= {f"{name}_n": done[name].count() for name in (*COSTS, *OOD)}
     row["n_parameters"] = round(row["n_parameters_median"], 0)
-    return row | {"failures": _explain(group)}
+    said = dict.fromkeys(note for note in done.get("note", ()) if note)
+    return row | {"failures": _explain(group), "notes": "; ".join(said)}
 
 
 def _of_evaluation(model: Mapping[str, Any], detected: Mapping[str, Any]) -> dict[str, Any]:
     row = {"source": "evaluation", "n_seeds": 1, "n_failed": 0, "n_stopped": 0}
     row |= {f"{score}_mean": model.get(score) for score in SHOWN}
     row |= {f"{name}_mean": detected.get(space, {}).get(key) for name, (space, key) in OOD.items()}
-    return row | {"n_parameters": model.get("n_parameters")}
+    if "missing" in model:
+        row |= {"n_seeds": 0, "n_failed": 1, "failures": f"no model: {model['missing']}"}
+    said = [*model.get("notes", ()), *filter(None, [detected.get("missing")])]
+    return row | {"n_parameters": model.get("n_parameters"), "notes": "; ".join(said)}
 
 
 def _of_paper(data: str | None, row: str | None) -> dict[str, float | None]:
     return {f"paper_{metric}": published.printed(data, row, metric) for metric in JUDGED}
+
+
+def _add_doubts(rows: list[dict[str, Any]]) -> None:
+    """Note on the rows of the sweep which densities are far off; those of evaluate have notes."""
+    densities = {row["model"]: row.get("density_mean") for row in rows}
+    doubts = doubt_densities({m: value for m, value in densities.items() if is_number(value)})
+    for row in rows:
+        doubt = doubts.get(row["model"])
+        if row["source"] == "sweep" and doubt:
+            row["notes"] = "; ".join(filter(None, [row.get("notes"), doubt]))
 
 
 def _explain(group: pd.DataFrame) -> str:

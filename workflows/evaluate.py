@@ -76,17 +76,17 @@ def _score(
 ) -> dict[str, Any]:
     """Score every model, CPMM's mixture first, and the teacher where there is one."""
     from cpmm.pipeline.config.fingerprints import needs_teacher
-    from cpmm.pipeline.scores.scorer import Scorer, score_baseline
+    from cpmm.pipeline.scores.rules import doubt_densities
 
-    n_first, n_clusters = config["evaluation"]["teacher_points"], config["cpmm"]["n_clusters"]
-    rows = {}
-    for name, fitted in models.items():
-        if fitted.missing is None:
-            score = Scorer(data, fitted.split, fitted.n_points, n_first)
-            scores = score_baseline(fitted, score, n_clusters, ood, timed=False)
-            rows[name] = {"name": _describe(name, fitted, config), **scores}
+    rows = {
+        name: {"name": _describe(name, fitted, config), **_score_row(fitted, config, data, ood)}
+        for name, fitted in models.items()
+    }
     if needs_teacher(config):
         rows["teacher"] = _score_teacher(folder, config, data, ood)
+    densities = {name: row["density"] for name, row in rows.items() if "density" in row}
+    for name, doubt in doubt_densities(densities).items():
+        rows[name]["notes"] = [*rows[name].get("notes", []), doubt]
     told = {name: row.pop("ood") for name, row in rows.items() if "ood" in row}
     metrics = {
         "preset": config["name"],
@@ -100,6 +100,22 @@ def _score(
         named = {name: {"name": rows[name]["name"], **found} for name, found in told.items()}
         metrics["ood"] = {"name": ood.name, "n_ood": len(ood.z), "models": named}
     return metrics
+
+
+def _score_row(
+    fitted: Fitted, config: Config, data: DataSplits, ood: OodPoints | None
+) -> dict[str, Any]:
+    """Scores of a model with its ``notes``, or under ``missing`` why it has none."""
+    from cpmm.pipeline.scores.scorer import Scorer, score_baseline
+
+    if fitted.missing is not None:
+        return {"missing": fitted.missing}
+    score = Scorer(data, fitted.split, fitted.n_points, config["evaluation"]["teacher_points"])
+    try:
+        scores = score_baseline(fitted, score, config["cpmm"]["n_clusters"], ood, timed=False)
+    except FloatingPointError as error:
+        return {"missing": str(error)}
+    return scores | ({} if fitted.note is None else {"notes": [fitted.note]})
 
 
 def _describe(row: str, fitted: Fitted, config: Config) -> str:
@@ -137,7 +153,7 @@ def _score_teacher(
     options = config["evaluation"]
     teacher = make_teacher(config["teacher"], data, config["seed"])
     load_model(folder / "teacher", "teacher", teacher, fingerprint_teacher(config))
-    teacher.solver = Solver(**options["teacher_solver"])
+    teacher.solver = Solver(**options["teacher_solver"], name="evaluation.teacher_solver")
     device = compute_device(config["trainer"], exact=True)
     teacher = teacher.to(device)
     score = Scorer(data, "test", options["teacher_points"])
@@ -147,25 +163,28 @@ def _score_teacher(
         title, what = "evaluate teacher", f"points of {what}"
         return flow_log_prob(teacher, z, generator, options["batch_size"], title, what)
 
-    inside = solve(score.z, 31, "test")
-    some = len(inside) < len(data.raw["test"])
+    some = len(score.z) < len(data.raw["test"])
     row = {
         "name": "teacher (continuous normalizing flow)"
-        + (f", first {len(inside)} test points" if some else ""),
-        **score.density(inside),
-        "n_points": len(inside),
-        "n_parameters": sum(p.numel() for p in teacher.parameters()),
+        + (f", first {len(score.z)} test points" if some else ""),
     }
+    try:
+        inside = solve(score.z, 31, "test")
+        row |= score.density(inside)
+    except FloatingPointError as error:
+        return row | {"missing": str(error)}
+    row["n_points"] = len(inside)
+    row["n_parameters"] = sum(p.numel() for p in teacher.parameters())
     if some:
         row["density_of_first"] = row["density"]
     if ood is not None:
-        there = solve(ood.z[: options["teacher_points"]], 34, ood.name)
-        row["ood"] = ood.scores(score, inside, there)
+        others = ood.z[: options["teacher_points"]]
+        row["ood"] = ood.tell(score, inside, lambda: solve(others, 34, ood.name))
     return row
 
 
-def _discretize(folder: Path, config: Config, data: DataSplits) -> dict[str, float]:
-    """Density of the same trained trajectories at other numbers of pseudotimes."""
+def _discretize(folder: Path, config: Config, data: DataSplits) -> dict[str, float | None]:
+    """Density of the same trained trajectories at other numbers of pseudotimes; None: none."""
     import torch
 
     from cpmm.pipeline.models.trajectories import load_trajectories
@@ -173,10 +192,13 @@ def _discretize(folder: Path, config: Config, data: DataSplits) -> dict[str, flo
     from cpmm.trajectory import pseudotime_grid
 
     trajectories, score = load_trajectories(folder, config, data), Scorer(data, "test")
-    densities = {}
+    densities: dict[str, float | None] = {}
     for n in config["evaluation"]["discretizations"]:
         mixture = trajectories.mixture(pseudotime_grid(n)).to(torch.float64)
-        densities[str(n)] = score.density(mixture.log_prob(score.z))["density"]
+        try:
+            densities[str(n)] = score.density(mixture.log_prob(score.z))["density"]
+        except FloatingPointError:
+            densities[str(n)] = None
     return densities
 
 

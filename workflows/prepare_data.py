@@ -14,6 +14,7 @@ from cpmm.pipeline.stage import publish, run_stage, scratch_folder
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from cpmm.data import DataSplits
     from cpmm.elementwise import ElementwiseMap
 
 
@@ -21,9 +22,10 @@ def main(folder: Path, config: Config) -> str:
     """Write ``prepared`` for a preset."""
     import torch
 
-    from cpmm.data import SPLITS, DataSplits, split_indices
+    from cpmm.data import SPLITS, DataSplits, describe_split, split_indices
     from cpmm.pipeline.artifacts.sources import read_source
     from cpmm.pipeline.artifacts.store import save_prepared
+    from cpmm.pipeline.scores.sizes import check_sizes
     from cpmm.preprocessing import Augmentation, Preprocessing
     from cpmm.seeds import seeded_generator
 
@@ -31,12 +33,10 @@ def main(folder: Path, config: Config) -> str:
     source = read_source({"source": options["source"], **options["options"]})
     check_digests(options, "data", f"compose@{config['name']}")
     raw = torch.from_numpy(source.x)
-    index = split_indices(
-        len(raw),
-        **pick(options, "n_train", "n_validation", "n_test"),
-        official_test=source.official_test,
-        seed=options["split_seed"],
-    )
+    sizes = pick(options, "n_train", "n_validation", "n_test")
+    sizes |= {"n": len(raw), "official_test": source.official_test}
+    print(f"prepare_data | {describe_split(**sizes)}", flush=True)
+    index = split_indices(**sizes, seed=options["split_seed"])
     raw, label = {split: raw[index[split]] for split in SPLITS}, None
     if source.label is not None:
         label = {split: torch.from_numpy(source.label)[index[split]] for split in SPLITS}
@@ -51,12 +51,22 @@ def main(folder: Path, config: Config) -> str:
         Augmentation(**options["augmentation"], image_shape=source.image_shape),
         options["noise_seed"], source.image_shape, source.feature_names, source.class_names,
     )  # fmt: skip
+    check_sizes(config, data, ood=True)  # before anything is trained
     fingerprint = fingerprint_prepared(config)
     scratch = scratch_folder(folder, "prepare_data", fingerprint)
     save_prepared(scratch / "prepared", data, fingerprint)
     publish(scratch, "prepared", folder / "prepared")
     sizes = ", ".join(f"{len(index[split])} {split}" for split in SPLITS)
-    return f"{sizes} points with {data.n_features} features -> {folder / 'prepared'}"
+    return f"{sizes} points, {_describe(data)} -> {folder / 'prepared'}"
+
+
+def _describe(data: DataSplits) -> str:
+    """Say what was read, so that a table that was meant for images, or axes astray, are seen."""
+    if data.image_shape is None:
+        return f"a table of {data.n_features} features"
+    channels, height, width = data.image_shape
+    named = f"{channels} channels of " * (channels > 1)
+    return f"images of {named}{height} x {width} and {data.preprocessing.levels} grey levels"
 
 
 def _fit_map(

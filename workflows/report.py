@@ -237,7 +237,8 @@ def tabulate(models: dict) -> dict[str, Any]:
     """Lay the models out in rows, with a numbered note for every reason why a value is missing.
 
     Returns:
-        ``headings``, ``rows`` of a name and cells (text, note, whether it is the best), ``notes``.
+        ``headings``, ``rows`` of a name, notes and cells (text, note, whether it is the best), and
+        ``notes``.
     """
     columns = [c for c in COLUMNS if any(c in m for m in models.values()) or c == "density"]
     headings = [_heading(column) for column in columns]
@@ -246,16 +247,14 @@ def tabulate(models: dict) -> dict[str, Any]:
     rows = []
     for name, model in models.items():
         cells = []
+        own = [_number(note, notes) for note in model.get("notes", ())]
         for key, heading in zip(columns, headings, strict=True):
             cell = {"heading": heading, "note": None, "best": name in best[key]}
             if not _has(model, key):
-                reason = _reason(model, key, models)
-                if reason not in notes:
-                    notes.append(reason)
-                cell["note"] = notes.index(reason) + 1
+                cell["note"] = _number(_reason(model, key, models), notes)
             spread = model.get(f"{key}_standard_error")
             cells.append(cell | {"text": write_score(key, model.get(key), spread, NONE)})
-        rows.append({"name": model.get("name", name), "cells": cells})
+        rows.append({"name": model.get("name", name), "notes": own, "cells": cells})
     return {"headings": headings, "rows": rows, "notes": notes}
 
 
@@ -263,8 +262,8 @@ def tabulate_ood(metrics: dict) -> dict[str, Any] | None:
     """Lay out how the models tell another data set apart, with the paper's scores where it has any.
 
     Returns:
-        ``name`` of that data set, ``headings``, ``rows`` of a name and cells, ``paper``, which says
-        whether the paper has the pair; None if there is no other data set.
+        ``name`` of that data set, ``headings``, ``rows`` of a name, notes and cells, ``notes``, and
+        ``paper``, which says whether the paper has the pair; None if there is no other data set.
     """
     ood = metrics.get("ood")
     if not ood:
@@ -280,12 +279,16 @@ def tabulate_ood(metrics: dict) -> dict[str, Any] | None:
     if has_paper:
         headings += [f"{SCORES[metric].title}, paper, %" for metric in PRINTED]
     rows = []
+    notes: list[str] = []
     for model, row in ood["models"].items():
+        said = [row.get("missing"), *metrics["models"].get(model, {}).get("notes", ())]
+        own = [_number(note, notes) for note in said if note]
         values = [(column, row.get(OOD[column][0], {}).get(OOD[column][1])) for column in columns]
         values += paper[model].items() if has_paper else ()
         cells = [write_score(column, value, nothing=NONE) for column, value in values]
-        rows.append({"name": row.get("name", model), "cells": cells})
-    return {"name": name, "headings": headings, "rows": rows, "paper": has_paper}
+        rows.append({"name": row.get("name", model), "notes": own, "cells": cells})
+    table = {"name": name, "headings": headings, "rows": rows, "notes": notes}
+    return table | {"paper": has_paper}
 
 
 def inline_figures(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
@@ -339,8 +342,17 @@ def _best(models: dict, key: str) -> list[str]:
     return [name for name, value in rivals.items() if value == best]
 
 
+def _number(note: str, notes: list[str]) -> int:
+    """Number of a note, which joins the others if it is new."""
+    if note not in notes:
+        notes.append(note)
+    return notes.index(note) + 1
+
+
 def _reason(model: dict, key: str, models: dict) -> str:
     """Say why a value is missing, by what else is there."""
+    if model.get("missing"):
+        return model["missing"]
     if model.get(key) is not None:
         return f"not a finite number ({model[key]})"
     if SCORES[key].of == "clusters":

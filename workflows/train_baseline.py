@@ -25,8 +25,9 @@ def main(folder: Path, config: Config, row: str) -> str:
     from cpmm.pipeline.artifacts.files import write_json
     from cpmm.pipeline.artifacts.spaces import open_spaces
     from cpmm.pipeline.artifacts.store import load_prepared
+    from cpmm.pipeline.errors import reason_of
     from cpmm.pipeline.models.baselines import train_baseline
-    from cpmm.pipeline.models.fitted import save_baseline
+    from cpmm.pipeline.models.fitted import NOT_TRAINED, Fitted, save_baseline
     from cpmm.pipeline.scores.ood import read_ood
     from cpmm.pipeline.scores.scorer import Scorer, score_baseline
 
@@ -40,9 +41,15 @@ def main(folder: Path, config: Config, row: str) -> str:
     ood = None if ood is None else read_ood(ood, data)
     fingerprint = fingerprint_baseline(config, row)
     scratch = scratch_folder(folder, "train_baseline", fingerprint, row)
-    fitted = train_baseline(row, config, data, spaces, scratch / "training", extracted=extracted)
-    score = Scorer(data, fitted.split, fitted.n_points, config["evaluation"]["teacher_points"])
-    scores = score_baseline(fitted, score, config["cpmm"]["n_clusters"], ood, timed=False)
+    training = scratch / "training"
+    try:
+        fitted = train_baseline(row, config, data, spaces, training, extracted=extracted)
+        score = Scorer(data, fitted.split, fitted.n_points, config["evaluation"]["teacher_points"])
+        scores = score_baseline(fitted, score, config["cpmm"]["n_clusters"], ood, timed=False)
+    except Exception as error:  # a row without a model must not cost what has been trained
+        if (reason := reason_of(error)) is None:
+            raise
+        fitted, scores = Fitted(None, NOT_TRAINED, missing=reason), {}
     out = scratch / row
     out.mkdir(exist_ok=True)
     unit = data.preprocessing.density_unit[0]
@@ -50,8 +57,11 @@ def main(folder: Path, config: Config, row: str) -> str:
     save_baseline(row, fitted, out, config, data, fingerprint)
     publish(scratch, row, folder / "baselines" / row)
     said = [f"{name} {scores[name]:.3f}" for name in ("density", "accuracy") if name in scores]
-    what = f"{fitted.split} {', '.join(said)}" if said else fitted.missing or "nothing to score"
-    return f"{row}: {what} -> {folder / 'baselines' / row}"
+    what = f"{fitted.split} {', '.join(said)}" if said else "nothing to score"
+    if fitted.missing:
+        what = f"a row without a model: {fitted.missing}"
+    told = f" ({fitted.note})" if fitted.note else ""
+    return f"{row}: {what}{told} -> {folder / 'baselines' / row}"
 
 
 if __name__ == "__main__":

@@ -36,15 +36,18 @@ def _run(overrides: list[str], out: Path | None) -> None:
     import shutil
 
     from cpmm.pipeline.artifacts.files import write_json
+    from cpmm.pipeline.artifacts.store import load_prepared
     from cpmm.pipeline.config.compose import compose_preset, split_preset
     from cpmm.pipeline.config.root import ROOT
-    from cpmm.pipeline.sweeps.inputs import locate_inputs, open_inputs
+    from cpmm.pipeline.scores.sizes import check_sizes
+    from cpmm.pipeline.sweeps.inputs import locate_inputs, open_inputs, prepare
     from cpmm.pipeline.sweeps.plan import make_trial
 
     preset, overrides = split_preset(overrides)
     config = compose_preset(preset, overrides)
     trial = make_trial(preset, (), config["cpmm"]["seed"], overrides, config, trial_code())
     home = ROOT / "data" / preset
+    check_sizes(trial.config, load_prepared(prepare(trial.config, home)))
     data, spaces = open_inputs(locate_inputs(trial.config, home))
     out = out or home / "trial"
     _make_room(out)

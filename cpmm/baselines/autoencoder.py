@@ -111,7 +111,7 @@ class Autoencoder(nn.Module):
             n_init: Starts of k-means, of which that of the least inertia is taken.
 
         Raises:
-            ValueError: If there are fewer points, or distinct codes, than clusters.
+            TooFewPointsError: If there are fewer points, or distinct codes, than clusters.
         """
         require_clusters(n_clusters, len(x))
         codes = self.codes(x)

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cpmm.baselines.autoencoder import Autoencoder, in_batches
-from cpmm.initialization import require_clusters
+from cpmm.initialization import TooFewPointsError, require_clusters
 from cpmm.trajectory import inverse_soft_floor, soft_floor
 
 LOG_2PI = math.log(2 * math.pi)
@@ -98,16 +98,17 @@ class VaDE(nn.Module):
                 the autoencoder leaves over, or at the floor.
 
         Raises:
-            ValueError: If there are fewer points, or distinct codes, than clusters.
+            TooFewPointsError: If there are fewer points, or distinct codes, than clusters.
         """
         require_clusters(n_clusters, len(x))
         codes = autoencoder.codes(x).double()
         n_distinct = len(codes.unique(dim=0))
         if n_distinct < n_clusters:
-            raise ValueError(
+            raise TooFewPointsError(
                 f"a mixture of {n_clusters} clusters needs as many distinct codes, found "
                 f"{n_distinct} among {len(x)} points: train the autoencoder longer, or lower the "
-                "number of clusters"
+                "number of clusters",
+                n_distinct,
             )
         seed = int(torch.randint(2**31, (1,), generator=generator))
         mixture = GaussianMixture(

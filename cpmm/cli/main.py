@@ -57,8 +57,10 @@ def show_info(fitted: FittedMixture, arguments: argparse.Namespace) -> None:
     pre, sizes = fitted.preprocessing, fitted.mixture.cluster_sizes
     data = "a table of real values"
     if pre.levels is not None:
+        channels, height, width = fitted.image_shape or (1, 1, fa.n_features)
+        size = f"{channels} channels of " * (channels > 1) + f"{height} x {width}"
         levels = f"{pre.levels} grey levels, logit with margin {pre.alpha:g}"
-        data = f"images {fitted.image_shape}, {levels}"
+        data = f"images of {size}, {levels}"
     values = {
         "preset": header.get("preset"),
         "components": fa.n_components,
@@ -211,7 +213,7 @@ def _apply(fitted: FittedMixture, arguments: argparse.Namespace, function: Any) 
     from cpmm.seeds import seeded_generator
 
     reader = PointReader(
-        arguments.points, fitted.feature_names, arguments.batch_size, arguments.delimiter
+        arguments.points, fitted, arguments.batch_size, arguments.delimiter, arguments.axes
     )
     generator = seeded_generator(arguments.seed, device=arguments.device)
     n = 0
@@ -287,10 +289,13 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("--batch-size", type=_positive, default=BATCH_SIZE, help=said)
         said = "of the .csv file, \\t for a tab; default a comma"
         added.add_argument("--delimiter", type=_character, default=",", help=said)
+        said = "order of the axes of images in a .npy file, such as NHWC; default that of `sample`"
+        added.add_argument("--axes", help=said)
     draw = add("sample", sample, "draw points")
     draw.add_argument("-n", type=int, default=100, help="how many; default 100")
     draw.add_argument("--seed", type=_seed, default=0, help="default 0")
-    draw.add_argument("--out", type=Path, help="a .csv or .npy file; standard output if not given")
+    said = "a .csv or .npy file, images N x C x H x W; standard output if not given"
+    draw.add_argument("--out", type=Path, help=said)
     picture = add("plot", plot, "draw a figure")
     picture.add_argument("--kind", choices=KINDS, default="means", help="default means")
     picture.add_argument("--seed", type=_seed, default=0, help="of the samples; default 0")

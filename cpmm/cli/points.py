@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 import pandas as pd
 
 from cpmm.files import replace_file
-from cpmm.pipeline.artifacts.npy import whole_npy
+from cpmm.reading.arrays import (
+    arrange_like,
+    grey_levels,
+    map_npy,
+    real_values,
+    require_more_than_one,
+)
+from cpmm.reading.kinds import recognize
+
+if TYPE_CHECKING:
+    from cpmm.fitted import FittedMixture
 
 
 class PointReader:
     """Points of a file, ``batch_size`` at a time, (n, M), in bounded memory.
 
     It is a CSV file whose header names the M features, in any order and among others, or a .npy
-    file, (N, M), (N, H, W) or (N, C, H, W).
+    file, (N, M), (N, H, W) or (N, C, H, W), or of images in an order of the axes that is named.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -28,19 +38,32 @@ class PointReader:
     """
 
     def __init__(
-        self, path: Path, feature_names: Sequence[str], batch_size: int, delimiter: str = ","
+        self,
+        path: Path,
+        fitted: FittedMixture,
+        batch_size: int,
+        delimiter: str = ",",
+        axes: str | None = None,
     ) -> None:
-        self.path, self.names, self.batch_size = path, list(feature_names), batch_size
+        self.path, self.names, self.batch_size = path, list(fitted.feature_names), batch_size
+        self.image_shape, self.levels = fitted.image_shape, fitted.preprocessing.levels
+        self.axes = axes
         self.options: dict[str, Any] = {"sep": delimiter, "skipinitialspace": True, "engine": "c"}
         if not path.is_file():
             raise FileNotFoundError(f"there is no file {path}: give a .csv or .npy file of points")
         readers = {
             ".npy": (self._open_npy, self._read_npy),
+            ".npz": (self._open_npy, self._read_npy),  # refused, with what to do
             ".csv": (self._open_csv, self._read_csv),
         }
         if path.suffix not in readers:
             got = path.suffix or "no ending"
-            raise ValueError(f"{path} must be a .csv or .npy file: got {got!r}")
+            with path.open("rb") as file:
+                known = recognize(path, file.read(512))
+            said = f"; it {known}" if known else ""
+            raise ValueError(f"{path} must be a .csv or .npy file: got {got!r}{said}")
+        if axes is not None and path.suffix == ".csv":
+            raise ValueError(f"--axes is of images in .npy files, {path} is a table: leave it out")
         open_file, self._read = readers[path.suffix]
         self.total = open_file()
 
@@ -49,26 +72,24 @@ class PointReader:
         return self._read()
 
     def _open_npy(self) -> int:
-        with whole_npy(self.path):
-            array = self._map()
-        m = len(self.names)
-        if array.dtype.kind not in "fiu" or array.ndim < 2 or np.prod(array.shape[1:]) != m:
-            raise ValueError(
-                f"{self.path} must hold numbers of {m} features, (N, {m}) or images of as many "
-                f"pixels: got {array.dtype} of shape {array.shape}"
-            )
-        if not len(array):
-            raise ValueError(f"{self.path} has no rows: expected at least one")
-        return len(array)
+        rows = self._map()
+        if self.levels is not None and rows.dtype.kind in "bf":
+            require_more_than_one(self.path, rows, self.levels)
+        return len(rows)
 
     def _map(self) -> np.ndarray:
-        return np.load(self.path, mmap_mode="r", allow_pickle=False)
+        array = map_npy(self.path)
+        return arrange_like(self.path, array, self.axes, self.image_shape, len(self.names))
 
     def _read_npy(self) -> Iterator[tuple[np.ndarray, int]]:
         for start in range(0, self.total, self.batch_size):
             # Mapped anew each time: what was read before does not stay in memory.
             part = self._map()[start : start + self.batch_size]
-            yield np.array(part).reshape(len(part), -1), start + len(part)
+            if self.levels is None:
+                part = real_values(self.path, part, self.names, start)
+            else:
+                part = grey_levels(self.path, part, self.levels, start)
+            yield part, start + len(part)
 
     def _open_csv(self) -> int:
         try:

@@ -31,18 +31,28 @@ def summarize(folder: Path) -> str:
 def _summary(metrics: dict, folder: Path) -> str:
     models, cpmm = metrics["models"], metrics["models"]["cpmm"]
     peers = {"direct": "direct mixture", "gaussian": "full Gaussian"}
-    densities = [f"{peers[key]} {models[key]['density']:.3f}" for key in peers if key in models]
+    densities = [f"{peers[k]} {_write(models[k], 'density')}" for k in peers if k in models]
     better = f"(lower is better; {', '.join(densities)})"
     lines = [
         f"{metrics['preset']}: {folder / 'report.html'}",
-        f"  test density     {cpmm['density']:.3f} {metrics['unit']} {better}",
+        f"  test density     {_write(cpmm, 'density')} {metrics['unit']} {better}",
     ]
     if "accuracy" in cpmm:
         other = models.get("kmeans", {}).get("accuracy")
         beside = "" if other is None else f" (k-means {100 * other:.1f} %)"
         lines.append(f"  clustering       {100 * cpmm['accuracy']:.1f} % accuracy{beside}")
-    sizes = f"{cpmm['n_components']} components, {cpmm['n_parameters']} parameters"
-    return "\n".join([*lines, f"  mixture          {sizes}"])
+    if "n_components" in cpmm:
+        sizes = f"{cpmm['n_components']} components, {cpmm['n_parameters']} parameters"
+        lines.append(f"  mixture          {sizes}")
+    for name, row in models.items():
+        lines += [
+            f"  {name}: {note}" for note in (row.get("missing"), *row.get("notes", ())) if note
+        ]
+    return "\n".join(lines)
+
+
+def _write(model: dict, score: str) -> str:
+    return f"{model[score]:.3f}" if "missing" not in model else "none"
 
 
 def explain_changes(root: Path) -> str:

@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,15 @@ REMEDIES = {
 }
 
 # In what torch says of it, a RuntimeError like any bug.
-NO_MEMORY = ("allocate memory", "out of memory", "Storage size calculation overflowed")
+NO_MEMORY = (
+    "allocate memory",
+    "out of memory",
+    "Storage size calculation overflowed",
+    "ALLOC_FAILED",
+)
+
+# Modules whose errors are of files, not of the numbers in them.
+OF_FILES = ("cpmm.artifact", "cpmm.files", "cpmm.pipeline.artifacts", "zarr")
 
 # The extra of cpmm that brings a module which not every installation has.
 EXTRAS = {
@@ -66,20 +75,31 @@ def user_message(error: Exception, place: Path | None = None) -> str | None:
 
     None for a bug of ours.
     """
+    text = str(error).splitlines()[0] if str(error) else ""
+    if _lacks_memory(error):
+        asked = re.search(r"tried to allocate (\d+) bytes", text)
+        text = f"{int(asked[1]) / 2**20:,.0f} MiB more were asked for" if asked else text[:200]
+        return (
+            f"too little memory{text and f' ({text})'}: lower a batch_size, n_clusters, "
+            "n_pseudotimes, n_draws or a field's width, set gradient=checkpoint or adjoint in the "
+            "section solver of what is trained, or leave the process more memory"
+        )
     if isinstance(error, EXPECTED_ERRORS) or system_error(error) is not None:
         return describe(error, place)
-    text = str(error).splitlines()[0] if str(error) else ""
     if isinstance(error, ModuleNotFoundError):
         module = (error.name or "").partition(".")[0]
         extra = next((extra for extra, modules in EXTRAS.items() if module in modules), None)
         return extra and f"{module} is not installed: pip install 'cpmm[{extra}]'"
-    if isinstance(error, RuntimeError) and any(words in text for words in NO_MEMORY):
-        sizes = "n_clusters, n_pseudotimes, a field's width, a batch_size or n_draws"
-        return f"too little memory ({text[:200]}): lower what the stage multiplies: {sizes}"
     if type(error).__name__ == "MisconfigurationException":  # Lightning's, imported where it trains
         remedy = "Set trainer.accelerator and trainer.devices to what this machine has."
         return f"{text[:200]} {remedy}"
     return None
+
+
+def _lacks_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
 
 
 def describe(error: BaseException, place: Path | None = None) -> str:
@@ -96,6 +116,21 @@ def describe(error: BaseException, place: Path | None = None) -> str:
     named = cause.filename or (remedy and place)
     said = f"{cause.strerror}: {named}" if named else cause.strerror
     return f"{said}: {remedy}" if remedy else said
+
+
+def reason_of(error: Exception) -> str | None:
+    """Say why a model cannot be fitted to its data or scored on them, in one line.
+
+    None where that is not what went wrong: for a bug of ours, the machine, or a damaged file.
+    """
+    from torch.linalg import LinAlgError
+
+    if not isinstance(error, ValueError | FloatingPointError | LinAlgError):
+        return None
+    frames = traceback.walk_tb(error.__traceback__)
+    if any(frame.f_globals.get("__name__", "").startswith(OF_FILES) for frame, _ in frames):
+        return None
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def system_error(error: BaseException) -> OSError | None:

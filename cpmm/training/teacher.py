@@ -40,7 +40,10 @@ class TeacherTraining(LossTraining):
     ) -> None:
         n_epochs = flow_matching_epochs + likelihood_epochs
         if n_epochs < 1:
-            raise ValueError("the teacher needs at least one epoch of flow matching or likelihood")
+            raise ValueError(
+                "the teacher needs at least one epoch of flow matching or likelihood: set "
+                "teacher.flow_matching_epochs to 1 or more"
+            )
         super().__init__(flow, n_epochs, 0.0, learning_rate, n_warmup_epochs, seed)
         self.flow_matching_epochs = flow_matching_epochs
         self.kinetic_weight, self.jacobian_weight = kinetic_weight, jacobian_weight

@@ -1,5 +1,6 @@
 import hashlib
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import pytest
 import yaml
 from conftest import NEEDED, ROOT
+from dvc.utils.hydra import apply_overrides
 
 from cpmm.initialization import GROUPINGS
 from cpmm.odes import FIXED_STEP
@@ -235,6 +237,32 @@ def test_a_missing_value_says_where_to_set_it():
     both = r"overrides\.csv\.cpmm\.n_clusters and overrides\.csv\.data\.options\.path"
     with pytest.raises(ValueError, match=both):
         compose_preset("csv", [])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "data (1).csv", "a=1.csv", "a,1.csv", "\u6570\u636e.csv", "a'b.csv", 'a"b.csv', "a[1].csv",
+        "{x}.csv", "#a.csv", "~a.csv", "$(ls).csv", "a\\'b.csv", "!a;&|<>.csv",
+    ],
+)  # fmt: skip
+def test_a_path_that_hydra_refuses_is_given_in_a_form_that_it_takes(name):
+    path = f"/no such folder/{name}"
+    with pytest.raises(ValueError, match="stands in quotes of its own") as error:
+        compose_preset("csv", [f"data.options.path={path}"])
+    [word] = shlex.split(str(error.value).rpartition("write ")[2])  # as a shell reads it
+    assert compose_preset("csv", [word])["data"]["options"]["path"] == path
+
+
+@pytest.mark.parametrize(
+    "name", ["data (1).csv", "a=1,2.csv", "\u6570\u636e[x]{y}.csv", 'a b".csv']
+)
+def test_quotes_within_quotes_carry_any_path_through_dvc(tmp_path, name):
+    params = tmp_path / "params.yaml"
+    params.write_text("overrides: {}\n")
+    apply_overrides(params, [f"++overrides.csv.data.options.path='/x/{name}'"])
+    overrides = read_overrides("csv", params)
+    assert compose_preset("csv", overrides)["data"]["options"]["path"] == f"/x/{name}"
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -287,6 +287,19 @@ def same_classes(source, wanted):
     """Whether labels and class names say of each row what was written; "" and -1 are no class."""
     got = [source.class_names[c] if c >= 0 else "" for c in source.label.tolist()]
     return got == ["" if text in ("", "-1") else text for text in wanted]
+
+
+def same_labels(source, wanted):
+    """As same_classes, where NaN and NA are no class either, and 1 and 1.0 are the same."""
+
+    def plain(text):
+        text = text.strip()
+        with suppress(ValueError):
+            text = text if text.casefold() == "nan" else float(text)
+        return "" if text == -1 or str(text).casefold() in ("nan", "na") else text
+
+    got = [source.class_names[c] if c >= 0 else "" for c in source.label.tolist()]
+    return [*map(plain, got)] == [*map(plain, wanted)]
 
 
 def parse_csv(data, delimiter, label_column):
@@ -569,10 +582,14 @@ def test_any_array_is_read_right_or_named(size, tmp_path):
         path.write_bytes(data)
         if label is not None:
             label_path.write_bytes(label)
+        axes = None
+        with suppress(Exception):  # of what is no array
+            axes = {3: "NHW", 4: "NCHW"}.get(parse_npy(data).ndim)
         options = {
             "path": str(path),
             "label_path": None if label is None else str(label_path),
             "levels": levels,
+            "axes": axes,
         }
         source = outcome(
             "npy", lambda: read_source({"source": "npy", **options}), str(path), str(label_path)
@@ -581,10 +598,13 @@ def test_any_array_is_read_right_or_named(size, tmp_path):
         if source is None:
             return
         x = parse_npy(data)
-        assert source.x.dtype == (np.uint8 if x.dtype == np.uint8 else np.float64)
+        assert source.x.dtype == (np.float64 if x.ndim == 2 else np.uint8)
         assert source.x.tolist() == x.reshape(len(x), -1).astype(source.x.dtype).tolist()
         assert (source.image_shape is None) == (x.ndim == 2)
-        assert label is None or same_classes(source, parse_npy(label).astype(str).tolist())
+        if label is not None:
+            y = parse_npy(label).ravel()
+            texts = np.char.decode(y, "utf-8", "replace") if y.dtype.kind == "S" else y.astype(str)
+            assert same_labels(source, texts.tolist())
 
     fuzz(check, npy_pairs(), size, 120, 1000)
 
@@ -596,11 +616,10 @@ def parse_idx(data):
     """By the published description of the format."""
     if data[:2] == b"\x1f\x8b":
         data = gzip.decompress(data)
-    assert data[:3] == b"\0\0\x08"
+    assert data[:2] == b"\0\0"
+    code = {8: "B", 9: "b", 11: "h", 12: "i", 13: "f", 14: "d"}[data[2]]
     shape = struct.unpack(f">{data[3]}I", data[4 : 4 + 4 * data[3]])
-    values = list(data[4 + 4 * data[3] :])
-    assert len(values) == math.prod(shape)
-    return shape, values
+    return shape, list(struct.unpack(f">{math.prod(shape)}{code}", data[4 + 4 * data[3] :]))
 
 
 @st.composite
@@ -652,6 +671,7 @@ def test_any_idx_files_are_read_right_or_named(size, tmp_path):
                     "files": {role: role for role in ROLES},
                     "md5": {role: hashlib.md5(data).hexdigest() for role, data in files.items()} if with_md5 else None,
                     "class_names": [f"c{c}" for c in range(n_names)],
+                    "axes": None,
                 }
             ),
             str(tmp_path), "data.options.class_names", *ROLES,
@@ -795,7 +815,7 @@ ENDS = {
     "data.map.kind": ["none", "spline"], "data.map.n_bins": [2, 3, 1000], "data.map.n_points": [2, 3, 10**6], "data.map.n_components": [1, 2, 50, 10**6], "data.map.n_factors": [1, 2, 1000],
     "data.map.log_diagonal_floor": [-60, 0, 20], "data.map.n_steps": [1, 3, 21], "data.map.batch_size": [1, 7], "data.map.learning_rate": [1e-300, 1e-3, 1, 1e9], "data.map.map_rate_factor": [1e-300, 1, 1e9],
     "data.options.n": [1, 2, 42, 45, 60], "data.options.seed": [2**32 - 1], "data.options.radius": [1e-300, 1e-9, 1e9], "data.options.ratio": [1 + 1e-9, 1e9],
-    "data.options.thickness": [0, 1e9], "data.options.gaps": [[0, 0], [-1e9, 1e9]], "data.options.gap_width": [0, 359.999999], "data.options.levels": [1, 2, 256], "data.options.label_path": [None],
+    "data.options.thickness": [0, 1e9], "data.options.gaps": [[0, 0], [-1e9, 1e9]], "data.options.gap_width": [0, 359.999999], "data.options.levels": [1, 2, 256], "data.options.label_path": [None], "data.options.axes": [None, "NHW", "WHCN"],
     **{f"teacher.field.{k}": v for k, v in FIELD.items()}, **{f"teacher.solver.{k}": v for k, v in SOLVER.items()},
     "teacher.exact_trace_up_to": [0, 1, 10**6], "teacher.flow_matching_epochs": [0, 1, 2], "teacher.likelihood_epochs": [0, 1], "teacher.kinetic_weight": [1, 1e9], "teacher.jacobian_weight": [1, 1e9],
     "teacher.n_draws": [1, 3], "teacher.batch_size": BATCH, "teacher.learning_rate": RATE, "teacher.n_warmup_epochs": [0, 10**6], "teacher.gradient_clip": [0, 1e-300, 1e9],
@@ -861,9 +881,8 @@ def images(tmp_path_factory):
         (generator.integers(0, 60, (90, 4, 3)) + 60 * kind[:, None, None]).astype(np.uint8),
     )
     np.save(folder / "label.npy", kind)
-    return [
-        f"data.options.path={folder}/x.npy", f"data.options.label_path={folder}/label.npy",
-    ]  # fmt: skip
+    files = [f"data.options.path={folder}/x.npy", f"data.options.label_path={folder}/label.npy"]
+    return [*files, "data.options.axes=NHW"]
 
 
 @fuzzed

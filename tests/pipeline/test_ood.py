@@ -163,17 +163,17 @@ def splits(raw, levels=17, image_shape=(1, 8, 8)):
 
 
 def section(path, levels=17):
-    options = {"path": str(path), "label_path": None, "levels": levels}
+    options = {"path": str(path), "label_path": None, "levels": levels, "axes": "NHW"}
     return {"name": "other", "source": "npy", "options": options}
 
 
 def test_what_does_not_compare_is_named(tmp_path, upside_down):
     data = splits(torch.from_numpy(load_digits().data[:40].astype(np.uint8)))
     path = tmp_path / "x.npy"
-    np.save(path, np.zeros((5, 7, 7), np.uint8))
+    np.save(path, np.full((5, 7, 7), 9, np.uint8))
     with pytest.raises(ValueError, match=r"evaluation\.ood, other, .* features: 49, expected 64"):
         read_ood(section(path), data)
-    np.save(path, np.zeros((5, 4, 16), np.uint8))
+    np.save(path, np.full((5, 4, 16), 9, np.uint8))
     with pytest.raises(ValueError, match=r"shape of an image .*: \(1, 4, 16\), expected"):
         read_ood(section(path), data)
     with pytest.raises(ValueError, match="grey levels: 256, expected 17"):

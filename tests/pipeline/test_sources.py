@@ -77,6 +77,7 @@ class Idx:
             "files": FILES,
             "md5": {role: hashlib.md5(pack(a)).hexdigest() for role, a in self.array.items()},
             "class_names": ["ant", "bee", "cat"],
+            "axes": None,
         }
 
     def path(self, role: str) -> Path:
@@ -134,7 +135,11 @@ def csv(tmp_path: Path, text: str, **options: object) -> Source:
 
 
 def npy(
-    tmp_path: Path, x: np.ndarray, label: np.ndarray | None = None, levels: int = 256
+    tmp_path: Path,
+    x: np.ndarray,
+    label: np.ndarray | None = None,
+    levels: int = 256,
+    axes: str | None = None,
 ) -> Source:
     np.save(tmp_path / "x.npy", x)
     if label is not None:
@@ -145,6 +150,7 @@ def npy(
             "path": str(tmp_path / "x.npy"),
             "label_path": None if label is None else str(tmp_path / "label.npy"),
             "levels": levels,
+            "axes": axes,
         }
     )
 
@@ -178,7 +184,9 @@ def test_every_source_keeps_the_contract(kind, tmp_path, idx):
         "spiral": lambda: read_source(SPIRAL),
         "idx": idx.read,
         "csv": lambda: csv(tmp_path, "a,b,c\n1,2,u\n3,4,v\n", label_column="c"),
-        "npy": lambda: npy(tmp_path, np.ones((4, 2, 3, 5), dtype=np.uint8), np.arange(4)),
+        "npy": lambda: npy(
+            tmp_path, np.full((4, 2, 3, 5), 9, dtype=np.uint8), np.arange(4), axes="NCHW"
+        ),
     }[kind]()
     n_points, n_features = source.x.shape
     assert source.x.dtype == (np.float64 if source.levels is None else np.uint8)
@@ -284,13 +292,95 @@ def test_idx_damaged_gzip(idx):
         idx.read()
 
 
-def test_idx_wrong_magic(idx):
-    idx.write("train_images", pack(idx.array["train_labels"]))
-    with raises(ValueError, idx.path("train_images"), "00000803", "got 00000801", "13 bytes"):
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        (b"<!DOCTYPE html><p>not found</p>", ["a web page", "replace the file"]),
+        (b"MATLAB 5.0 MAT-file", ["a MATLAB file", "np.save", "axes=HWCN"]),
+        (b"version https://git-lfs.github.com/spec/v1", ["git lfs pull"]),
+        (b"\x93NUMPY\1\0", ["a .npy file", "preset npy"]),
+        (b"\0\0\7\1", ["begins with 00000701", "4 bytes"]),
+        (b"", ["empty"]),
+    ],
+)
+def test_idx_other_files_are_named_for_what_they_are(idx, content, parts):
+    idx.write("train_images", content)
+    with raises(ValueError, idx.path("train_images"), "IDX format, of train_images", *parts):
         idx.read()
-    idx.write("train_images", b"<!DOCTYPE html><p>not found</p>")
-    with raises(ValueError, idx.path("train_images"), "00000803", "got 3c21444f"):
+
+
+def test_idx_files_in_each_others_place(idx):
+    images, labels = (pack(idx.array[f"train_{what}"]) for what in ("images", "labels"))
+    idx.write("train_images", labels)
+    with raises(ValueError, "images", "got uint8 of shape (5,)", "data.options.files.train_images"):
+        idx.read(md5=None)
+    idx.write("train_images", images)
+    idx.write("train_labels", images)
+    with raises(ValueError, "labels", "got uint8 of shape (5, 3, 2)", "files.train_labels"):
+        idx.read(md5=None)
+
+
+def test_idx_labels_of_qmnist_are_its_first_column(idx):
+    label = np.arange(40).reshape(5, 8).astype(">i4")
+    label[:, 0] = idx.array["train_labels"]
+    data = struct.pack(">HBB2I", 0, 12, 2, *label.shape) + label.tobytes()
+    idx.write("train_labels", gzip.compress(data))
+    assert idx.read(md5=None).label.tolist() == [2, 0, 1, 1, 2, 0, 2]
+
+
+def test_idx_images_of_other_types_and_axes(idx):
+    random = np.random.default_rng(0)
+    x = {split: random.integers(0, 256, (n, 3, 2, 4)) for split, n in (("train", 5), ("test", 2))}
+    for dtype, code in ((">i2", 11), (">f4", 13)):
+        for split, images in x.items():
+            stored = images.transpose(2, 3, 1, 0).astype(dtype)  # HWCN
+            head = struct.pack(">HBB4I", 0, code, 4, *stored.shape)
+            idx.write(f"{split}_images", head + stored.tobytes())
+        source = idx.read(md5=None, axes="HWCN")
+        assert source.image_shape == (3, 2, 4)
+        assert source.x.tolist() == np.concatenate([*x.values()]).reshape(7, -1).tolist()
+        with raises(ValueError, "order of the axes", "not certain"):
+            idx.read(md5=None)
+
+
+def follow(said: str) -> dict[str, object]:
+    """Options of a source that a message says to set."""
+    options: dict[str, object] = {"files": {}}
+    for name, value in re.findall(r"data\.options\.([\w.]+)=([\w.-]+)", said):
+        if name.startswith("files."):
+            options["files"][name.removeprefix("files.")] = value
+        else:
+            options[name] = None if value == "null" else value
+    return options
+
+
+def test_idx_names_of_emnist_are_found_and_the_way_out_works(idx):
+    for role, array in idx.array.items():
+        idx.path(role).unlink()
+        stored = array.transpose(0, 2, 1) if "images" in role else array + 1
+        split = role.split("_")[0]
+        what = "images-idx3" if "images" in role else "labels-idx1"
+        name = f"emnist-letters-{split}-{what}-ubyte.gz"
+        (idx.folder / name).write_bytes(gzip.compress(pack(stored)))
+    with raises(FileNotFoundError, "is missing", "other names", "axes=NWH") as caught:
         idx.read()
+    source = idx.read(**follow(str(caught.value)))
+    images = [*idx.array["train_images"], *idx.array["test_images"]]
+    assert [x.reshape(3, 2).tolist() for x in source.x] == [i.tolist() for i in images]
+    assert source.class_names == ("1", "2", "3")
+    assert source.label.tolist() == [2, 0, 1, 1, 2, 0, 2]
+
+
+def test_idx_what_the_folder_holds_instead_is_named(idx, tmp_path):
+    with raises(FileNotFoundError, f"{idx.folder} has such files: set data.options.folder"):
+        idx.read(folder=str(tmp_path))
+    other = tmp_path / "svhn"
+    other.mkdir()
+    (other / "train_32x32.mat").write_bytes(b"MATLAB 5.0 MAT-file, Platform")
+    with raises(FileNotFoundError, "train_32x32.mat is a MATLAB file", "np.save", "preset npy"):
+        idx.read(folder=str(other))
+    with raises(FileNotFoundError, f"there is no folder {other}s"):
+        idx.read(folder=f"{other}s")
 
 
 @pytest.mark.parametrize("surplus", [b"", b"xy"])
@@ -323,12 +413,12 @@ def test_idx_files_must_belong_together(idx):
         idx.read(md5=None)
     idx.write("train_labels", pack(idx.array["train_labels"]))
     idx.write("test_images", pack(np.zeros((2, 2, 3), dtype=np.uint8)))
-    with raises(ValueError, "training images are (3, 2), test images (2, 3)"):
+    with raises(ValueError, "training images are (1, 3, 2), test images (1, 2, 3)"):
         idx.read(md5=None)
 
 
 def test_idx_needs_a_name_for_every_label(idx):
-    with raises(ValueError, "labels go up to 2", "has 2 names", "give 3"):
+    with raises(ValueError, "labels are 0 to 2", "has 2 names", "give 3, or null"):
         idx.read(class_names=["ant", "bee"])
 
 
@@ -477,137 +567,91 @@ def test_csv_missing_file(path):
 # npy
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, ">f8"])
+@pytest.mark.parametrize("dtype", ["?", "i1", ">u8", ">i4", "f2", "f4", ">f8", "g"])
 def test_npy_table(tmp_path, dtype):
     x = np.arange(6).reshape(3, 2).astype(dtype)
     source = npy(tmp_path, x, np.array(["b", "a", "b"]))
-    assert source.x.tolist() == x.tolist()
+    assert source.x.tolist() == x.astype(float).tolist()
     assert source.label.tolist() == [1, 0, 1]
     assert source.class_names == ("a", "b")
     assert source.feature_names == ("x0", "x1")
     assert (source.image_shape, source.levels) == (None, None)
 
 
+@pytest.mark.parametrize("dtype", ["u1", ">u2", "i8", "f2", ">f4", "g"])
 @pytest.mark.parametrize("order", ["C", "F"])
-@pytest.mark.parametrize("shape", [(4, 2, 3), (4, 1, 2, 3), (4, 3, 2, 3)])
-def test_npy_images(tmp_path, shape, order):
-    x = np.arange(np.prod(shape), dtype=np.uint8).reshape(shape)
-    source = npy(tmp_path, np.asarray(x, order=order), np.array([5, -1, 0, 5]), levels=100)
-    assert source.x.tolist() == [image.ravel().tolist() for image in x]
-    assert source.image_shape == (shape[1] if len(shape) == 4 else 1, 2, 3)
+@pytest.mark.parametrize("axes", ["NHW", "HWN", "NCHW", "NHWC", "HWCN", "WCHN"])
+def test_npy_images(tmp_path, axes, order, dtype):
+    sizes = {"N": 4, "C": 3 if "C" in axes else 1, "H": 2, "W": 3}
+    x = np.arange(np.prod([*sizes.values()])).reshape(*sizes.values())  # (N, C, H, W)
+    stored = x if "C" in axes else x[:, 0]
+    stored = stored.transpose([[n for n in "NCHW" if n in axes].index(n) for n in axes])
+    stored = np.asarray(stored, dtype, order=order)
+    source = npy(tmp_path, stored, np.array([5, -1, 0, 5]), levels=100, axes=axes)
+    assert source.x.tolist() == x.reshape(4, -1).tolist()
+    assert source.image_shape == (sizes["C"], 2, 3)
     assert source.levels == 100
     assert source.label.tolist() == [1, -1, 0, 1]
     assert source.class_names == ("0", "5")
 
 
 def test_npy_channel_names_come_first(tmp_path):
-    source = npy(tmp_path, np.zeros((1, 3, 2, 2), dtype=np.uint8))
+    source = npy(tmp_path, np.full((1, 3, 2, 2), 9, dtype=np.uint8), axes="NCHW")
     assert source.feature_names[3:5] == ("pixel_0_1_1", "pixel_1_0_0")
     assert source.label is None
 
 
+@pytest.mark.parametrize("label", [[[5.0], [-1.0], [np.nan], [0]], [b"5", b"-1", b"", b"0"]])
+def test_npy_labels_of_any_type(tmp_path, label):
+    source = npy(tmp_path, np.ones((4, 2)), np.array(label))
+    assert source.label.tolist() == [1, -1, -1, 0]
+    assert source.class_names == ("0", "5")
+
+
 @pytest.mark.parametrize(
-    ("x", "parts"),
+    ("x", "axes", "parts"),
     [
-        (np.zeros(3), ["floats of shape (N, M)", "got float64 of shape (3,)"]),
-        (np.zeros((2, 3), dtype=np.int64), ["got int64 of shape (2, 3)", "convert"]),
-        (np.zeros((2, 3, 3)), ["uint8 images", "got float64 of shape (2, 3, 3)"]),
-        (np.zeros((0, 3)), ["no values", "(0, 3)"]),
-        (np.zeros((2, 8, 8, 3), dtype=np.uint8), ["(2, 8, 8, 3)", "transpose(0, 3, 1, 2)"]),
-        (np.array([[1, None]]), ["not a whole .npy file of plain numbers", "Object", "np.save"]),
-        (np.full((1, 2, 2), 255, dtype=np.uint8), ["up to 255", "256 to 256, and is 17"]),
+        (np.zeros(3), None, ["(N, M)", "got float64 of shape (3,)", "save x[:, None]"]),
+        (np.zeros((2, 3)), "NHW", ["data.options.axes is NHW", "a table", "set it to null"]),
+        (np.zeros((2, 3, 3)), "NHWC", ["axes=NHWC does not fit", "(2, 3, 3)"]),
+        (np.zeros((9, 8, 8, 3)), None, ["9 images of 3 channels of 8 x 8", "options.axes=NHWC"]),
+        (np.full((1, 2, 2), 255), "NHW", ["up to 255", "256 to 256, and is 17"]),
+        (np.eye(2)[None], "NHW", ["nothing but 0 and 1", "set data.options.levels=2"]),
+        (np.full((1, 2, 2), 0.5), "NHW", ["got 0.5 in image 1", "save np.round(255 * x)"]),
     ],
 )
-def test_npy_wrong_arrays(tmp_path, x, parts):
-    with raises(ValueError, tmp_path / "x.npy", *parts):
-        npy(tmp_path, x, levels=17)
+def test_npy_wrong_arrays(tmp_path, x, axes, parts):
+    with raises(ValueError, *parts) as caught:
+        npy(tmp_path, x, levels=17, axes=axes)
+    assert str(tmp_path / "x.npy") in str(caught.value)
 
 
 @pytest.mark.parametrize("levels", [None, 0, 257])
 def test_npy_levels_of_images(tmp_path, levels):
     with raises(ValueError, "data.options.levels", f"is {levels}"):
-        npy(tmp_path, np.zeros((1, 2, 2), dtype=np.uint8), levels=levels)
+        npy(tmp_path, np.full((1, 2, 2), 9, dtype=np.uint8), levels=levels, axes="NHW")
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, -1e31])
 def test_npy_values_must_be_finite(tmp_path, value):
     x = np.zeros((4, 3))
     x[2:, 1] = value
-    with raises(ValueError, "column 'x1'", tmp_path / "x.npy", "2 missing, NaN", "row 3"):
+    with raises(ValueError, "column 'x1'", tmp_path / "x.npy", f"got {value} in row 3"):
         npy(tmp_path, x)
 
 
-@pytest.mark.parametrize(
-    "label", [np.zeros(3, dtype=int), np.zeros((4, 1), dtype=int), np.zeros(4), np.zeros((), int)]
-)
+@pytest.mark.parametrize("label", [np.zeros(3), np.zeros((4, 3), int), np.zeros((), int)])
 def test_npy_wrong_labels(tmp_path, label):
     got = f"got {label.dtype} of shape {label.shape}"
     with raises(ValueError, tmp_path / "label.npy", "4 rows", tmp_path / "x.npy", got):
         npy(tmp_path, np.ones((4, 2)), label)
 
 
-def test_npy_file_cut_anywhere_is_an_error(tmp_path):
-    path = tmp_path / "x.npy"
-    np.save(path, np.ones((3, 2)))
-    data = path.read_bytes()
-    for n_bytes in range(len(data)):
-        path.write_bytes(data[:n_bytes])
-        with raises(ValueError, path, "not a whole .npy file", "np.save"):
-            read_source({"source": "npy", "path": path, "label_path": None, "levels": 256})
-
-
-@pytest.mark.parametrize(
-    ("head", "part"),
-    [
-        (
-            "'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000, 3)",
-            "24000000000000 bytes",
-        ),
-        ("'descr': '<f8', 'fortran_order': False, 'shape': (99999999999999999999, 3)", "bytes"),
-        ("'descr': '<f8', 'fortran_order': False, 'shape': (-2, -3)", "unusual"),
-        ("'descr': '<f8', 'fortran_order': False, 'shape': (2, True)", "unusual"),
-        ("'descr': ('<f8', (2,)), 'fortran_order': False, 'shape': (2, 3)", "unusual"),
-        ("'descr': '|O', 'fortran_order': False, 'shape': (2, 3)", "Object"),
-        ("[]: 3", "unhashable"),
-    ],
-)
-def test_npy_header_that_lies_is_named_before_memory_is_asked_for(tmp_path, head, part):
-    path = tmp_path / "x.npy"
-    head = f"{{{head}, }}\n".encode()
-    path.write_bytes(b"\x93NUMPY\1\0" + struct.pack("<H", len(head)) + head + bytes(48))
-    with raises(ValueError, path, "not a whole .npy file", part):
-        read_source({"source": "npy", "path": path, "label_path": None, "levels": 256})
-
-
-def test_npy_header_of_python_2_is_read(tmp_path):
-    path = tmp_path / "x.npy"
-    head = b"{'descr': '<f8', 'fortran_order': False, 'shape': (2L, 3L), }\n"
-    path.write_bytes(b"\x93NUMPY\1\0" + struct.pack("<H", len(head)) + head + bytes(48))
-    source = read_source({"source": "npy", "path": path, "label_path": None, "levels": 256})
-    assert source.x.tolist() == [[0, 0, 0], [0, 0, 0]]
-
-
-def test_npy_with_bytes_too_many_is_not_read_shifted(tmp_path):
-    path = tmp_path / "x.npy"
-    np.save(path, np.ones((3, 2)))
-    data = path.read_bytes()
-    for place in (len(data), len(data) - 20):
-        path.write_bytes(data[:place] + b"?" + data[place:])
-        with raises(ValueError, path, "48 bytes, and 49 follow"):
-            read_source({"source": "npy", "path": path, "label_path": None, "levels": 256})
-
-
-def test_npy_is_not_an_archive(tmp_path):
-    path = tmp_path / "x.npz"
-    np.savez(path, x=np.ones((3, 2)))
-    with raises(ValueError, path, "not a whole .npy file"):
-        read_source({"source": "npy", "path": path, "label_path": None, "levels": 256})
-
-
 def test_npy_missing_files(tmp_path):
+    options = {"label_path": None, "levels": 256, "axes": None}
     with raises(FileNotFoundError, "no/x.npy", "set data.options.path"):
-        read_source({"source": "npy", "path": "no/x.npy", "label_path": None, "levels": 256})
+        read_source({"source": "npy", "path": "no/x.npy", **options})
     np.save(tmp_path / "x.npy", np.ones((3, 2)))
-    options = {"path": tmp_path / "x.npy", "label_path": "no/label.npy", "levels": 256}
+    options |= {"path": tmp_path / "x.npy", "label_path": "no/label.npy"}
     with raises(FileNotFoundError, "no/label.npy", "set data.options.label_path"):
         read_source({"source": "npy", **options})

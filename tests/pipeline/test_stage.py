@@ -7,6 +7,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -252,6 +253,10 @@ def test_a_stage_run_by_hand_outlives_its_shell():
         shell.stdout.close()
 
 
+def fail_with(error):
+    raise error
+
+
 def lightning_without_a_gpu():
     from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
@@ -261,7 +266,10 @@ def lightning_without_a_gpu():
 @pytest.mark.parametrize(
     ("fail", "message"),
     [
-        (lambda: torch.empty(2**50), "error: too little memory"),
+        (lambda: torch.empty(2**50), "error: too little memory (4,294,967,296 MiB more were asked"),
+        (lambda: np.empty(2**55), "Unable to allocate 256. PiB"),
+        (lambda: bytes(2**62), "gradient=checkpoint or adjoint"),
+        (lambda: fail_with(OSError(errno.ENOMEM, "Cannot allocate memory")), "lower a batch_size"),
         (lambda: torch.empty(2**31, 2**31, 2**31), "error: too little memory"),
         (lightning_without_a_gpu, "Set trainer.accelerator and trainer.devices"),
     ],

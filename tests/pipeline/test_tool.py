@@ -24,6 +24,7 @@ from cpmm.mixture import Mixture
 from cpmm.pipeline.artifacts.store import load_prepared
 from cpmm.pipeline.config.compose import compose_preset
 from cpmm.pipeline.errors import EXTRAS
+from cpmm.pipeline.scores import drawing
 from cpmm.preprocessing import Preprocessing
 from cpmm.seeds import seeded_generator
 from workflows import build_spaces, extract_mixture, prepare_data, train_cpmm, train_teacher
@@ -197,12 +198,14 @@ def test_plots_are_drawn(preset, kind, ending, made, cpmm, tmp_path):
         ("p.csv", "x0,x1\n1,2\n1,2,3\n", "as many fields in every row as in its header"),
         ("p.csv", b"x0,x1\n1,\xff\xfe\n", "UTF-8"),
         ("p.npy", b"\x93NUMPY", "not a whole .npy file"),
-        ("p.npy", np.zeros((3, 5)), "2 features, (N, 2)"),
+        ("p.npy", np.zeros((3, 5)), "must be (N, 2), as the mixture: got float64 of shape (3, 5)"),
         ("p.npy", np.zeros((0, 2)), "no rows"),
-        ("p.npy", np.array([[1.0, np.nan]]), "'x1' of point 1 is nan"),
-        ("p.npy", np.array([[{}, 1]], object), "not a whole .npy file of plain numbers"),
-        ("p.npy", np.zeros(3, "U4"), "must hold numbers"),
+        ("p.npy", np.array([[1.0, np.nan]]), "'x1' of {path} must be finite, and at most 1e+30 in size: got nan in row 1"),
+        ("p.npy", np.array([[{}, 1]], object), "{path} of shape (1, 2) holds Python objects"),
+        ("p.npy", np.zeros(3, "U4"), "{path} of shape (3,) holds text"),
+        ("p.npy", b"PAR1", "not a whole .npy file, but a Parquet file"),
         ("p.txt", "1 2", "must be a .csv or .npy file"),
+        ("p.mat", b"MATLAB 5.0 MAT-file", "got '.mat'; it is a MATLAB file: np.save("),
         ("p.csv", None, "there is no file"),
     ],
 )  # fmt: skip
@@ -220,6 +223,102 @@ def test_bad_points_are_named_and_leave_no_file(name, content, message, made, cp
     assert said.count("\n") == 1
     assert message.format(path=path) in said
     assert not out.exists()
+
+
+@pytest.fixture(scope="module")
+def colour(tmp_path_factory):
+    """A mixture of images of 3 x 4 x 4, and some images of five grey levels, (N, C, H, W)."""
+    raw = torch.from_numpy(np.random.default_rng(0).integers(0, 5, (50, 48), np.uint8))
+    preprocessing = Preprocessing.fit(raw, 256, 1e-6, "shared", seeded_generator(0))
+    fa = FactorAnalyzers(
+        torch.zeros(2),
+        torch.randn(2, 48, generator=seeded_generator(1)),
+        torch.zeros(2, 48, 1),
+        torch.zeros(2, 48),
+    )
+    header = {
+        "preprocessing": preprocessing.to_dict(), "image_shape": [3, 4, 4],
+        "feature_names": [f"pixel_{c}_{h}_{w}" for c, h, w in np.ndindex(3, 4, 4)],
+    }  # fmt: skip
+    folder = tmp_path_factory.mktemp("colour") / "mixture"
+    Mixture(fa, (1, 1)).save(folder, header, preprocessing.tensors)
+    return folder, raw.numpy().reshape(50, 3, 4, 4)
+
+
+@pytest.mark.parametrize("command", ["score", "predict"])
+def test_images_of_any_type_and_named_order_have_the_same_scores(command, colour, cpmm, tmp_path):
+    mixture, x = colour
+    path = tmp_path / "x.npy"
+    np.save(path, x)
+    words = (command, mixture, path, "--batch-size", "7")
+    expected = cpmm(*words)
+    assert expected[0] == 0, expected
+    for dtype in (">u2", "u4", "u8", "i1", "f2", ">f4", "f8", "g"):
+        np.save(path, x.astype(dtype))
+        assert cpmm(*words) == expected
+    for axes in ("NHWC", "HWCN", "CHWN", "WNCH"):
+        np.save(path, x.transpose(["NCHW".index(letter) for letter in axes]))
+        assert cpmm(*words, "--axes", axes) == expected
+        status, printed, said = cpmm(command, mixture, path)
+        assert (status, printed) == (1, ""), axes
+        assert f"50 images of 3 channels of 4 x 4 with --axes {axes}" in said or axes == "WNCH"
+    np.save(path, x.reshape(50, 48))
+    assert cpmm(*words) == expected
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (np.full((5, 48), 0.5), "got 0.5 in image 1, float64 of 0.5 to 0.5; if 1 is the brightest, save np.round(255 * x)"),
+        (np.full((5, 48), 256), "got 256 in image 1"),
+        (np.full((5, 48), -1), "got -1 in image 1"),
+        (np.full((5, 48), True), "nothing but 0 and 1, bool"),
+        (np.full((5, 48), 1.0), "nothing but 0 and 1, float64"),
+        (np.full((5, 48), 2j), "complex numbers"),
+        (np.full((5, 3, 4, 5), 2), "must be (N, 3, 4, 4) or (N, 48), as the mixture"),
+    ],
+)  # fmt: skip
+def test_images_of_another_scale_are_refused(x, message, colour, cpmm, tmp_path):
+    np.save(tmp_path / "x.npy", x)
+    status, printed, said = cpmm("score", colour[0], tmp_path / "x.npy")
+    assert (status, printed) == (1, "")
+    assert message in said
+    assert said.count("\n") == 1
+
+
+def test_colour_samples_are_written_as_they_are_read(colour, cpmm, tmp_path):
+    for n in (3, 50):
+        assert cpmm("sample", colour[0], "-n", n, "--out", tmp_path / "x.npy")[0] == 0
+        assert np.load(tmp_path / "x.npy").shape == (n, 3, 4, 4)
+        assert cpmm("score", colour[0], tmp_path / "x.npy", "--axes", "NCHW")[0] == 0
+    assert cpmm("score", colour[0], tmp_path / "x.npy")[0] == 0
+    assert "images of 3 channels of 4 x 4" in cpmm("info", colour[0])[1]
+    for kind in ("means", "samples"):
+        out = tmp_path / f"{kind}.png"
+        status, _, said = cpmm("plot", colour[0], "--kind", kind, "--out", out)
+        assert status == 0, said
+        pixels = np.asarray(Image.open(out).convert("RGB")).astype(int)
+        assert (np.ptp(pixels, axis=2) > 60).mean() > 0.01  # colours, not grey
+
+
+def test_colour_images_need_nothing_but_their_path(cpmm, tmp_path):
+    random = np.random.default_rng(0)
+    x = random.integers(0, 256, (450, 3, 1, 1)) // 2 + random.integers(0, 128, (450, 3, 5, 5))
+    np.save(tmp_path / "x.npy", x.astype(">u2"))
+    options = [f"data.options.path={tmp_path / 'x.npy'}", "spaces.kind=noise", "cpmm.n_clusters=2"]
+    config = compose_preset("npy", [*TINY, *options])
+    for stage in STAGES:
+        if stage is not train_teacher:
+            stage.main(tmp_path / "npy", config)
+    mixture = tmp_path / "npy" / "mixture"
+    data = load_prepared(tmp_path / "npy" / "prepared")
+    assert data.image_shape == (3, 5, 5)
+    for figure in drawing._draw_mixture(data, Mixture.load(mixture).to(torch.float64), 0).values():
+        figure.savefig(tmp_path / "figure.png")
+        pixels = np.asarray(Image.open(tmp_path / "figure.png").convert("RGB")).astype(int)
+        assert (np.ptp(pixels, axis=2) > 30).mean() > 0.01
+    status, _, said = cpmm("score", mixture, tmp_path / "x.npy")
+    assert (status, "450 points" in said) == (0, True), said
 
 
 @pytest.mark.parametrize("change", ["bytes inserted", "shape negative"])

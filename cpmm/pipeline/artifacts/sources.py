@@ -7,6 +7,7 @@ here: conf/data/ holds every one.
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -19,9 +20,16 @@ import pandas as pd
 
 from cpmm import datasets
 from cpmm.pipeline.artifacts.idx import read_idx_files
-from cpmm.pipeline.artifacts.npy import whole_npy
-
-LARGEST = 1e30  # of a value: it and the noise added to it are trained on in float32
+from cpmm.reading.arrays import (
+    LARGEST,
+    PART,
+    arrange,
+    grey_levels,
+    map_npy,
+    real_values,
+    require_more_than_one,
+)
+from cpmm.reading.labels import index_classes
 
 
 @dataclass(frozen=True)
@@ -120,7 +128,8 @@ def read_idx(
     cache: str | None,
     files: Mapping[str, str],
     md5: Mapping[str, str | None] | None,
-    class_names: Sequence[str],
+    class_names: Sequence[str] | None,
+    axes: str | None,
 ) -> Source:
     """Read images and labels in the IDX format of MNIST, 256 grey levels.
 
@@ -133,7 +142,9 @@ def read_idx(
         cache: Where downloads are kept.
         files: File name of each role of :data:`cpmm.pipeline.artifacts.idx.IDX_ROLES`.
         md5: Digest of each role's uncompressed payload; null where it is not to be checked.
-        class_names: Names of labels 0, 1, ...
+        class_names: Names of labels 0, 1, ...; None takes the labels that there are.
+        axes: Order of the axes of images, such as NHWC; None takes N, H, W, and with channels
+            N, C, H, W where the shape allows no other.
 
     Returns:
         Training rows, then the test rows.
@@ -144,16 +155,19 @@ def read_idx(
         FileNotFoundError: If a file is nowhere and there is no mirror.
         ConnectionError: If a download fails.
     """
-    part = read_idx_files(folder, mirror, cache, files, md5 or {})
-    label = np.concatenate([part["train_labels"], part["test_labels"]]).astype(np.int64)
-    if label.max() >= len(class_names):
+    part = read_idx_files(folder, mirror, cache, files, md5 or {}, axes)
+    label = np.concatenate([part["train_labels"], part["test_labels"]])
+    if class_names is None:
+        label, class_names = index_classes(files["train_labels"], map(str, label))
+    elif not -1 <= label.min() <= label.max() < len(class_names):
         raise ValueError(
-            f"labels go up to {label.max()}, data.options.class_names has {len(class_names)} "
-            f"names: give {label.max() + 1}"
+            f"labels are {label.min()} to {label.max()}, data.options.class_names has "
+            f"{len(class_names)} names, of 0 to {len(class_names) - 1}: give {label.max() + 1}, or "
+            "null for the numbers themselves"
         )
-    image = np.concatenate([part["train_images"], part["test_images"]])  # (N, H, W)
-    shape = (1, *image.shape[1:])
-    return _images(image, label, 256, tuple(class_names), shape, len(part["test_images"]))
+    image = np.concatenate([part["train_images"], part["test_images"]])  # (N, C, H, W)
+    n_test = len(part["test_images"])
+    return _images(image, label, 256, tuple(class_names), image.shape[1:], n_test)
 
 
 def read_csv(path: str, label_column: str | None, delimiter: str) -> Source:
@@ -201,52 +215,52 @@ def read_csv(path: str, label_column: str | None, delimiter: str) -> Source:
     return Source(x, label, 0, None, None, tuple(features), class_names)
 
 
-def read_npy(path: str, label_path: str | None, levels: int) -> Source:
+def read_npy(path: str, label_path: str | None, levels: int, axes: str | None) -> Source:
     """Read NumPy arrays: a table of real values, or images.
 
     Args:
-        path: A table (N, M) of floats, or images (N, H, W) or (N, C, H, W) of uint8.
-        label_path: Class of each row, (N,), integers or text, -1 is not a member of any class.
-            None without labels.
+        path: A table, (N, M), or images of whole grey levels, 3 or 4 axes; numbers of any type.
+        label_path: Class of each row, (N,) or (N, 1), numbers or text; -1 and NaN are not a member
+            of any class. None without labels.
         levels: Number of grey levels of images, up to 256; a table has none.
+        axes: Order of the axes of images: each of N, C, H, W, or of N, H, W. None takes these two
+            orders where the shape allows no other.
 
     Returns:
-        The table or the flattened images; classes in sorted order.
+        The table or the flattened images, channel by channel; classes in sorted order.
 
     Raises:
         ValueError: If an array is not as described.
         FileNotFoundError: If there is no such file.
     """
-    x = _load_npy(path, "data.options.path")
-    is_table = x.ndim == 2 and x.dtype.kind == "f"
-    if not is_table and not (x.ndim in (3, 4) and x.dtype == np.uint8):
+    x = _map_npy(path, "data.options.path")
+    if x.ndim not in (2, 3, 4):
+        how = "save x[:, None] for one column" if x.ndim == 1 else "reshape it"
         raise ValueError(
-            f"{path} must hold floats of shape (N, M), or uint8 images of shape (N, H, W) or "
-            f"(N, C, H, W): got {x.dtype} of shape {x.shape}; convert it and save it again"
+            f"{path} must be a table, (N, M), or images, (N, H, W) or (N, C, H, W): got {x.dtype} "
+            f"of shape {x.shape}; {how}"
         )
-    if x.size == 0:
-        raise ValueError(f"{path} has no values: got shape {x.shape}, expected N and M above 0")
-    if x.ndim == 4 and x.shape[1] > 4 >= x.shape[3]:
+    if x.ndim == 2 and axes is not None:
         raise ValueError(
-            f"{path} must hold images of shape (N, C, H, W): got {x.shape}, which looks like "
-            "(N, H, W, C); save x.transpose(0, 3, 1, 2)"
+            f"data.options.axes is {axes}, of images, but {path} is a table, of shape {x.shape}: "
+            "set it to null, or save x.reshape(len(x), height, width) for images"
         )
+    images = None if x.ndim == 2 else arrange(path, x, axes)
     label, class_names = None, ()
     if label_path is not None:
-        label, class_names = _read_classes(label_path, len(x), path)
-    if is_table:
-        x = x.astype(np.float64)
+        label, class_names = _read_classes(label_path, len(x if images is None else images), path)
+    if images is None:
         names = tuple(f"x{m}" for m in range(x.shape[1]))
-        _require_finite(path, x, names)
-        return Source(x, label, 0, None, None, names, class_names)
+        return Source(real_values(path, x, names), label, 0, None, None, names, class_names)
+    require_more_than_one(path, images, levels or 256, "data.options.levels")
+    x = _grey_levels(path, images)
     top = int(x.max())
     if levels is None or not top < levels <= 256:
         raise ValueError(
             f"{path} holds grey levels up to {top}: data.options.levels must be one of {top + 1} "
             f"to 256, and is {levels}"
         )
-    image_shape = x.shape[1:] if x.ndim == 4 else (1, *x.shape[1:])
-    return _images(x, label, levels, class_names, image_shape)
+    return _images(x, label, levels, class_names, images.shape[1:])
 
 
 SOURCES: dict[str, Callable[..., Source]] = {
@@ -259,20 +273,31 @@ SOURCES: dict[str, Callable[..., Source]] = {
 }
 
 
-def _load_npy(path: str, option: str) -> np.ndarray:
-    _require_file(path, option)
-    with whole_npy(path) as file:
-        return np.lib.format.read_array(file, allow_pickle=False)
+def _map_npy(path: str, option: str, kinds: str = "biuf") -> np.ndarray:
+    if path is None or not Path(path).is_dir():  # a folder is named by what follows
+        _require_file(path, option)
+    return map_npy(path, kinds)
+
+
+def _grey_levels(path: str, images: np.ndarray) -> np.ndarray:
+    """Copy images of any type and order of axes, part by part, (N, M), uint8."""
+    x = np.empty((len(images), math.prod(images.shape[1:])), np.uint8)
+    for start in range(0, len(x), PART):
+        x[start : start + PART] = grey_levels(path, images[start : start + PART], 256, start)
+    return x
 
 
 def _read_classes(path: str, n: int, beside: str) -> tuple[np.ndarray, tuple[str, ...]]:
-    value = _load_npy(path, "data.options.label_path")
-    if value.shape != (n,) or value.dtype.kind not in "iuU":
+    value = _map_npy(path, "data.options.label_path", "biufUS")
+    if value.shape not in ((n,), (n, 1)):
+        how = "; save x.argmax(1) if a column is a class" if value.ndim == 2 else ""
         raise ValueError(
-            f"{path} must hold an integer or a text for each of the {n} rows of {beside}: got "
-            f"{value.dtype} of shape {value.shape}"
+            f"{path} must hold a label for each of the {n} rows of {beside}: got {value.dtype} of "
+            f"shape {value.shape}{how}"
         )
-    return _index_classes(path, value.astype(str))
+    if value.dtype.kind == "S":
+        value = np.strings.decode(value, "utf-8", "replace")
+    return index_classes(path, value.ravel().astype(str))
 
 
 def _read_table(path: str, label_column: str | None, delimiter: str) -> pd.DataFrame:

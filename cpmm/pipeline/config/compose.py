@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -181,6 +182,7 @@ def _resolve(primary: str, preset: str, overrides: Sequence[str]) -> dict[str, A
         missing = sorted(OmegaConf.missing_keys(config))
         resolved = None if missing else OmegaConf.to_container(config, resolve=True)
     except Exception as error:  # Hydra fails in any way, and nothing of ours runs in there
+        _require_readable(preset, overrides)
         lines = [*str(error).splitlines()[:1], *str(error.__cause__ or error).splitlines()[:2]]
         detail = " ".join(dict.fromkeys(line.strip() for line in lines))
         raise ValueError(
@@ -227,6 +229,26 @@ def _require_ours(overrides: Sequence[str]) -> None:
             raise ValueError(
                 f"{show(item)} cannot be an override: presets are named in params.yaml or by "
                 "preset=... on a command line, and Hydra's own options change nothing"
+            )
+
+
+def _require_readable(preset: str, overrides: Sequence[str]) -> None:
+    """Say of an override whose value Hydra does not take for one text how to write it."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    for item in overrides:
+        key, separator, value = item.partition("=")
+        try:
+            read = not OverridesParser.create().parse_override(item).is_sweep_override()
+        except HydraException:
+            read = False
+        if separator and not read:
+            quoted = shlex.quote(f"{key}={_quote(value)}")
+            raise ValueError(
+                f"preset {preset!r} cannot be composed with {show(item)}: text with brackets, "
+                "commas, =, quotes or letters beyond ASCII stands in quotes of its own. If this is "
+                f"text, write {quoted}"
             )
 
 

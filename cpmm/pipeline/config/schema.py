@@ -61,6 +61,18 @@ def number(low: float = -LARGEST, high: float = LARGEST, ends: str = "[]") -> Ru
     )
 
 
+def count_or_share(least: int) -> Rule:
+    """A number of points, or a share of them."""
+    share = number(0, 1, "()")
+    return Rule(
+        f"expected a whole number of at least {least}, or a share between 0 and 1, such as 0.15",
+        lambda value: (
+            (type(value) is float and share.accepts(value))
+            or (type(value) is int and least <= value <= 2**40)
+        ),
+    )
+
+
 def choice(*names: str) -> Rule:
     """One of several words."""
     return Rule(
@@ -151,7 +163,7 @@ FIELD = {
     "squeeze": whole(1, 1000),
 }
 METHOD = choice(*FIXED_STEP, "dopri5", "adaptive_heun")
-TOLERANCES = {"method": METHOD, "rtol": POSITIVE, "atol": POSITIVE}
+TOLERANCES = {"method": METHOD, "rtol": POSITIVE, "atol": POSITIVE, "max_evaluations": COUNT}
 SOLVER = TOLERANCES | {
     "n_steps": COUNT,
     "interpolation": choice("linear", "cubic"),
@@ -187,7 +199,7 @@ FILES = {  # of the sources that read files
     "cache": or_null(text()),
     "files": named("file names", text()),
     "md5": or_null(named("digests, or null,", or_null(text()))),
-    "class_names": several("names, in quotes if they look like numbers", text()),
+    "class_names": or_null(several("names, in quotes if they look like numbers", text())),
     "path": text(),
     "label_column": or_null(text()),
     "delimiter": Rule(
@@ -196,6 +208,14 @@ FILES = {  # of the sources that read files
     ),
     "label_path": or_null(text()),
     "levels": whole(1, 256),
+    "axes": Rule(
+        "expected the letters N, C, H, W, or N, H, W, in the order of the array's axes, such as "
+        "NHWC, or null",
+        lambda value: (
+            value is None
+            or (isinstance(value, str) and sorted(value) in (sorted("NCHW"), sorted("NHW")))
+        ),
+    ),
 }
 
 # Options of the rows of conf/baselines/, whatever their kind: a name means the same in all rows. An
@@ -238,8 +258,8 @@ OPTIONS: dict[str, Rule] = {
     # data
     "data.source": choice("digits", "rings", "spiral", "idx", "csv", "npy"),
     "data.n_train": or_null(whole(2, 2**40)),
-    "data.n_validation": whole(2, 2**40),
-    "data.n_test": whole(0, 2**40),
+    "data.n_validation": count_or_share(2),
+    "data.n_test": count_or_share(0),
     "data.split_seed": SEED,
     "data.noise_seed": SEED,
     "data.alpha": or_null(number(0, 0.5, "()")),

@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from cpmm.data import DataSplits
 from cpmm.direct import DirectMixture
-from cpmm.initialization import group_axes, kmeans, shrunk_factor_analyzers
+from cpmm.initialization import (
+    TooFewPointsError,
+    count_distinct,
+    group_axes,
+    kmeans,
+    shrunk_factor_analyzers,
+)  # fmt: skip
 from cpmm.mixture import Mixture
 from cpmm.pipeline.config import Config, pick
 from cpmm.pipeline.models.fit import drawn_rows, fit
@@ -34,6 +40,9 @@ from cpmm.training.mixture import MixtureOptions, MixtureTraining
 
 if TYPE_CHECKING:
     from cpmm.pipeline.artifacts.spaces import Spaces
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -83,6 +92,11 @@ class Run:
         """K: the row's own if it has one, else C G as CPMM extracts, idle ones included."""
         n_pseudotimes = self.config["mixture"]["n_pseudotimes"]
         return self.n_clusters * self.section.get("n_per_cluster", n_pseudotimes)
+
+    @property
+    def n_factors(self) -> int:
+        """R, as CPMM has."""
+        return n_factors(self.config["cpmm"], self.data)
 
     @property
     def floor(self) -> float:
@@ -156,8 +170,11 @@ def train_baseline(
     those of kind "refined" need ``extracted``. While a training before the last one, or a flow's
     solver, is at work, ``alive`` is called now and then.
 
+    A row that needs more points than there are is fitted smaller, and its ``note`` says so.
+
     Raises:
-        ValueError: If there is no such row, or an option of it is out of range.
+        ValueError: If there is no such row, an option of it is out of range, or the data do not
+            suffice.
         FloatingPointError: If it diverges.
     """
     section = choose("model", row, config["baselines"])
@@ -179,17 +196,39 @@ def ended(module: Recorded) -> dict[str, int | None]:
     return {"best_epoch": module.best_summary()["epoch"], "steps": module.history[-1]["step"]}
 
 
+def as_many(fit: Callable[[int], T], n: int) -> tuple[T, int]:
+    """Fit ``n`` groups, or as many as there are distinct points; return how many those are."""
+    while True:
+        try:
+            return fit(n), n
+        except TooFewPointsError as error:
+            if not 1 <= error.n_found < n:
+                raise
+            n = error.n_found
+
+
+def fewer(what: str, n: int, asked: int) -> str | None:
+    """The note of a row that has ``n`` clusters or components in place of those ``asked``."""
+    if n >= asked:
+        return None
+    return f"{n} {what} in place of {asked}: there are no more distinct points to start them from"
+
+
 def _merge(run: Run, mixture: Mixture) -> Mixture:
-    """Merge components into C clusters by the affinity of the section ``merge``."""
+    """Merge components into C clusters, or as many as there are components, by their affinity."""
     from cpmm.baselines import merging
 
-    options = run.section["merge"]
+    options, n_components = run.section["merge"], mixture.components.n_components
     if options["affinity"] == "overlap":
         affinity = merging.overlap_affinity(mixture, run.train, options["temperature"])
     else:
         distance = merging.frechet_distances(mixture.components.to(torch.float64))
-        affinity = merging.gaussian_affinity(distance, options["neighbour"])
-    return merging.merge_components(mixture, affinity, run.n_clusters, run.generator(41))
+        neighbour = options["neighbour"]
+        if neighbour is not None and run.n_components > n_components:  # of a row fitted smaller
+            neighbour = min(neighbour, n_components - 1)
+        affinity = merging.gaussian_affinity(distance, neighbour)
+    n_clusters = min(run.n_clusters, n_components)
+    return merging.merge_components(mixture, affinity, n_clusters, run.generator(41))
 
 
 def start_direct(
@@ -214,9 +253,11 @@ def start_direct(
 
 def _direct(run: Run) -> Fitted:
     """Directly optimized factor analyzers: a cluster each, or merged into C clusters."""
-    options, n_components = run.section, run.n_components
-    r = n_factors(run.config["cpmm"], run.data)
-    start = start_direct(run.data, options, n_components, r, run.floor, run.seed)
+    options = run.section
+    start, n_components = as_many(
+        lambda k: start_direct(run.data, options, k, run.n_factors, run.floor, run.seed),
+        run.n_components,
+    )
     with torch.no_grad():
         first = start.mixture()  # a copy: training changes the parameters in place
         first = replace(first, components=first.components.select(torch.arange(n_components)))
@@ -226,7 +267,8 @@ def _direct(run: Run) -> Fitted:
             mixture, how = _likelier_by_em(run, first, mixture, how)
         if options["merge"] is not None:
             mixture = _merge(run, mixture)
-    return of_mixture(mixture, run.data, run.n_clusters, how)
+    fitted = of_mixture(mixture, run.data, run.n_clusters, how)
+    return replace(fitted, note=fewer("components", n_components, run.n_components))
 
 
 def _refined(run: Run) -> Fitted:
@@ -292,22 +334,15 @@ def _curriculum(run: Run) -> Fitted:
     run.fit(module, rows)
     with torch.no_grad():
         mixture = module.model.cpu().mixture()
-    return of_mixture(mixture, run.data, run.n_clusters, ended(module))
+    fitted = of_mixture(mixture, run.data, run.n_clusters, ended(module))
+    n_all = run.n_clusters * n_each
+    return replace(fitted, note=fewer("components", fitted.n_components or 0, n_all))
 
 
 def _require_images(run: Run, section: str) -> None:
     if run.section[section]["kind"] == "conv" and run.data.image_shape is None:
         raise ValueError(
             f"baselines.{run.row}.{section}.kind is 'conv', but the data are no images: choose mlp"
-        )
-
-
-def _require_points(run: Run) -> None:
-    n = len(run.data.raw["train"])
-    if run.n_clusters > n:
-        raise ValueError(
-            f"cpmm.n_clusters is {run.n_clusters}: expected at most {n}, the training points that "
-            f"model {run.row} clusters: lower it, or raise data.n_train"
         )
 
 
@@ -342,18 +377,29 @@ def _einet(run: Run) -> Fitted:
     from cpmm.baselines.einet import EinsumNetwork
 
     options, data = run.section, run.data
-    r = n_factors(run.config["cpmm"], data)
-    of_each = data.n_features * (r + 2) + 1  # means, loadings, log d, weight
-    size = round(options["size_factor"] * (run.n_components * of_each))
+    of_each = data.n_features * (run.n_factors + 2) + 1  # means, loadings, log d, weight
+    size = n_all = round(options["size_factor"] * (run.n_components * of_each))
     generator = run.generator(44)
-    network = EinsumNetwork.of_size(
-        size, data.n_features, data.image_shape, options["n_replicas"], run.floor, generator,
-        options["depth"],
-    )  # fmt: skip
+
+    def make(size: int) -> EinsumNetwork:
+        return EinsumNetwork.of_size(
+            size, data.n_features, data.image_shape, options["n_replicas"], run.floor, generator,
+            options["depth"],
+        )  # fmt: skip
+
+    network, note = make(size), None
+    while max(network.n_leaves, network.n_sums) > len(run.train):
+        size //= 2
+        network = make(size)
+        note = (
+            f"{network.n_parameters} parameters in place of {n_all}: a region has no more "
+            "components than there are training points"
+        )
     network.initialize(run.train, generator)
     how = run.fit_loss(network, run.draws())
     weights = {name: value.clone() for name, value in network.state_dict().items()}  # as trained
-    return Fitted(network.n_parameters, how, log_prob=network.double().log_prob, weights=weights)
+    log_prob = network.double().log_prob
+    return Fitted(network.n_parameters, how, log_prob=log_prob, weights=weights, note=note)
 
 
 def _flow(run: Run) -> Fitted:
@@ -364,7 +410,7 @@ def _flow(run: Run) -> Fitted:
 
     options, evaluation = run.section, run.config["evaluation"]
     _require_images(run, "field")
-    flow = make_teacher(options, run.data, run.seed)
+    flow = make_teacher(options, run.data, run.seed, f"baselines.{run.row}")
     reported, flow.trace = flow.trace, "hutchinson"  # which training needs no more than
     module = TeacherTraining(
         flow,
@@ -379,7 +425,8 @@ def _flow(run: Run) -> Fitted:
     weights = {name: value.clone() for name, value in flow.state_dict().items()}
     device = compute_device(run.config["trainer"], exact=True)
     flow.to(device)
-    flow.solver, flow.trace = Solver(**evaluation["teacher_solver"]), reported
+    flow.trace = reported
+    flow.solver = Solver(**evaluation["teacher_solver"], name="evaluation.teacher_solver")
 
     title = None if run.options.get("quiet") else f"baseline {run.row}"
 
@@ -408,7 +455,6 @@ def _fit_autoencoder(run: Run, first: str | None) -> tuple[Any, Any, Callable[[s
 
     options = run.section
     points, likelihood = _grey(run)
-    _require_points(run)
     if likelihood == "bernoulli" and options["noise"]:
         raise ValueError(
             f"baselines.{run.row}.noise is {options['noise']}: expected 0, as the Bernoulli "
@@ -429,12 +475,14 @@ def _autoencoder(run: Run) -> Fitted:
     """An autoencoder, and k-means on its codes."""
     model, module, points = _fit_autoencoder(run, first=None)
     n_starts = run.section["n_starts"]
-    clusters = model.cluster(points("train"), run.n_clusters, run.generator(47), n_starts)
+    clusters, n = as_many(
+        lambda c: model.cluster(points("train"), c, run.generator(47), n_starts), run.n_clusters
+    )
     weights = clusters.state_dict()
     n_parameters = sum(value.numel() for value in weights.values())
     return Fitted(
         n_parameters, ended(module), predict=lambda split: clusters.predict(points(split)),
-        weights=weights,
+        weights=weights, note=fewer("clusters", n, run.n_clusters),
     )  # fmt: skip
 
 
@@ -444,22 +492,31 @@ def _vade(run: Run) -> Fitted:
 
     autoencoder, _, points = _fit_autoencoder(run, first="autoencoder")
     x, n_starts = points("train"), run.section["n_starts"]
-    model = VaDE.from_autoencoder(
-        autoencoder, x, run.n_clusters, run.generator(48), n_init=n_starts
+    model, n = as_many(
+        lambda c: VaDE.from_autoencoder(autoencoder, x, c, run.generator(48), n_init=n_starts),
+        run.n_clusters,
     )
     how = run.fit_loss(model, run.same(points), density=False)
     return Fitted(
         _n_parameters(model), how, predict=lambda split: model.predict(points(split)),
-        weights=model.state_dict(),
+        weights=model.state_dict(), note=fewer("clusters", n, run.n_clusters),
     )  # fmt: skip
 
 
 def _gaussian(run: Run) -> Fitted:
-    """One Gaussian with a full covariance, in closed form."""
-    from cpmm.baselines.gaussian import fit_full_gaussian
+    """One Gaussian with a full covariance, in closed form; shrunk where that is singular."""
+    from cpmm.baselines.gaussian import fit_full_gaussian, fit_shrunk_gaussian
 
-    gaussian = fit_full_gaussian(run.data.draw(run.section["n_draws"], run.generator(32)))
-    return of_gaussian({"mean": gaussian.loc, "scale_tril": gaussian.scale_tril}, run.data)
+    x, note = run.train, None
+    try:
+        if len(x) <= run.data.n_features:  # the noise of the draws would hide it
+            raise ValueError(f"{len(x)} training points do not span {run.data.n_features} features")
+        gaussian = fit_full_gaussian(run.data.draw(run.section["n_draws"], run.generator(32)))
+    except ValueError as error:
+        gaussian, share = fit_shrunk_gaussian(x)
+        note = f"covariance shrunk by {100 * share:.2g} % (Ledoit-Wolf): {error}"
+    weights = {"mean": gaussian.loc, "scale_tril": gaussian.scale_tril}
+    return replace(of_gaussian(weights, run.data), note=note)
 
 
 def _sklearn(run: Run) -> Fitted:
@@ -470,7 +527,6 @@ def _sklearn(run: Run) -> Fitted:
     from sklearn.mixture import GaussianMixture
 
     options, data, n_points = run.section, run.data, run.section["n_points"]
-    _require_points(run)
     if n_points is not None and n_points < run.n_clusters:
         raise ValueError(
             f"baselines.{run.row}.n_points is {n_points}: expected at least {run.n_clusters}, the "
@@ -480,9 +536,10 @@ def _sklearn(run: Run) -> Fitted:
     if n_points is not None and n_points < len(x):
         x = x[torch.randperm(len(x), generator=run.generator(49))[:n_points]]
     validation = data.points("validation")[0].numpy()
+    c = count_distinct(x, run.n_clusters)
     models = [
         GaussianMixture(
-            run.n_clusters, covariance_type=options["covariance"], reg_covar=added,
+            c, covariance_type=options["covariance"], reg_covar=added,
             max_iter=options["n_iterations"], tol=options["tolerance"], random_state=run.seed,
         )
         for added in options["added_variances"]
@@ -490,7 +547,7 @@ def _sklearn(run: Run) -> Fitted:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the best iterate is taken as it is
         best = max((m.fit(x.numpy()) for m in models), key=lambda model: model.score(validation))
-    c, m = run.n_clusters, data.n_features
+    m = data.n_features
     of_each = {"full": m * (m + 1) // 2, "diag": m}[options["covariance"]]
     weights = {"weights": best.weights_, "means": best.means_, "covariances": best.covariances_}
     return Fitted(
@@ -499,18 +556,25 @@ def _sklearn(run: Run) -> Fitted:
         log_prob=lambda z: torch.from_numpy(best.score_samples(z.numpy())),
         predict=lambda split: torch.from_numpy(best.predict(data.points(split)[0].numpy())),
         weights={name: torch.from_numpy(value) for name, value in weights.items()},
+        note=fewer("clusters", c, run.n_clusters),
     )
 
 
 def _kmeans(run: Run) -> Fitted:
     """k-means in the models' space, before any whitening."""
-    from sklearn.cluster import KMeans
+    import warnings
 
-    _require_points(run)
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+
     points = run.data.preprocessing.unwhiten(run.data.points("train")[0])
-    model = KMeans(run.n_clusters, n_init=run.section["n_starts"], random_state=run.seed)
-    model.fit(points.numpy())
-    return of_kmeans({"centre": torch.from_numpy(model.cluster_centers_)}, run.data)
+    c = count_distinct(points, run.n_clusters)
+    model = KMeans(c, n_init=run.section["n_starts"], random_state=run.seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # of points that are all but the same
+        model.fit(points.numpy())
+    fitted = of_kmeans({"centre": torch.from_numpy(model.cluster_centers_)}, run.data)
+    return replace(fitted, note=fewer("clusters", c, run.n_clusters))
 
 
 def _groups(run: Run) -> Fitted:

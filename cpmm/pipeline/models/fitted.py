@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -37,6 +37,7 @@ class Fitted:
         n_components: Components of its density; None: it has none.
         split: The split that it is scored on.
         missing: Why there is nothing of it; None: there is.
+        note: What is to be said of it, such as that it is smaller than was asked for.
     """
 
     n_parameters: int | None
@@ -49,12 +50,13 @@ class Fitted:
     n_components: int | None = None
     split: str = "test"
     missing: str | None = None
+    note: str | None = None
 
 
 def of_mixture(
     mixture: Mixture, data: DataSplits, n_clusters: int, ended: Mapping[str, int | None]
 ) -> Fitted:
-    """Score a mixture in float64; it clusters points if its clusters are ``n_clusters``."""
+    """Score a mixture in float64; it clusters points if it has up to ``n_clusters`` clusters."""
     mixture = mixture.to(torch.float64)
 
     def predict(split: str) -> Tensor:
@@ -63,7 +65,7 @@ def of_mixture(
     fa = mixture.components
     return Fitted(
         fa.n_parameters, ended, mixture.log_prob,
-        predict if mixture.n_clusters == n_clusters else None, mixture,
+        predict if mixture.n_clusters <= n_clusters else None, mixture,
         n_components=fa.n_components,
     )  # fmt: skip
 
@@ -109,9 +111,10 @@ def save_baseline(
     """
     kind = config["baselines"][row]["kind"]
     header = {"fingerprint": fingerprint, "row": row, "kind_of_model": kind}
+    said = {"missing": fitted.missing, "note": fitted.note}
+    header |= {name: text for name, text in said.items() if text is not None}
     if fitted.mixture is None:
-        missing = {} if fitted.missing is None else {"missing": fitted.missing}
-        save_artifact(folder, "baseline", fitted.weights or {}, header | missing)
+        save_artifact(folder, "baseline", fitted.weights or {}, header)
         return
     described = mixture_header(config, data, fingerprint)
     mixture = fitted.mixture.to(torch.float32)
@@ -133,7 +136,8 @@ def load_baseline(row: str, folder: Path, config: Config, data: DataSplits) -> F
         verify_files(place, header, header["files"])
         if (place / "mixture").is_dir():
             mixture = Mixture.load(place / "mixture", fingerprint=fingerprint)
-            return of_mixture(mixture, data, config["cpmm"]["n_clusters"], NOT_TRAINED)
+            fitted = of_mixture(mixture, data, config["cpmm"]["n_clusters"], NOT_TRAINED)
+            return replace(fitted, note=header.get("note"))
         weights, _ = load_artifact(place, "baseline", fingerprint=fingerprint)
     except (FileNotFoundError, ValueError) as error:
         command = f"python workflows/train_baseline.py {folder / 'config.yaml'} {row}"
@@ -141,4 +145,5 @@ def load_baseline(row: str, folder: Path, config: Config, data: DataSplits) -> F
     if header.get("missing"):
         return Fitted(None, NOT_TRAINED, missing=header["missing"])
     kind = config["baselines"][row]["kind"]
-    return choose(f"baselines.{row}.kind, to be scored again,", kind, KEPT)(weights, data)
+    of = choose(f"baselines.{row}.kind, to be scored again,", kind, KEPT)
+    return replace(of(weights, data), note=header.get("note"))

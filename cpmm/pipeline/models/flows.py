@@ -52,12 +52,14 @@ def make_field(
     return choose("field.kind", config["kind"], {"mlp": mlp, "conv": conv})()
 
 
-def make_teacher(config: Mapping[str, Any], data: DataSplits, seed: int) -> Flow:
-    """Build an untrained teacher; the seed draws its weights."""
+def make_teacher(
+    config: Mapping[str, Any], data: DataSplits, seed: int, name: str = "teacher"
+) -> Flow:
+    """Build an untrained teacher of the section ``name``; the seed draws its weights."""
     with seeded(seed, 10):
         field = make_field(config["field"], data, maps=1)
     trace = "exact" if data.n_features <= config["exact_trace_up_to"] else "hutchinson"
-    return Flow(field, Solver(**config["solver"]), trace)
+    return Flow(field, Solver(**config["solver"], name=f"{name}.solver"), trace)
 
 
 def flow_log_prob(

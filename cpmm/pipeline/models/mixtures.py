@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cpmm.data import DataSplits
 from cpmm.direct import DirectMixture
-from cpmm.initialization import kmeans, local_factor_analyzers
+from cpmm.initialization import count_distinct, kmeans, local_factor_analyzers
 from cpmm.pipeline.artifacts.spaces import Spaces
 from cpmm.pipeline.config import pick
 from cpmm.pipeline.config.schema import check_cpmm
@@ -45,21 +45,24 @@ def make_disconnected(
         data: The splits.
         start: Training points in the space where training starts, (N, M).
         group: Their groups, (N,), each of which becomes a cluster; None takes k-means'.
-        n_each: Components of a cluster, those of k-means within the group.
+        n_each: Components of a cluster, those of k-means within the group, as far as the group has
+            so many distinct points.
         shrinkage: See :func:`cpmm.initialization.local_factor_analyzers`.
     """
     n_clusters, floor = config["n_clusters"], config["log_diagonal_floor"]
     generator = seeded_generator(config["seed"], 14)
     if group is None:
         group = kmeans(start, n_clusters, generator)
-    label = torch.empty_like(group)
+    label, sizes = torch.empty_like(group), []
     for c in range(n_clusters):
         member = group == c
-        label[member] = c * n_each + kmeans(start[member], n_each, generator, n_init=1)
+        n_own = count_distinct(start[member], n_each)
+        label[member] = sum(sizes) + kmeans(start[member], n_own, generator, n_init=1)
+        sizes.append(n_own)
     analyzers = local_factor_analyzers(
-        start, label, n_clusters * n_each, n_factors(config, data), floor, shrinkage
+        start, label, sum(sizes), n_factors(config, data), floor, shrinkage
     )
-    return DirectMixture(analyzers, floor, (n_each,) * n_clusters)
+    return DirectMixture(analyzers, floor, tuple(sizes))
 
 
 def make_curriculum(config: Mapping[str, Any], n_spaces: int) -> Curriculum:
@@ -156,16 +159,25 @@ def _draws(config: Mapping[str, Any], n_points: int) -> int:
     return config["n_draws"] or max(1, round(STEPS * config["batch_size"] / n_points))
 
 
-def _fine_tuning_rows(
-    config: Mapping[str, Any], data: DataSplits, group: Tensor | None, generator: torch.Generator
-) -> Rows:
-    n, n_points = len(data.raw["train"]), config["n_points"]
-    n_draws = _draws(config, n_points or n)
+def require_drawn(n: int, n_points: int | None) -> None:
+    """Check ``cpmm.n_points``, the training points of an epoch.
+
+    Raises:
+        ValueError: If there are only ``n``, fewer.
+    """
     if n_points is not None and n_points > n:
         raise ValueError(
             f"cpmm.n_points is {n_points}: expected at most {n}, the training points, or null for "
             "all"
         )
+
+
+def _fine_tuning_rows(
+    config: Mapping[str, Any], data: DataSplits, group: Tensor | None, generator: torch.Generator
+) -> Rows:
+    n, n_points = len(data.raw["train"]), config["n_points"]
+    require_drawn(n, n_points)
+    n_draws = _draws(config, n_points or n)
     index = None if n_points is None else torch.randperm(n, generator=generator)[:n_points]
     rows = {"x": data.draw(n_draws, generator, index)}
     if group is not None:

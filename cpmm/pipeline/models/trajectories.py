@@ -106,7 +106,7 @@ def make_trajectories(
     check_cpmm(config)
     blocks = make_blocks(config["field"], data)
     n_knots = config["weight_knots"]
-    solver = Solver(**config["solver"])
+    solver = Solver(**config["solver"], name="cpmm.solver")
 
     def shared() -> nn.Module:
         field = make_field(config["field"], data, layout.n_maps, blocks)

@@ -41,6 +41,7 @@ def write_tables(out: Path, data: DataSplits, mixture: Mixture, metrics: Config)
             {"model": model, "ood": ood["name"], "space": space, **row[space]}
             for model, row in ood["models"].items()
             for space in SPACES
+            if space in row
         ]
         pd.DataFrame(rows).to_csv(out / "ood.csv", index=False)
 
@@ -55,15 +56,20 @@ def draw_figures(
     history: pd.DataFrame,
 ) -> None:
     """Draw what the report shows into ``out/figures``, the same bytes for the same inputs."""
-    n_spaces, found = len(spaces) if config["cpmm"]["curriculum"] else 0, metrics["discretization"]
+    n_spaces = len(spaces) if config["cpmm"]["curriculum"] else 0
+    found = {int(n): value for n, value in metrics["discretization"].items() if value is not None}
     drawn = {
         "spaces": _draw_spaces(data, spaces),
         "history": figures.plot_history(history, n_spaces),
-        "discretization": figures.plot_discretization(
-            [int(n) for n in found], list(found.values()), metrics["unit"]
-        ),
-        **_draw_mixture(data, mixture, config["seed"]),
     }
+    if found:
+        drawn["discretization"] = figures.plot_discretization(
+            list(found), list(found.values()), metrics["unit"]
+        )
+    try:
+        drawn |= _draw_mixture(data, mixture, config["seed"])
+    except FloatingPointError as error:  # the scores are worth more than their figures
+        print(f"evaluate | no figures of the mixture: {error}", flush=True)
     with rc_context({"svg.hashsalt": "cpmm"}):
         for name, figure in drawn.items():
             figure.savefig(out / "figures" / f"{name}.svg", metadata={"Date": None})
@@ -86,6 +92,7 @@ def _draw_mixture(data: DataSplits, mixture: Mixture, seed: int) -> dict[str, Fi
     """Draw samples, confusion with classes, and the components where there is a picture of them."""
     z, _ = data.points("test")
     label = None if data.label is None else data.label["test"].numpy()
+    label = None if label is None or (label < 0).all() else label
     cluster = mixture.predict(z)
     samples, component = mixture.sample(len(z), seeded_generator(seed, 33))
     drawn = {

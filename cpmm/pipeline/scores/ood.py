@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,16 @@ class OodPoints:
     z: Tensor
     log_det: Tensor
 
+    def tell(self, score: Scorer, inside: Tensor, ood: Callable[[], Tensor]) -> dict[str, Any]:
+        """Tell the two apart as :meth:`scores` does, or say under ``missing`` why a model cannot.
+
+        ``ood`` computes the log-densities of the other data set.
+        """
+        try:
+            return self.scores(score, inside, ood())
+        except FloatingPointError as error:
+            return {"missing": str(error)}
+
     def scores(self, score: Scorer, inside: Tensor, ood: Tensor) -> dict[str, dict[str, float]]:
         """Tell the two apart by log-density, in units of the data and in the models' space.
 
@@ -43,13 +53,18 @@ class OodPoints:
             ood: The same of the first n' points of the other data set, (n',).
 
         Raises:
-            FloatingPointError: If a log-density is not finite.
+            FloatingPointError: If a log-density is not finite, or all are the same.
         """
-        bad = int((~torch.isfinite(torch.cat([inside, ood]))).sum())
+        both = torch.cat([inside, ood])
+        bad = int((~torch.isfinite(both)).sum())
         if bad:
             raise FloatingPointError(
-                f"{bad} of {len(inside) + len(ood)} log-densities are not finite: points of "
+                f"{bad} of {len(both)} log-densities are not finite: points of "
                 f"{self.name} lie too far from the data to be told apart by a number"
+            )
+        if bool((both == both[0]).all()):
+            raise FloatingPointError(
+                f"all {len(both)} log-densities are {float(both[0]):.6g}: they tell nothing apart"
             )
         shifts = (score.log_det[: len(inside)], self.log_det[: len(ood)])
         return {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from cpmm.pipeline.config import Config
@@ -12,11 +14,44 @@ if TYPE_CHECKING:
     from cpmm.pipeline.scores.ood import OodPoints
 
 
+FAR = 10.0  # nats or bits per dimension; models of one data set lie within a few
+REFERENCES = {"cpmm": "CPMM", "gaussian": "one Gaussian"}
+
+
+def doubt_densities(densities: Mapping[str, float]) -> dict[str, str]:
+    """Say of densities that are far off what to think of them, by model.
+
+    The rule: more than :data:`FAR` per dimension from the better of CPMM's and the Gaussian's, or
+    where there is neither, from the best.
+    """
+    found = {name: value for name, value in densities.items() if math.isfinite(value)}
+    if not found:
+        return {}
+    best = min({name: found[name] for name in REFERENCES if name in found} or found, key=found.get)
+    than = REFERENCES.get(best, "the best row")
+    doubts = {}
+    for name, value in found.items():
+        far = f"{abs(value - found[best]):,.0f} per dimension"
+        if value - found[best] > FAR:
+            doubts[name] = (
+                f"density far off: {far} worse than that of {than}. No fit, or a few test points "
+                "far from all others, make such a mean"
+            )
+        elif found[best] - value > FAR:
+            doubts[name] = (
+                f"density far off: {far} better than that of {than}. Repeated points or features "
+                "that follow from others make such a mean"
+            )
+    return doubts
+
+
 def state_rules(config: Config, data: DataSplits, ood: OodPoints | None) -> dict[str, str]:
     """One sentence for each figure: the rule that made it."""
     n_first, direct = config["evaluation"]["teacher_points"], config["baselines"]["direct"]
     rules = {
         "density": _density(config, data) + ". Lower is better.",
+        "density_far_off": f"A density more than {FAR:g} {data.preprocessing.density_unit[0]} from "
+        "the better of CPMM's and the Gaussian's has a note.",
         "density_standard_error": "Standard deviation over the test points divided by the root "
         "of their number.",
         "selection": "Weights are those of the fine-tuning epoch with the best validation "

@@ -39,13 +39,24 @@ class Scorer:
         self.split = split
         self.n_first = n_first
         self.z, self.log_det = (part[:n_points] for part in data.points(split))
-        self.label = None if data.label is None else data.label[split][:n_points].numpy()
+        label = None if data.label is None else data.label[split][:n_points].numpy()
+        self.label = None if label is None or (label < 0).all() else label
         _, self.factor, self.offset = data.preprocessing.density_unit
 
     def density(self, log_prob: Tensor) -> dict[str, float]:
-        """Mean density in units of the data and its standard error, from the points' nats, (N,)."""
+        """Mean density in units of the data and its standard error, from the points' nats, (N,).
+
+        Raises:
+            FloatingPointError: If the mean is not finite.
+        """
         nats = nats_per_dimension(log_prob, self.log_det, self.data.n_features)
         value = self.factor * nats + self.offset
+        if not math.isfinite(value.mean()):
+            bad = int((~log_prob.isfinite()).sum())
+            raise FloatingPointError(
+                f"the density of the trained model is not finite on the {self.split} split: "
+                f"{bad} of {len(log_prob)} log-densities are infinite or no number"
+            )
         scores = {
             "density": float(value.mean()),
             "density_standard_error": float(value.std() / len(value) ** 0.5),
@@ -67,7 +78,7 @@ def score_baseline(
     Returns:
         The scores of the split; for a density, if ``timed``, ``seconds_10k``, the time that it
         takes for 10,000 points, and with ``ood`` the entry ``ood`` of
-        :meth:`cpmm.pipeline.scores.ood.OodPoints.scores`.
+        :meth:`cpmm.pipeline.scores.ood.OodPoints.tell`.
 
     Raises:
         FloatingPointError: If the density is not finite.
@@ -79,15 +90,12 @@ def score_baseline(
         with torch.no_grad():
             inside, seconds = _timed(fitted.log_prob, score.z, 5 if timed else 1)
             scores |= score.density(inside)
-            if not math.isfinite(scores["density"]):
-                raise FloatingPointError(
-                    f"the density of the trained model is not finite on the {score.split} split"
-                )
             if timed:
                 scores["seconds_10k"] = seconds * 10_000 / len(score.z)
             if ood is not None:
-                there = fitted.log_prob(ood.z[: fitted.n_points])
-                scores["ood"] = ood.scores(score, inside, there)
+                scores["ood"] = ood.tell(
+                    score, inside, lambda: fitted.log_prob(ood.z[: fitted.n_points])
+                )
     if fitted.predict is not None and score.label is not None:
         scores |= score.clusters(fitted.predict(score.split).numpy(), n_clusters)
     sizes = {"n_components": fitted.n_components, "n_parameters": fitted.n_parameters}

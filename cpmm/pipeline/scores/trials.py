@@ -14,7 +14,7 @@ from cpmm.pipeline.config.fingerprints import fingerprint_trial
 from cpmm.pipeline.scores.tables import COSTS, OOD, TEST
 
 FAILED = ("diverged", "failed", "lost")
-TEXTS = ("model", "status", "reason", "fingerprint")
+TEXTS = ("model", "status", "reason", "fingerprint", "note")
 NUMBERS = ("steps", *TEST, *COSTS, *OOD)
 
 

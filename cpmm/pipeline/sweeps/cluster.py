@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,7 +13,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from cpmm.pipeline.config.code import PACKAGE
@@ -24,6 +26,7 @@ CODE = {  # our package is sent to the workers of a cluster: they need no checko
     "excludes": ["__pycache__"],
     "env_vars": {"RAY_TRAIN_V2_ENABLED": "1", "RAY_CHDIR_TO_TRIAL_DIR": "0"},
 }
+LONGEST = 43  # bytes of the folder of Ray's sessions: a socket's path may have 107
 SPARE_BYTES = 256 * 2**20  # of the object store, beside the inputs
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -84,6 +87,7 @@ def connected(options: dict[str, Any], input_bytes: int, cpus_at_least: float) -
 
     address = _address(options)
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    own = _own_folder() if address is None else None
     started = time.monotonic()
     if address is not None:
         try:
@@ -101,6 +105,7 @@ def connected(options: dict[str, Any], input_bytes: int, cpus_at_least: float) -
             object_store_memory=size,
             include_dashboard=options["dashboard"],
             dashboard_host="127.0.0.1",
+            _temp_dir=own,
             **quiet,
         )
         what = "started Ray"
@@ -118,6 +123,33 @@ def connected(options: dict[str, Any], input_bytes: int, cpus_at_least: float) -
     finally:
         ray.shutdown()
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        if own is not None:
+            shutil.rmtree(own, ignore_errors=True)
+
+
+def _own_folder() -> str | None:
+    """Make a private folder for Ray's sessions where its own choice is too long or not writable.
+
+    Raises:
+        OSError: If there is no place for one.
+    """
+    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    sessions = Path(folder).absolute() / "ray"
+    there = next(place for place in (sessions, *sessions.parents) if place.exists())
+    if (
+        len(os.fsencode(sessions)) <= LONGEST
+        and there.is_dir()
+        and os.access(there, os.W_OK | os.X_OK)
+    ):
+        return None
+    for place in (os.environ.get("XDG_RUNTIME_DIR"), "/tmp", "/var/tmp", "/dev/shm"):
+        if place and Path(place).is_absolute() and len(os.fsencode(place)) <= LONGEST - 15:
+            with suppress(OSError):
+                return tempfile.mkdtemp(prefix="cpmm-", dir=place)  # for this user alone
+    raise OSError(
+        f"Ray cannot keep its sockets in {sessions}, which is not writable or longer than "
+        f"{LONGEST} bytes, nor in /tmp: set RAY_TMPDIR to a short folder that is"
+    )
 
 
 def resources(options: dict[str, Any]) -> dict[str, float]:

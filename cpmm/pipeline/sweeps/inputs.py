@@ -49,7 +49,7 @@ def locate_inputs(config: Config, home: Path) -> Located:
     Raises:
         ChildProcessError: If a stage fails; names it, and gives its own error.
     """
-    data = _find_or_make("prepared", fingerprint_prepared(config), home, config, {})
+    data = prepare(config, home)
     if not needs_spaces(config, config["model"]):
         return Located(data, None, fingerprint_inputs(config))
     inputs = {"prepared": data}
@@ -57,6 +57,20 @@ def locate_inputs(config: Config, home: Path) -> Located:
         inputs["teacher"] = _find_or_make("teacher", teacher, home, config, inputs)
     spaces = _find_or_make("spaces", fingerprint_spaces(config), home, config, inputs)
     return Located(data, spaces, fingerprint_inputs(config))
+
+
+def prepare(config: Config, home: Path) -> Path:
+    """Find the data of a configuration, or make them, as :func:`locate_inputs` does."""
+    return _find_or_make("prepared", fingerprint_prepared(config), home, config, {})
+
+
+def find_prepared(config: Config, home: Path) -> Path | None:
+    """Find the data of a configuration, if they have been made."""
+    fingerprint = fingerprint_prepared(config)
+    made = home / ".scratch" / "inputs" / f"prepared-{fingerprint}" / "prepared"
+    places = (home / "prepared", made)
+    found = (place for place in places if _fingerprint_or_none(place, False) == fingerprint)
+    return next(found, None)
 
 
 def open_inputs(located: Located) -> tuple[DataSplits, Spaces | None]:
@@ -94,6 +108,8 @@ def _find_or_make(
         link = made / other
         link.unlink(missing_ok=True)
         link.symlink_to(os.path.relpath(path, made))
+    # Trials go without another data set whose files are missing, and say so.
+    config = {**config, "evaluation": {**config["evaluation"], "ood": None}}
     write_text(made / "config.yaml", yaml.safe_dump(config, sort_keys=False))
     print(f"inputs | making {name} {fingerprint}", flush=True)
     _run_stage(STAGES[name], made)

@@ -20,6 +20,7 @@ from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError
 from ray.util.metrics import Gauge
 
 from cpmm.pipeline.artifacts.files import is_checkpoint
+from cpmm.pipeline.errors import user_message
 from cpmm.pipeline.sweeps.archive import CHECKPOINT, ArchiveError
 from cpmm.pipeline.sweeps.plan import Trial
 from cpmm.pipeline.sweeps.trial import FOLDERS, run_trial
@@ -117,7 +118,8 @@ def trained_files(scratch: Path) -> dict[str, bytes]:
 
 def failure(error: BaseException) -> dict[str, Any]:
     """Record of a trial that raised, with the traceback for whoever mends it."""
-    reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    said = user_message(error) if isinstance(error, Exception) else None
+    reason = f"{type(error).__name__}: {said or error}".strip().splitlines()[0]
     lines = "".join(traceback.format_exception(error))
     return {"status": "failed", "reason": reason, "traceback": lines[-4000:]}
 

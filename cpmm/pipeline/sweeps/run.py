@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
+from cpmm.pipeline.config import Config
 from cpmm.pipeline.config.compose import compose_preset, known_sweeps, read_overrides, split_preset
 from cpmm.pipeline.config.root import ROOT
 from cpmm.pipeline.sweeps import cluster, plan
-from cpmm.pipeline.sweeps.inputs import Located, locate_inputs, size_of
+from cpmm.pipeline.sweeps.inputs import (
+    Located,
+    find_prepared,
+    locate_inputs,
+    prepare,
+    size_of,
+)  # fmt: skip
 from cpmm.pipeline.sweeps.sweep import Sweep
 from cpmm.pipeline.sweeps.trial import trial_code
+
+if TYPE_CHECKING:
+    from cpmm.data import DataSplits
 
 OWN = ("sweep", "ray")  # groups that are the sweep's, not its trials'
 
@@ -41,6 +53,8 @@ def run_sweep(overrides: list[str], only_config: bool = False, only_plan: bool =
         )
     trials = plan.plan_trials(preset, options, params, rest, trial_code())
     plan.check_models(trials, options, ray["workers"])
+    home = ROOT / "data" / preset
+    check_rows(trials, options["name"], lambda config: find_prepared(config, home))
     if only_plan:
         for trial in trials:
             print(f"{trial.name}\n    {trial.command}")
@@ -50,7 +64,7 @@ def run_sweep(overrides: list[str], only_config: bool = False, only_plan: bool =
     from cpmm.pipeline.sweeps.archive import Archive
     from cpmm.pipeline.sweeps.publish import publish_sweep
 
-    home = ROOT / "data" / preset
+    check_rows(trials, options["name"], lambda config: prepare(config, home))
     archive = Archive(ray["storage"] or str(home / ".scratch" / "sweep"))
     configs = {trial.inputs: trial.config for trial in trials}
     located = {key: locate_inputs(config, home) for key, config in configs.items()}
@@ -59,6 +73,47 @@ def run_sweep(overrides: list[str], only_config: bool = False, only_plan: bool =
     unit, _, _ = prepared.preprocessing.density_unit
     _run(sweep, located, unit)
     publish_sweep(sweep, unit)
+
+
+def check_rows(
+    trials: Sequence[plan.Trial], name: str, locate: Callable[[Config], Path | None]
+) -> None:
+    """Check that every row of a sweep can be trained on its data, as far as these are there.
+
+    Args:
+        trials: Those of the sweep.
+        name: Of the sweep.
+        locate: Gives the folder of a configuration's data, None where they have not been made.
+
+    Raises:
+        ValueError: If one cannot; names the row.
+    """
+    from cpmm.pipeline.sweeps.trial import read_ood_if_there
+
+    known: dict[str, DataSplits | None] = {}
+    told = []
+    for trial in {trial.row: trial for trial in trials}.values():
+        prepared = trial.inputs[0]
+        if prepared not in known:
+            folder = locate(trial.config)
+            known[prepared] = None if folder is None else _load(folder)
+        if (data := known[prepared]) is None:
+            continue
+        from cpmm.pipeline.scores.sizes import check_sizes
+
+        try:
+            check_sizes(trial.config, data)
+            if (ood := (prepared, trial.config["evaluation"]["ood"])) not in told:
+                told.append(ood)
+                read_ood_if_there(trial.config, data)
+        except ValueError as error:
+            raise ValueError(f"sweep {name}, row {trial.label}: {error}") from error
+
+
+def _load(folder: Path) -> DataSplits:
+    from cpmm.pipeline.artifacts.store import load_prepared
+
+    return load_prepared(folder)
 
 
 def _run(sweep: Sweep, located: Mapping[tuple[str, str | None], Located], unit: str) -> None:

@@ -15,6 +15,7 @@ import pandas as pd
 from cpmm.pipeline.config import Config
 from cpmm.pipeline.config.fingerprints import fingerprint_options
 from cpmm.pipeline.scores.comparison import LEVEL, Seeds, compare_rows
+from cpmm.pipeline.scores.rules import doubt_densities
 from cpmm.pipeline.scores.tables import COSTS, OOD, SCORES, TEST, write_line, write_score
 from cpmm.pipeline.scores.trials import FAILED, over_seeds
 from cpmm.pipeline.sweeps.plan import METRICS, Trial, show
@@ -44,6 +45,7 @@ def trials_table(results: Results) -> pd.DataFrame:
                 **{cost: record.get(cost, test.get(cost)) for cost in COSTS},
                 **{score: record[score] for score in OOD if score in record},
                 "reason": record.get("reason"),
+                **({"note": record["note"]} if "note" in record else {}),
                 "command": trial.command,
             }
         )
@@ -65,6 +67,7 @@ def rows_table(results: Results) -> pd.DataFrame:
         trial, _ = results[group.index[0]]
         records = [results[index][1] for index in group.index]
         failures = [explain(record) for record in records if record["status"] in FAILED]
+        notes = dict.fromkeys(record["note"] for record in records if "note" in record)
         rows.append(
             {
                 **group.iloc[0][axes].to_dict(),
@@ -72,9 +75,15 @@ def rows_table(results: Results) -> pd.DataFrame:
                 "n": len(group),
                 **over_seeds(group, scores),
                 "failures": "; ".join(failures),
+                "notes": "; ".join(notes),
             }
         )
-    return pd.DataFrame(rows).drop(columns="seconds_sd")
+    densities = {row["row"]: row["density_mean"] for row in rows if "density_mean" in row}
+    doubts = doubt_densities(densities)
+    for row in rows:
+        row["notes"] = "; ".join(filter(None, [row["notes"], doubts.get(row["row"])]))
+    table = pd.DataFrame(rows).drop(columns="seconds_sd")
+    return table if any(table["notes"]) else table.drop(columns="notes")
 
 
 def best_trial(results: Results) -> tuple[Trial, Mapping[str, Any]] | None:
@@ -151,7 +160,7 @@ def cells_of(rows: pd.DataFrame, axes: Sequence[str], scores: Sequence[str]) -> 
         numbers = [_mean_sd(row, score) for score in scores]
         failed = f"{row['n_failed']} of {row['n']}: {row['failures']}" if row["n_failed"] else ""
         stopped = f"{row['n_stopped']} stopped early" if row["n_stopped"] else ""
-        note = "; ".join(filter(None, (failed, stopped)))
+        note = "; ".join(filter(None, (failed, stopped, row.get("notes"))))
         cells.append([*(str(row[a]) for a in axes), str(row["n"]), *numbers, note])
     return cells
 

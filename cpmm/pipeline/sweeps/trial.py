@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import math
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -146,15 +145,16 @@ def _score(
         score = Scorer(data, "validation", fitted.n_points)
         with torch.no_grad():
             validation = score.density(fitted.log_prob(score.z))["density"]
-        if not math.isfinite(validation):
-            raise FloatingPointError("the density of the trained model is not finite")
     score = Scorer(data, "test", fitted.n_points, config["evaluation"]["teacher_points"])
     test = score_baseline(fitted, score, config["cpmm"]["n_clusters"], ood)
     others = {name: test.pop(name) for name in ("seconds_10k",) if name in test}
     for space, end in (("mixture", ""), ("data", "_data")):
         scores = test.get("ood", {}).get(space, {})
         others |= {f"{name}{end}": value for name, value in scores.items()}
-    test.pop("ood", None)
+    if missing := test.pop("ood", {}).get("missing"):
+        others["ood_missing"] = missing
+    if fitted.note is not None:
+        others["note"] = fitted.note
     return {"validation": validation, "test": test, **others}
 
 
@@ -202,6 +202,7 @@ def summarize(record: Mapping[str, Any], unit: str) -> str:
         parts.append(f"clustering accuracy {100 * test['accuracy']:.1f} %")
     if "ood_missing" in record:
         parts.append(f"not scored on another data set: {record['ood_missing']}")
+    parts += [record["note"]] if "note" in record else []
     return ", ".join(parts) or "nothing to score it by"
 
 

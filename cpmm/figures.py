@@ -440,7 +440,10 @@ def plot_discretization(
 
 @dataclass(frozen=True)
 class _Plane:
-    """Two axes to look along: the features themselves, or two principal components."""
+    """Two axes to look along: the features themselves, or two principal components.
+
+    A single feature is seen along a line.
+    """
 
     origin: np.ndarray
     axes: np.ndarray
@@ -449,8 +452,8 @@ class _Plane:
     @classmethod
     def of(cls, x: np.ndarray) -> _Plane:
         n_features = x.shape[1]
-        if n_features < 2:
-            raise ValueError(f"scatter plots need at least 2 features: got {n_features}")
+        if n_features == 1:  # along a line
+            return cls(np.zeros(1), np.eye(1, 2), ("feature 1", ""))
         if n_features == 2:
             return cls(np.zeros(2), np.eye(2), ("feature 1", "feature 2"))
         origin = x.mean(0)

@@ -161,3 +161,34 @@ def test_views_are_fresh_dequantized_training_points(splits):
     assert some.shape == (4, 6)
     assert torch.isfinite(some).all()
     assert len(some.unique(dim=0)) == 4
+
+
+@pytest.mark.parametrize(
+    ("n", "sizes"),
+    [
+        (100, (50, 25, 25)), (150, (90, 30, 30)), (178, (118, 30, 30)), (410, (286, 62, 62)),
+        (1000, (700, 150, 150)), (10**6, (980_000, 10_000, 10_000)),
+    ],
+)  # fmt: skip
+def test_shares_fit_the_table(n, sizes):
+    split = split_indices(n, None, 0.15, 0.15, official_test=0, seed=0)
+    assert tuple(len(split[name]) for name in SPLITS) == sizes
+    same = split_indices(n, None, *sizes[1:], official_test=0, seed=0)
+    assert all(torch.equal(split[name], same[name]) for name in SPLITS)
+
+
+def test_tables_too_small_for_shares_say_what_to_set():
+    with pytest.raises(ValueError, match=r"set data\.n_validation to 12 and data\.n_test to 12"):
+        split_indices(60, None, 0.15, 0.15, official_test=0, seed=0)
+    split_indices(60, None, 12, 12, official_test=0, seed=0)
+    with pytest.raises(ValueError, match="5 points are too few"):
+        split_indices(5, None, 0.15, 0.15, official_test=0, seed=0)
+
+
+def test_a_split_is_described():
+    said = data_module.describe_split(410, None, 0.15, 20, 0)
+    assert said == "410 points: 328 train, 62 validation (15 %, 30 to 10,000), 20 test"
+    said = data_module.describe_split(100, 30, 10, 0, 25)
+    assert said == (
+        "100 points: 30 train (data.n_train), 10 validation, 25 test (the data set's own)"
+    )

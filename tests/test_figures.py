@@ -322,7 +322,6 @@ def test_sweeps_of_any_size_render(rng, n_panels, n_rows):
         ),
         (lambda: figures.plot_spaces(np.zeros((2, 3, 2)), [1.0]), r"\(V', N, M\)"),
         (lambda: figures.plot_spaces(np.zeros((1, 3, 2)), [1.0], np.zeros(2)), "label must be"),
-        (lambda: figures.plot_spaces(np.zeros((1, 3, 1)), [1.0]), "at least 2 features"),
         (
             lambda: figures.plot_spaces(np.zeros((1, 3, 8)), [1.0], None, IMAGE),
             "image_shape must be",
@@ -347,3 +346,7 @@ def test_sweeps_of_any_size_render(rng, n_panels, n_rows):
 def test_errors_say_what_was_expected(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_points_of_one_feature_are_drawn_along_a_line():
+    assert figures.plot_spaces(np.linspace(0, 1, 6).reshape(2, 3, 1), [1.0, 0.0]).axes

@@ -281,7 +281,7 @@ def tabulate_ood(metrics: dict) -> dict[str, Any] | None:
     rows = []
     notes: list[str] = []
     for model, row in ood["models"].items():
-        said = [row.get("missing"), *metrics["models"].get(model, {}).get("notes", ())]
+        said = [row.get("missing"), *metrics.get("models", {}).get(model, {}).get("notes", ())]
         own = [_number(note, notes) for note in said if note]
         values = [(column, row.get(OOD[column][0], {}).get(OOD[column][1])) for column in columns]
         values += paper[model].items() if has_paper else ()

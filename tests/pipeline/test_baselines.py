@@ -472,9 +472,6 @@ def test_a_preset_of_tables_decodes_without_convolutions(preset):
 @pytest.mark.parametrize(
     ("row", "override", "said"),
     [
-        *((row, "cpmm.n_clusters=151", r"cpmm\.n_clusters is 151: expected at most 150, the training "
-           rf"points that model {row} clusters: lower it")
-          for row in ("kmeans", "gmm_full", "gmm_diagonal", "autoencoder", "vade")),
         ("gmm_full", "baselines.gmm_full.n_points=3",
          r"baselines\.gmm_full\.n_points is 3: expected at least 10, .*: raise it"),
         *((row, f"baselines.{row}.noise=0.1",

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from cpmm.pipeline.scores.ood import OodPoints
 
 
-FAR = 10.0  # nats or bits per dimension; models of one data set lie within a few
+FAR = 5.0  # nats or bits per dimension; models of one data set lie within a few
 REFERENCES = {"cpmm": "CPMM", "gaussian": "one Gaussian"}
 
 

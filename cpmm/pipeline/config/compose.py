@@ -243,6 +243,8 @@ def _require_readable(preset: str, overrides: Sequence[str]) -> None:
             read = not OverridesParser.create().parse_override(item).is_sweep_override()
         except HydraException:
             read = False
+        except (ValueError, RecursionError):  # a number or lists beyond all limits
+            read = True
         if separator and not read:
             quoted = shlex.quote(f"{key}={_quote(value)}")
             raise ValueError(

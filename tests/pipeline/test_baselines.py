@@ -635,18 +635,19 @@ def test_the_command_explains_itself(command, preset):
     assert "row" in err.splitlines()[-1]
 
 
-def test_a_model_without_a_finite_density_is_not_published(command, preset, monkeypatch):
+def test_a_model_without_a_finite_density_is_a_row_with_its_reason(command, preset, monkeypatch):
     def log_prob(z):
         return torch.cat([z[1:, 0], z.new_tensor([float("nan")])])
 
     broken = Fitted(1, {}, log_prob=log_prob, weights={"mean": torch.zeros(1)})
     monkeypatch.setitem(baselines.KINDS, "gaussian", lambda run: broken)
     status, out, err = command(preset / "config.yaml", "gaussian")
-    assert (status, out) == (1, "")
-    (line,) = err.splitlines()
-    said = "the density of the trained model is not finite on the test split"
-    assert line == f"train_baseline: error: {said}"
-    assert not (preset / "baselines").exists()
+    assert (status, err) == (0, "")
+    said = "the density of the trained model is not finite on the test split: 1 of "
+    assert f"gaussian: a row without a model: {said}" in out
+    place = preset / "baselines" / "gaussian"
+    assert load_header(place, "baseline")["missing"].startswith(said)
+    assert json.loads((place / "scores.json").read_text()).keys() == {"row", "unit"}
 
 
 def test_an_unknown_row_ends_in_one_line(command, preset):

@@ -150,13 +150,14 @@ def test_a_missing_or_damaged_baseline_is_named_with_what_makes_it(file, how, co
     assert digest(copied) == before
 
 
-def test_an_initialization_without_groups_leaves_their_row_out(copied, run_stage):
+def test_an_initialization_without_groups_says_so_in_their_row(copied, run_stage):
     config = set_option(load_config(copied / "config.yaml"), "cpmm.initialization.kind", "random")
     config = set_option(config, "cpmm.pseudo_label_spaces", 0)
     (copied / "config.yaml").write_text(yaml.safe_dump(config))
     run_all(copied, run_stage, STAGES[3:-1])
     models = json.loads((copied / "metrics.json").read_text())["models"]
-    assert "groups" not in models
+    assert models["groups"]["missing"] == "an initialization of kind 'random' makes none"
+    assert "density" not in models["groups"]
     assert "kmeans" in models
     header = load_header(copied / "baselines" / "groups", "baseline")
     assert header["missing"] == "an initialization of kind 'random' makes none"

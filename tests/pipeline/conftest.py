@@ -1,6 +1,8 @@
 """A pipeline small enough to run whole in seconds."""
 
+import contextlib
 import importlib
+import io
 import os
 import shutil
 import subprocess
@@ -101,6 +103,20 @@ def run_commands(folder):
         )
         assert done.returncode == 0, f"{stage}: {done.stderr}"
         printed[stage] = done.stdout
+    return printed
+
+
+def run_stages(folder):
+    """Run the whole pipeline of a preset in this process; return what each stage printed."""
+    config, printed = cpmm.pipeline.stage.load_config(folder / "config.yaml"), {}
+    for stage in STAGES:
+        if stage == "train_baseline":
+            train_evaluated(folder)
+            continue
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out), cpmm.pipeline.stage.threads_of(config):
+            importlib.import_module(f"workflows.{stage}").main(folder, config)
+        printed[stage] = out.getvalue()
     return printed
 
 

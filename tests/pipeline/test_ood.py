@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from conftest import TINY, run_commands
+from conftest import TINY, run_stages
 from sklearn.datasets import load_digits
 from sklearn.metrics import average_precision_score, roc_auc_score
 
@@ -45,11 +45,11 @@ def evaluated(tmp_path_factory, upside_down):
         "evaluation.ood.options.levels=17", "evaluation.ood.name=negative",
         "evaluation.teacher_points=50", "evaluation.batch_size=20",
         "baselines.direct.kmeans_points=300", "baselines.direct.kmeans_restarts=1",
-        "baselines.kmeans.n_starts=2",
+        "baselines.kmeans.n_starts=2", "data.n_train=400",
     ]  # fmt: skip
     config = compose_preset("digits", options)
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    return folder, run_commands(folder)["evaluate"]
+    return folder, run_stages(folder)["evaluate"]
 
 
 def test_every_density_tells_points_apart_in_both_spaces(evaluated, upside_down):

@@ -31,7 +31,13 @@ SWEEP = {
                 "cpmm.gradient_clip": 1e9,
             }
         },
-        "raising": {"overrides": {"cpmm.initialization.kind": "kmeans", "cpmm.n_factors": 65}},
+        "raising": {
+            "overrides": {
+                "cpmm.initialization.kind": "kmeans",
+                "model": "spectral_frechet",
+                "baselines.spectral_frechet.merge.neighbour": 999,
+            }
+        },
     },
 }
 
@@ -76,8 +82,16 @@ def test_every_row_is_in_the_table_and_failures_are_shown_as_failures(swept):
     assert rows["density_mean"].notna().tolist() == [True, True, True, False, False]
     assert "diverged at step" in printed
     text = (home / "small" / "table.md").read_text()
-    assert "ValueError: cpmm.n_factors (R) is 65" in text
+    assert "ValueError: baselines.spectral_frechet.merge.neighbour is 999" in text
     assert "10 trials, 4 failed" in printed
+
+
+def test_what_a_row_and_its_data_tell_ends_before_any_trial(swept):
+    folder, _ = swept
+    done = command(folder, "sweep", "sweep=small", "cpmm.n_factors=65", "--plan")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("sweep: error: sweep small, row alone random: cpmm.n_factors (R) is 65")
 
 
 def test_all_that_is_written_is_sealed(swept):

@@ -234,9 +234,10 @@ def test_a_value_of_another_type_is_named(override, named):
 
 
 def test_a_missing_value_says_where_to_set_it():
-    both = r"overrides\.csv\.cpmm\.n_clusters and overrides\.csv\.data\.options\.path"
-    with pytest.raises(ValueError, match=both):
+    with pytest.raises(ValueError, match=r"overrides\.csv\.data\.options\.path"):
         compose_preset("csv", [])
+    with pytest.raises(ValueError, match=r"^cpmm\.n_clusters is None: expected a whole number"):
+        compose_preset("csv", ["data.options.path=x.csv"])
 
 
 @pytest.mark.parametrize(

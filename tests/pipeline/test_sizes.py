@@ -19,7 +19,11 @@ from cpmm.pipeline.scores.sizes import check_sizes
 from workflows import prepare_data
 from workflows import train_baseline as stage
 
-PLAIN = [*TINY, "cpmm.curriculum=false", "data.n_validation=10", "data.n_test=10", "cpmm.n_factors=1"]  # fmt: skip
+PLAIN = [
+    *TINY, "cpmm.curriculum=false", "data.n_validation=10", "data.n_test=10", "cpmm.n_factors=1",
+    "cpmm.n_clusters=10", "cpmm.initialization.kind=gaussian", "data.augmentation.noise=0.05",
+    "cpmm.learned_weight=false", "cpmm.log_diagonal_floor=-6", "cpmm.noise=0.01",
+]  # fmt: skip
 
 
 def table(tmp_path, x, *overrides):
@@ -79,7 +83,7 @@ def test_what_a_configuration_and_its_data_tell_ends_at_once(one, override, said
 def test_so_does_what_the_curriculum_needs(one, override, said):
     _, config, data = one
     path = config["data"]["options"]["path"]
-    options = [*PLAIN, "cpmm.curriculum=true", f"data.options.path='{path}'"]
+    options = [*PLAIN, "cpmm.curriculum=true", "spaces=teacher", f"data.options.path='{path}'"]
     check_sizes(compose_preset("csv", options), data)
     with pytest.raises(ValueError, match=said):
         check_sizes(compose_preset("csv", [*options, override]), data)

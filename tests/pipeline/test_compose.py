@@ -250,9 +250,9 @@ def test_a_missing_value_says_where_to_set_it():
 def test_a_path_that_hydra_refuses_is_given_in_a_form_that_it_takes(name):
     path = f"/no such folder/{name}"
     with pytest.raises(ValueError, match="stands in quotes of its own") as error:
-        compose_preset("csv", [f"data.options.path={path}"])
+        compose_preset("csv", [f"data.options.path={path}", "cpmm.n_clusters=3"])
     [word] = shlex.split(str(error.value).rpartition("write ")[2])  # as a shell reads it
-    assert compose_preset("csv", [word])["data"]["options"]["path"] == path
+    assert compose_preset("csv", [word, "cpmm.n_clusters=3"])["data"]["options"]["path"] == path
 
 
 @pytest.mark.parametrize(

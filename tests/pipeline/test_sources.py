@@ -498,10 +498,17 @@ def test_csv_integer_classes_are_sorted_as_numbers(tmp_path):
 
 
 def test_csv_row_without_a_class_is_no_member(tmp_path):
-    source = csv(tmp_path, "a,c\n1,NA\n1,\n1,-1\n1, x \n", label_column="c")
-    assert source.class_names == ("NA", "x")
-    assert source.label.tolist() == [0, -1, -1, 1]
-    with raises(ValueError, "no label but empty ones and -1"):
+    text = "a,c\n1,None\n1,\n1,-1\n1, x \n1,-1.0\n1,NaN\n1,NA\n1,noise\n"
+    source = csv(tmp_path, text, label_column="c")
+    assert source.class_names == ("None", "x")
+    assert source.label.tolist() == [0, -1, -1, 1, -1, -1, -1, -1]
+    assert source.notes == ("6 of 8 rows without a label (empty, '-1', '-1.0', 'NA', 'NaN')",)
+    numbers = csv(tmp_path, "a,c\n1,1\n1,1.0\n1,2\n", label_column="c")
+    assert (numbers.class_names, numbers.label.tolist()) == (("1", "2"), [0, 0, 1])
+    rows = "".join(f"1,{m}.5\n" for m in range(20))
+    (doubt,) = csv(tmp_path, f"a,c\n{rows}", label_column="c").notes
+    assert doubt.startswith("warning: the 20 labels are numbers that all differ")
+    with raises(ValueError, "has no label"):
         csv(tmp_path, "a,c\n1,\n2,-1\n", label_column="c")
 
 

@@ -265,7 +265,11 @@ def test_the_steps_within_an_epoch_are_shown(capsys, monkeypatch):
     monkeypatch.setattr(progress, "EVERY", 0)
     shown = TrainingProgress("trial")
     module = SimpleNamespace(
-        n_epochs=3, n_steps=150, describe_phase=lambda: "space 1/2", history=[]
+        n_epochs=3,
+        n_steps=150,
+        describe_phase=lambda: "space 1/2",
+        history=[],
+        is_last_epoch=False,
     )
     module.current_epoch, module.global_step = 1, 60
     shown.on_train_batch_end(None, module, None, None, 9)

@@ -9,9 +9,8 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from cpmm.reading.arrays import (
     real_values,
     require_more_than_one,
 )
-from cpmm.reading.labels import index_classes
+from cpmm.reading.labels import describe_labels, index_classes
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,7 @@ class Source:
         levels: Number of grey levels of data to be dequantized; None for real values.
         feature_names: M names.
         class_names: Names by class index.
+        notes: What a person should know of how the labels were read.
     """
 
     x: np.ndarray
@@ -55,6 +55,7 @@ class Source:
     levels: int | None
     feature_names: tuple[str, ...]
     class_names: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def read_source(config: Mapping[str, Any]) -> Source:
@@ -175,8 +176,9 @@ def read_csv(path: str, label_column: str | None, delimiter: str) -> Source:
 
     Args:
         path: The file, UTF-8.
-        label_column: Column of class labels, integers or text; an empty cell or -1 is not a member
-            of any class. None without labels.
+        label_column: Column of class labels, numbers or text; an empty cell, -1, NaN and the like
+            are no member of any class, see :func:`cpmm.reading.labels.index_classes`. None without
+            labels.
         delimiter: One character between fields.
 
     Returns:
@@ -211,8 +213,8 @@ def read_csv(path: str, label_column: str | None, delimiter: str) -> Source:
     _require_finite(path, x, features)
     if label_column is None:
         return Source(x, None, 0, None, None, tuple(features), ())
-    label, class_names = _index_classes(path, table[label_column].str.strip())
-    return Source(x, label, 0, None, None, tuple(features), class_names)
+    label, class_names, notes = _describe_classes(path, table[label_column].tolist())
+    return Source(x, label, 0, None, None, tuple(features), class_names, notes)
 
 
 def read_npy(path: str, label_path: str | None, levels: int, axes: str | None) -> Source:
@@ -246,12 +248,15 @@ def read_npy(path: str, label_path: str | None, levels: int, axes: str | None) -
             "set it to null, or save x.reshape(len(x), height, width) for images"
         )
     images = None if x.ndim == 2 else arrange(path, x, axes)
-    label, class_names = None, ()
+    label, class_names, notes = None, (), ()
     if label_path is not None:
-        label, class_names = _read_classes(label_path, len(x if images is None else images), path)
+        label, class_names, notes = _read_classes(
+            label_path, len(x if images is None else images), path
+        )
     if images is None:
         names = tuple(f"x{m}" for m in range(x.shape[1]))
-        return Source(real_values(path, x, names), label, 0, None, None, names, class_names)
+        x = real_values(path, x, names)
+        return Source(x, label, 0, None, None, names, class_names, notes)
     require_more_than_one(path, images, levels or 256, "data.options.levels")
     x = _grey_levels(path, images)
     top = int(x.max())
@@ -260,7 +265,7 @@ def read_npy(path: str, label_path: str | None, levels: int, axes: str | None) -
             f"{path} holds grey levels up to {top}: data.options.levels must be one of {top + 1} "
             f"to 256, and is {levels}"
         )
-    return _images(x, label, levels, class_names, images.shape[1:])
+    return replace(_images(x, label, levels, class_names, images.shape[1:]), notes=notes)
 
 
 SOURCES: dict[str, Callable[..., Source]] = {
@@ -287,7 +292,9 @@ def _grey_levels(path: str, images: np.ndarray) -> np.ndarray:
     return x
 
 
-def _read_classes(path: str, n: int, beside: str) -> tuple[np.ndarray, tuple[str, ...]]:
+def _read_classes(
+    path: str, n: int, beside: str
+) -> tuple[np.ndarray, tuple[str, ...], tuple[str, ...]]:
     value = _map_npy(path, "data.options.label_path", "biufUS")
     if value.shape not in ((n,), (n, 1)):
         how = "; save x.argmax(1) if a column is a class" if value.ndim == 2 else ""
@@ -297,12 +304,12 @@ def _read_classes(path: str, n: int, beside: str) -> tuple[np.ndarray, tuple[str
         )
     if value.dtype.kind == "S":
         value = np.strings.decode(value, "utf-8", "replace")
-    return index_classes(path, value.ravel().astype(str))
+    return _describe_classes(path, value.ravel().astype(str).tolist())
 
 
 def _read_table(path: str, label_column: str | None, delimiter: str) -> pd.DataFrame:
     """Read a CSV file with a header: labels as text, anything else as pandas finds it."""
-    # A class may be called "None" or "NA".
+    # A class may be called "None".
     options: dict[str, Any] = {"sep": delimiter, "skipinitialspace": True, "keep_default_na": False}
     try:
         names = pd.read_csv(path, header=None, nrows=1, dtype=str, **options).iloc[0].tolist()
@@ -374,17 +381,13 @@ def _require_finite(path: str, x: np.ndarray, names: Sequence[str]) -> None:
         )
 
 
-def _index_classes(path: str, value: Iterable[str]) -> tuple[np.ndarray, tuple[str, ...]]:
-    value = list(value)
-    names = sorted(set(value) - {"", "-1"})
-    if not names:
-        raise ValueError(
-            f"{path} has no label but empty ones and -1: set its label option to null to go without"
-        )
-    with suppress(ValueError):  # text stays in alphabetical order
-        names = sorted(names, key=int)
-    index = {name: c for c, name in enumerate(names)}
-    return np.array([index.get(v, -1) for v in value], dtype=np.int64), tuple(names)
+def _describe_classes(
+    where: str, value: Sequence[str]
+) -> tuple[np.ndarray, tuple[str, ...], tuple[str, ...]]:
+    """Number the classes, and say what was taken for no label, and what looks wrong."""
+    label, class_names = index_classes(where, value)
+    found, doubts = describe_labels(value, label, class_names)
+    return label, class_names, (*found, *(f"warning: {doubt}" for doubt in doubts))
 
 
 def _images(

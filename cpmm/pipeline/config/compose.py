@@ -17,6 +17,7 @@ from cpmm.pipeline.config.schema import (
     canonical,
     check_cpmm,
     check_options,
+    leaves,
     options_with,
     show,
 )  # fmt: skip
@@ -190,6 +191,12 @@ def _resolve(primary: str, preset: str, overrides: Sequence[str]) -> dict[str, A
             f"{detail[:300]} (the options are those of conf/)"
         ) from error
     if resolved is None:
+        rules = option_rules(ROOT)  # null stands for what is to be given, where it is no value
+        missing += [
+            name
+            for name, value in leaves(OmegaConf.to_container(config))
+            if value is None and name in rules and not rules[name].accepts(None)
+        ]
         raise ValueError(
             f"preset {preset!r} needs a value for {' and '.join(missing)}: set "
             f"{' and '.join(f'overrides.{preset}.{name}' for name in missing)} in params.yaml"

@@ -178,7 +178,7 @@ class Reporter:
             self.reports = [self._describe(module, past) for past in module.history[:-1]]
         row = self._describe(module, module.history[-1])
         self.reports.append(row)
-        last = module.current_epoch + 1 == module.n_epochs
+        last = module.is_last_epoch
         if self.keep and now - self.kept >= options["checkpoint_seconds"] and not last:
             if is_checkpoint(path := self.scratch / CHECKPOINT):
                 name = f"trials/{self.trial.fingerprint}/{CHECKPOINT}"

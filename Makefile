@@ -51,9 +51,9 @@ lint: setup ## check style, layers and types
 	ruff format --check .
 	ty check --python $(BIN)/python
 
-# A file's tests share what they make, so a process takes whole files, the longest first (tests/conftest.py).
+# A file's tests share what they make, so a process takes whole files.
 test: setup lint ## lint, then every test that is neither slow nor needs a GPU
-	pytest -m 'not slow and not gpu' -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	pytest -m 'not slow and not gpu' -n logical --maxprocesses 4 --dist loadfile
 
 slow: setup ## the tests left out of `make test`: kills, whole pipelines
 	pytest -m 'slow and not gpu'

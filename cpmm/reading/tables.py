@@ -17,7 +17,7 @@ import pandas as pd
 from cpmm.columns import Columns
 from cpmm.reading.arrays import LARGEST
 from cpmm.reading.labels import describe_labels, index_classes
-from cpmm.reading.text import GAPS_AMONG_NUMBERS, TextFormat, TextTable, some
+from cpmm.reading.text import GAPS_AMONG_NUMBERS, TableError, TextFormat, TextTable, some
 
 MOST_CATEGORIES = 50  # of a column of text; more of them are an identifier
 MANY = 20  # columns that are named in an option; of more, an option drops the whole kind
@@ -100,9 +100,8 @@ class _Column:
 
     @property
     def can_be_encoded(self) -> bool:
-        return self.kind in ("text", "numbers beside text") and (
-            len(self.categories) <= MOST_CATEGORIES
-        )
+        most = {"text": MOST_CATEGORIES, "numbers beside text": 10}  # such as 1, 2, 3+
+        return len(self.categories) <= most.get(self.kind, 0)
 
 
 def read_table(
@@ -123,7 +122,11 @@ def read_table(
             wrong, and says what to write.
         FileNotFoundError: If there is no such file.
     """
-    text = TextTable(path, form, prefixes[0])
+    try:
+        text = TextTable(path, form, prefixes[0])
+    except TableError as error:
+        _say_the_rest(error, path, form, label_column, choice, prefixes)
+        raise
     wanted = _wanted(text, label_column, choice, prefixes)
     ((frame, _),) = text.frames(raw=label_column)
     columns = [_inspect(name, frame[name], text.decimal) for name in wanted]
@@ -131,7 +134,7 @@ def read_table(
     columns = [column for column in columns if column.name not in empty]
     plan = _Plan(columns, text.nameless - set(choice.columns or ()), choice)
     if plan.faults or not plan.kept:
-        raise ValueError(_explain(path, plan, label_column, prefixes))
+        raise _explain(path, plan, label_column, prefixes)
     found = [f"{path.name}: {len(frame)} rows and {len(text.names)} columns", *text.found]
     found += plan.describe()
     if empty:
@@ -142,6 +145,13 @@ def read_table(
         for c in plan.kept
         if _counts(c)
     ]
+    if label_column is None:
+        doubts += [
+            f"column {c.name!r} looks like classes, and is trained on: if it is, set "
+            f"{text.options(label_column=c.name)}"
+            for c in plan.kept
+            if _is_named_label(c)
+        ]
     label, class_names = None, ()
     if label_column is not None:
         values = frame[label_column].fillna("").str.strip()[plan.rows]
@@ -377,21 +387,19 @@ def _inspect(name: str, series: pd.Series, decimal: str, as_text: bool = False) 
     is_number = ~np.isnan(number)
     folded = words.str.casefold()
     gap = folded.isin(GAPS_AMONG_NUMBERS).to_numpy()
-    row = np.append(code, 0)[:-1]
     if (is_number | gap).all() and not as_text:
         number = np.where(np.abs(number) <= LARGEST, number, np.nan)
-        return _Column(name, "numbers", np.append(number, np.nan)[row])
+        return _Column(name, "numbers", np.append(number, np.nan)[code])
     truth = folded.isin(("true", "yes"))
-    example = ""
-    first = int((~(is_number | gap))[row].argmax()) if (~(is_number | gap))[row].any() else 0
-    if len(row):
-        example = f"{str(texts[first])[:40]!r} in row {first + 1}"
+    odd = np.append(~gap if as_text else ~(is_number | gap), False)[code]
+    first = int(odd.argmax())
+    example = f"{str(texts[first])[:40]!r} in row {first + 1}"
     if any(set(folded[~gap]) <= pair for pair in BOOLEANS) and not as_text and (~gap).any():
         value = np.where(gap, np.nan, truth.to_numpy(float))
-        return _Column(name, "booleans", np.append(value, np.nan)[row], example=example)
+        return _Column(name, "booleans", np.append(value, np.nan)[code], example=example)
     categories = sorted(words)
     place = {word: c for c, word in enumerate(categories)}
-    value = np.array([*map(place.get, words), np.nan], float)[row]
+    value = np.array([*map(place.get, words), np.nan], float)[code]
     kind = _kind_of(words, code, is_number)
     return _Column(name, kind, value, tuple(categories), example)
 
@@ -509,10 +517,27 @@ class _Plan:
         return replace(choice, drop=list(dict.fromkeys(drop)))
 
 
-def _explain(path: Path, plan: _Plan, label_column: str | None, prefixes: tuple[str, str]) -> str:
-    """Name everything that is at fault, and one line of options by which the table is read."""
-    from cpmm.reading.overrides import write_options
+def _say_the_rest(
+    error: TableError, path: Path, form: TextFormat, label_column: str | None, choice: Choice,
+    prefixes: tuple[str, str],
+) -> None:  # fmt: skip
+    """Follow an error of the header: raise one that names what is wrong with the columns, too."""
+    options = dict(error.options)
+    label = options.pop("label_column", label_column)
+    try:
+        read_table(path, replace(form, **options), label, choice, prefixes)
+    except TableError as rest:
+        options = {f"{prefixes[0]}{name}": value for name, value in error.options.items()}
+        said = f"{error.said}. Then, {rest.said.removeprefix(f'{path} ')}"
+        raise TableError(said, "", options | rest.options, f"{error.more}{rest.more}") from error
+    except ValueError:
+        pass
 
+
+def _explain(
+    path: Path, plan: _Plan, label_column: str | None, prefixes: tuple[str, str]
+) -> ValueError:
+    """Name everything that is at fault, and one line of options by which the table is read."""
     faults, said = plan.faults, []
     for kind, columns in faults.items():
         cells = {"gaps": lambda c: str(plan.gaps[c.name]), "a gap in every row": lambda c: ""}
@@ -531,40 +556,32 @@ def _explain(path: Path, plan: _Plan, label_column: str | None, prefixes: tuple[
             break
         amended = _Plan(columns, nameless, amended.amended())
     what = "; ".join(said) or "every column is left out"
-    if not amended.kept:
-        return (
+    if not amended.kept or amended.faults:
+        return ValueError(
             f"{path} has no column to train on: {what}; expected columns of numbers that vary (is "
             f"{prefixes[0]}delimiter right?)"
         )
-    old, new = plan.choice, amended.choice
-    values = {
-        name: getattr(new, name)
+    old, new, notes = plan.choice, amended.choice, []
+    options = {
+        f"{prefixes[1]}{name}": getattr(new, name)
         for name in ("drop", "missing", "constant", "text")
         if getattr(new, name) != getattr(old, name)
     }
-    options = write_options(prefixes[1], **values)
     if label is not None:
-        options = f"{write_options(prefixes[0], label_column=label.name)} {options}".strip()
-    notes = []
-    if label is not None:
+        options = {f"{prefixes[0]}label_column": label.name, **options}
         notes.append(f"if {label.name!r} is the class, which is told and not trained on")
-    if "missing" in values:
-        lost = int(amended.lost.sum())
-        n_rows = len(amended.rows)
-        notes.append(
-            f"missing=drop leaves out {lost} of {n_rows} rows, missing=impute takes medians"
-        )
-    if values.get("text") == "one_hot":
+    if new.missing != old.missing:
+        lost, n_rows = int(amended.lost.sum()), len(amended.rows)
+        notes.append(f"missing=drop leaves out {lost} of {n_rows} rows, impute takes medians")
+    if new.text != old.text == "refuse":
         notes.append("text=drop leaves text out")
     more = f" ({'; '.join(notes)})" if notes else ""
-    return (
-        f"{path} must hold finite numbers that vary. {'; '.join(said)}. To read it, set "
-        f"{options}{more}"
-    )
+    return TableError(f"{path} must hold finite numbers that vary: {what}", "", options, more)
 
 
 def _likely_label(plan: _Plan) -> _Column | None:
-    """A column of text that looks like the classes of the rows."""
+    """A column that looks like the classes of the rows."""
+    numbers = [column for column in plan.faults.get("gaps", ()) if _is_named_label(column)]
     texts = [
         column
         for column in plan.faults.get("text", ())
@@ -572,7 +589,14 @@ def _likely_label(plan: _Plan) -> _Column | None:
     ]
     named = [column for column in texts if column.name.casefold() in LABELS]
     ends = [c for c in texts if plan.every and c in (plan.every[0], plan.every[-1])]
-    return next(iter([*named, *ends[::-1]]), None)
+    return next(iter([*numbers, *named, *ends[::-1]]), None)
+
+
+def _is_named_label(column: _Column) -> bool:
+    """Whether a column of a few whole numbers is called as labels are."""
+    value = column.value[~np.isnan(column.value)]
+    few = len(np.unique(value)) <= MANY < len(value)
+    return column.name.casefold() in LABELS and few and bool((value == value.round()).all())
 
 
 def _counts(column: _Column) -> bool:

@@ -14,6 +14,7 @@ import gzip
 import io
 import lzma
 import re
+import shlex
 import warnings
 import zipfile
 import zlib
@@ -39,6 +40,21 @@ COMMA_NUMBER = re.compile(r"[+-]?\d*,\d+([eE][+-]?\d+)?", re.ASCII)
 THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(,\d{3})+", re.ASCII)
 SAMPLE = 1 << 20  # characters, from which the layout is found out
 DAMAGED = (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, gzip.BadGzipFile)
+
+
+class TableError(ValueError):
+    """What is wrong with a table, and options by which it is read.
+
+    Args:
+        said: What is wrong.
+        section: What the options are of: ``--`` for a command line, or the prefix of overrides.
+        options: By name, whole words such as ``data.text``, without ``section``.
+        more: What is to be known of them.
+    """
+
+    def __init__(self, said: str, section: str, options: dict[str, Any], more: str = "") -> None:
+        self.said, self.options, self.more = said, options, more
+        super().__init__(f"{said}; set {write_options(section, **options)}{more}")
 
 
 @dataclass(frozen=True)
@@ -214,6 +230,9 @@ class TextTable:
             body, n_first = [cells for cells, _ in rows], 0
         self.n_above = below + n_first
         width = Counter(map(len, body)).most_common(1)[0][0] if body else len(first)
+        self.begin = _begin([cells for cells, _ in rows], [end for _, end in rows], below)
+        if self.form.header is not None:
+            width = max(map(len, body), default=width)
         self._find_decimal(body)
         if self.form.header in ("none", "skip"):
             self.names = [f"x{m}" for m in range(width)]
@@ -283,21 +302,41 @@ class TextTable:
             names.insert(0, "")  # as R writes them
         elif len(names) == width + 1 and not names[-1]:
             names.pop()
-        elif body and len(names) != width and not (len(names) > width and len(body) == 1):
-            raise ValueError(
-                f"{self.path} is not text with as many fields in every row as in its header: the "
-                f"header has {len(names)}, {self._shown(names)}, and the rows below have {width}; "
-                "remove lines above the header, or, if it is no header, set "
-                f"{self.options(header='skip')}"
-            )
+        elif len(names) < width or (len(names) > width and self.delimiter == SPACE):
+            self._refuse_width(names, width)
         repeated = [name for name, n in Counter(names).items() if n > 1 and name]
         if repeated:
-            raise ValueError(
+            raise TableError(
                 f"{self.path} has more than one column named {self._shown(repeated)}: give each a "
-                f"name of its own, or set {self.options(header='skip')} to call them x0, x1, ..."
+                "name of its own, or call them x0, x1, ...",
+                self.prefix,
+                {"header": "skip"},
             )
-        self.nameless = {f"Unnamed: {m}" for m, name in enumerate(names) if not name}
-        self.names = [name or f"Unnamed: {m}" for m, name in enumerate(names)]
+        taken = set(names)
+        for m, name in enumerate(names):
+            if not name:  # as pandas calls them
+                names[m] = f"Unnamed: {m}{'.1' * (f'Unnamed: {m}' in taken)}"
+        self.nameless, self.names = set(names) - taken, names
+
+    def _refuse_width(self, names: list[str], width: int) -> None:
+        said = (
+            f"{self.path} is not text with as many fields in every row as in its header: the "
+            f"header has {len(names)}, {self._shown(names)}, and the rows below have {width}"
+        )
+        if self.begin is None:
+            raise ValueError(
+                f"{said}, not all of them: mend the file, or set {self.prefix}delimiter (now "
+                f"{self.delimiter!r})"
+            )
+        if self.begin > 2:
+            raise ValueError(
+                f"{said}; the table seems to begin in line {self.begin}: remove the lines above, "
+                f"tail -n +{self.begin} {shlex.quote(str(self.path))} > table.csv"
+            )
+        raise TableError(
+            f"{said}; complete the header, or, if it is none, leave it out", self.prefix,
+            {"header": "skip"},
+        )  # fmt: skip
 
     def _require_header(self, names: list[str], body: list[list[str]], width: int) -> None:
         if self.form.header == "names":
@@ -311,17 +350,20 @@ class TextTable:
             and not any(map(_is_number, names[2:]))
         ):
             label = {} if self.prefix == "--" else {"label_column": f"x{width - 1}"}
-            raise ValueError(
+            raise TableError(
                 f"{self.path} has a first line of scikit-learn's, {self._shown(names)}: numbers of "
-                "rows and columns, and classes, no names of columns; set "
-                f"{self.options(header='skip', **label)}"
+                "rows and columns, and classes, no names of columns",
+                self.prefix,
+                {"header": "skip", **label},
             )
         if _is_header(names, body) is None:
-            raise ValueError(
+            raise TableError(
                 f"the first row of {self.path} must name the columns: got {self._shown(names)}, "
-                f"which look like data; add a header, or set {self.options(header='none', **label)}"
-                f" (columns are then x0 to x{width - 1}); if they are names, "
-                f"{self.options(header='names')}"
+                "which look like data; add a header, or call the columns x0 to "
+                f"x{width - 1}",
+                self.prefix,
+                {"header": "none", **label},
+                f" (if they are names: {self.options(header='names')})",
             )
 
     def _shown(self, names: Sequence[str]) -> str:
@@ -401,10 +443,20 @@ def _member(path: Path, archive: zipfile.ZipFile) -> str:
     return names[0]
 
 
+def _begin(rows: list[list[str]], ends: list[int], above: int) -> int | None:
+    """The line, from 1, from which all rows have as many cells, two or more; None if none is."""
+    width, start = len(rows[-1]), len(rows)
+    while start > 0 and len(rows[start - 1]) == width:
+        start -= 1
+    if width < 2 or len(rows) - start < max(2, len(rows) / 2):
+        return None
+    return above + (ends[start - 1] if start else 0) + 1
+
+
 def _split(lines: Sequence[str], delimiter: str) -> list[tuple[list[str], int]]:
     """Cells of each row that is not blank, and at which line it ends, counted from 1."""
     if delimiter == SPACE:
-        pattern = re.compile(r'"(?:[^"]|"")*"|\S+')
+        pattern = re.compile(r'"(?:[^"]|"")*"(?=\s|$)|\S+')
         rows = [
             ([cell.strip('"') for cell in pattern.findall(line)], i + 1)
             for i, line in enumerate(lines)
@@ -433,7 +485,8 @@ def _likeliest(lines: Sequence[str], name: str) -> str:
         cells = [cell.strip() for row in body[:50] for cell in row[:1000]]
         share = sum(_is_number(c) or bool(COMMA_NUMBER.fullmatch(c)) for c in cells) / len(cells)
         exact, regular = len(rows[0]) == width, n / len(body)
-        near = delimiter in ("\t", SPACE) and len(rows[0]) == width - 1
+        r_wrote = delimiter in ("\t", SPACE) or (lines[0][0] == '"' and lines[1][:1] == '"')
+        near = r_wrote and len(rows[0]) == width - 1
         scores[delimiter] = ((2 * exact + near) * (regular > 0.8), round(regular, 1), share)
     return max(scores, key=lambda delimiter: scores[delimiter], default=",")
 

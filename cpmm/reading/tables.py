@@ -123,6 +123,17 @@ def read_table(
         FileNotFoundError: If there is no such file.
     """
     try:
+        return _read_table(path, form, label_column, choice, prefixes)
+    except TableError as error:
+        raise ValueError(str(error)) from error
+
+
+def _read_table(
+    path: Path, form: TextFormat, label_column: str | None, choice: Choice,
+    prefixes: tuple[str, str],
+) -> Table:  # fmt: skip
+    """As :func:`read_table`, with errors whose options can be followed."""
+    try:
         text = TextTable(path, form, prefixes[0])
     except TableError as error:
         _say_the_rest(error, path, form, label_column, choice, prefixes)
@@ -130,15 +141,16 @@ def read_table(
     wanted = _wanted(text, label_column, choice, prefixes)
     ((frame, _),) = text.frames(raw=label_column)
     columns = [_inspect(name, frame[name], text.decimal) for name in wanted]
-    empty = {c.name for c in columns if c.name in text.nameless and np.isnan(c.value).all()}
-    columns = [column for column in columns if column.name not in empty]
+    n_before = len(columns)
+    while columns and columns[-1].name in text.nameless and np.isnan(columns[-1].value).all():
+        columns.pop()  # of a comma at the end of each line
     plan = _Plan(columns, text.nameless - set(choice.columns or ()), choice)
     if plan.faults or not plan.kept:
         raise _explain(path, plan, label_column, prefixes)
     found = [f"{path.name}: {len(frame)} rows and {len(text.names)} columns", *text.found]
     found += plan.describe()
-    if empty:
-        found.append("a column without name or values left out")
+    if len(columns) < n_before:
+        found.append("empty ends of lines left out")
     doubts = [
         f"column {c.name!r} counts the rows: if it is an index, leave it out, "
         f"{text.options(**{'drop': [*choice.drop, c.name]}).replace(prefixes[0], prefixes[1])}"
@@ -193,7 +205,10 @@ class FeatureReader:
         batch_size: int | None = None, prefix: str = "--",
     ) -> None:  # fmt: skip
         self.path, self.columns, self.batch_size = path, columns, batch_size
-        self.text = TextTable(path, form, prefix)
+        try:
+            self.text = TextTable(path, form, prefix)
+        except TableError as error:
+            raise ValueError(str(error)) from error
         origin = {
             feature: column
             for column in columns.categories or ()
@@ -355,7 +370,8 @@ def _wanted(
                 f"(delimiter {text.delimiter!r})"
             )
     taken = known if choice.columns is None else set(choice.columns)
-    wanted = [n for n in text.names if n in taken - set(choice.drop) - {label_column}]
+    taken = taken - set(choice.drop) - {label_column}
+    wanted = [name for name in text.names if name in taken]
     if label_column in choice.drop:
         raise ValueError(
             f"{prefixes[1]}drop names {label_column!r}, which is {prefixes[0]}label_column, and no "
@@ -372,13 +388,10 @@ def _wanted(
 def _inspect(name: str, series: pd.Series, decimal: str, as_text: bool = False) -> _Column:
     """Find out of what kind a column is."""
     if pd.api.types.is_bool_dtype(series):
-        return _Column(
-            name, "booleans", series.to_numpy(float), example=f"{series[0]!s:.40} in row 1"
-        )
+        example = f"{str(series.iloc[0])!r} in row 1"
+        return _Column(name, "booleans", series.to_numpy(float), example=example)
     if pd.api.types.is_numeric_dtype(series) and not as_text:
-        value = series.to_numpy(float)
-        usable = np.abs(value) <= LARGEST
-        return _Column(name, "numbers", value if usable.all() else np.where(usable, value, np.nan))
+        return _numbers(name, series.to_numpy(float))
     texts = series.map(str, na_action="ignore").astype(object).str.strip()
     code, every = pd.factorize(texts)
     words = pd.Series([str(word) for word in every], dtype=object)
@@ -388,8 +401,7 @@ def _inspect(name: str, series: pd.Series, decimal: str, as_text: bool = False) 
     folded = words.str.casefold()
     gap = folded.isin(GAPS_AMONG_NUMBERS).to_numpy()
     if (is_number | gap).all() and not as_text:
-        number = np.where(np.abs(number) <= LARGEST, number, np.nan)
-        return _Column(name, "numbers", np.append(number, np.nan)[code])
+        return _numbers(name, np.append(number, np.nan)[code])
     truth = folded.isin(("true", "yes"))
     odd = np.append(~gap if as_text else ~(is_number | gap), False)[code]
     first = int(odd.argmax())
@@ -402,6 +414,17 @@ def _inspect(name: str, series: pd.Series, decimal: str, as_text: bool = False) 
     value = np.array([*map(place.get, words), np.nan], float)[code]
     kind = _kind_of(words, code, is_number)
     return _Column(name, kind, value, tuple(categories), example)
+
+
+def _numbers(name: str, value: np.ndarray) -> _Column:
+    """A column of numbers, (N,); what is too large for float32 is a gap."""
+    usable = np.abs(value) <= LARGEST
+    if usable.all():
+        return _Column(name, "numbers", value)
+    far = ~usable & ~np.isnan(value)
+    row = int(far.argmax())
+    example = f"{value[row]:g} in row {row + 1}" if far.any() else ""
+    return _Column(name, "numbers", np.where(usable, value, np.nan), example=example)
 
 
 def _kind_of(words: pd.Series, code: np.ndarray, is_number: np.ndarray) -> str:
@@ -514,7 +537,7 @@ class _Plan:
             choice = replace(choice, missing="drop" if few else "impute")
         if {"constant", "empty"} & self.faults.keys():
             choice = replace(choice, constant="drop")
-        return replace(choice, drop=list(dict.fromkeys(drop)))
+        return replace(choice, drop=tuple(dict.fromkeys(drop)))
 
 
 def _say_the_rest(
@@ -525,7 +548,7 @@ def _say_the_rest(
     options = dict(error.options)
     label = options.pop("label_column", label_column)
     try:
-        read_table(path, replace(form, **options), label, choice, prefixes)
+        _read_table(path, replace(form, **options), label, choice, prefixes)
     except TableError as rest:
         options = {f"{prefixes[0]}{name}": value for name, value in error.options.items()}
         said = f"{error.said}. Then, {rest.said.removeprefix(f'{path} ')}"
@@ -540,8 +563,11 @@ def _explain(
     """Name everything that is at fault, and one line of options by which the table is read."""
     faults, said = plan.faults, []
     for kind, columns in faults.items():
-        cells = {"gaps": lambda c: str(plan.gaps[c.name]), "a gap in every row": lambda c: ""}
-        tell = cells.get(kind, lambda c: c.example if c.is_text else "")
+        tell = (
+            _tell_gaps
+            if "gap" in kind or kind == "empty"
+            else lambda c: c.example if c.is_text else ""
+        )
         if kind in ("text", "identifiers"):
             tell = lambda c: f"{len(c.categories)} different, {c.example}"  # noqa: E731
         named = [f"{c.name[:40]!r} ({tell(c)})" if tell(c) else repr(c.name[:40]) for c in columns]
@@ -561,11 +587,11 @@ def _explain(
             f"{path} has no column to train on: {what}; expected columns of numbers that vary (is "
             f"{prefixes[0]}delimiter right?)"
         )
-    old, new, notes = plan.choice, amended.choice, []
+    old, new, notes = replace(plan.choice, drop=tuple(plan.choice.drop)), amended.choice, []
     options = {
-        f"{prefixes[1]}{name}": getattr(new, name)
+        f"{prefixes[1]}{name}": list(value) if name == "drop" else value
         for name in ("drop", "missing", "constant", "text")
-        if getattr(new, name) != getattr(old, name)
+        if (value := getattr(new, name)) != getattr(old, name)
     }
     if label is not None:
         options = {f"{prefixes[0]}label_column": label.name, **options}
@@ -577,6 +603,13 @@ def _explain(
         notes.append("text=drop leaves text out")
     more = f" ({'; '.join(notes)})" if notes else ""
     return TableError(f"{path} must hold finite numbers that vary: {what}", "", options, more)
+
+
+def _tell_gaps(column: _Column) -> str:
+    """How many cells are no numbers, and where the first is, or one that is too large."""
+    gap = np.isnan(column.value)
+    where = column.example if not column.is_text else ""
+    return f"{gap.sum()}, {f'such as {where}' if where else f'first in row {gap.argmax() + 1}'}"
 
 
 def _likely_label(plan: _Plan) -> _Column | None:
@@ -594,9 +627,11 @@ def _likely_label(plan: _Plan) -> _Column | None:
 
 def _is_named_label(column: _Column) -> bool:
     """Whether a column of a few whole numbers is called as labels are."""
+    if column.name.casefold() not in LABELS or column.kind != "numbers":
+        return False
     value = column.value[~np.isnan(column.value)]
     few = len(np.unique(value)) <= MANY < len(value)
-    return column.name.casefold() in LABELS and few and bool((value == value.round()).all())
+    return few and bool((value == value.round()).all())
 
 
 def _counts(column: _Column) -> bool:

@@ -113,7 +113,9 @@ class TextTable:
             raw: A column that is text, gaps too.
         """
         kinds = dict.fromkeys([*texts, *([] if raw is None else [raw])], str)
-        gaps = {name: [] if name == raw else list(GAPS) for name in self.names}
+        gaps = list(GAPS)
+        if raw is not None:
+            gaps = {name: [] if name == raw else list(GAPS) for name in self.names}
         n_before = 0
         with self._reworded(lambda: n_before), _open(self.path) as (file, unpacked):
             text = io.TextIOWrapper(unpacked, self.encoding, newline="")
@@ -230,7 +232,7 @@ class TextTable:
             body, n_first = [cells for cells, _ in rows], 0
         self.n_above = below + n_first
         width = Counter(map(len, body)).most_common(1)[0][0] if body else len(first)
-        self.begin = _begin([cells for cells, _ in rows], [end for _, end in rows], below)
+        self.begin = _begin(rows, below)
         if self.form.header is not None:
             width = max(map(len, body), default=width)
         self._find_decimal(body)
@@ -328,10 +330,11 @@ class TextTable:
                 f"{said}, not all of them: mend the file, or set {self.prefix}delimiter (now "
                 f"{self.delimiter!r})"
             )
-        if self.begin > 2:
+        line, is_header = self.begin
+        if line > 2 or is_header:
             raise ValueError(
-                f"{said}; the table seems to begin in line {self.begin}: remove the lines above, "
-                f"tail -n +{self.begin} {shlex.quote(str(self.path))} > table.csv"
+                f"{said}; the table seems to begin in line {line}: remove the lines above, "
+                f"tail -n +{line} {shlex.quote(str(self.path))} > table.csv"
             )
         raise TableError(
             f"{said}; complete the header, or, if it is none, leave it out", self.prefix,
@@ -443,14 +446,21 @@ def _member(path: Path, archive: zipfile.ZipFile) -> str:
     return names[0]
 
 
-def _begin(rows: list[list[str]], ends: list[int], above: int) -> int | None:
-    """The line, from 1, from which all rows have as many cells, two or more; None if none is."""
-    width, start = len(rows[-1]), len(rows)
-    while start > 0 and len(rows[start - 1]) == width:
+def _begin(rows: list[tuple[list[str], int]], above: int) -> tuple[int, bool] | None:
+    """Where a table begins within a file.
+
+    Returns:
+        The line, from 1, from which all rows have as many cells, two or more, and whether it names
+        the columns; None if there is none.
+    """
+    cells = [row for row, _ in rows]
+    width, start = len(cells[-1]), len(rows)
+    while start > 0 and len(cells[start - 1]) == width:
         start -= 1
     if width < 2 or len(rows) - start < max(2, len(rows) / 2):
         return None
-    return above + (ends[start - 1] if start else 0) + 1
+    line = above + (rows[start - 1][1] if start else 0) + 1
+    return line, bool(_is_header(cells[start], cells[start + 1 :]))
 
 
 def _split(lines: Sequence[str], delimiter: str) -> list[tuple[list[str], int]]:
@@ -509,7 +519,7 @@ def _is_header(first: Sequence[str], body: Sequence[Sequence[str]]) -> bool | No
     below = list(zip(*(cells for cells in body[:50] if len(cells) >= len(first)), strict=False))
     below = below if len(below) >= len(first) else [("0",)] * len(first)
     number = [m for m, cell in enumerate(first) if _is_number(cell)]
-    named = [m for m, c in enumerate(first) if c not in GAPS and m not in number]
+    named = [m for m, cell in enumerate(first) if cell not in GAPS and not _is_number(cell)]
     if not number or any(_numbers(below[m]) for m in named):
         return True
     if not named:  # 0, 1, 2 are names, but in a table that goes on with 3, 4, 5
@@ -524,7 +534,7 @@ def _is_header(first: Sequence[str], body: Sequence[Sequence[str]]) -> bool | No
 def _names_rows(body: Sequence[Sequence[str]], delimiter: str) -> bool:
     """Whether the first cells look like names of the rows: all different, 1, 2, ... or text."""
     firsts = [cells[0].strip() for cells in body if cells]
-    if len(set(firsts)) < len(firsts) or not firsts:
+    if len(set(firsts)) < len(firsts) or not firsts or "" in firsts:
         return False
     counted = firsts in (
         [str(n) for n in range(len(firsts))],

@@ -386,7 +386,7 @@ def test_points_are_read_as_they_were_trained_on(tmp_path):
     [
         ("Torgersen", "Cormorant", "has 'Cormorant' in row 1: the mixture knows Biscoe, Dream"),
         ("39.1", "much", "column 'bill' of {path} must hold finite numbers: got 'much' in row 1"),
-        ("39.1", "", "column 'bill' of {path} must hold finite numbers: got none in row 1"),
+        ("39.1", "", "column 'bill' of {path} must hold finite numbers: got a gap in row 1"),
         (",no,", ",2,", "column 'flag' of {path} must hold true and false, or 1 and 0"),
         ("bill", "beak", "lacks 1 of the mixture's 3 features: bill; its header has"),
     ],

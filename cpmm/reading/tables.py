@@ -236,7 +236,9 @@ class FeatureReader:
                 for feature, value in self._values(column, n_before).items():
                     if feature in self.place:
                         x[:, self.place[feature]] = value
-            yield self._complete(x, n_before), done
+            if self.columns.fill is not None:
+                x = np.where(np.isnan(x), self.columns.fill, x)
+            yield x, done
             n_before += len(frame)
 
     def read(self) -> np.ndarray:
@@ -251,12 +253,14 @@ class FeatureReader:
         name, known = column.name, self._texts.get(column.name)
         if known is not None:
             strange = [c for c in column.categories if c not in known]
-            if strange:
-                row = int((column.value == column.categories.index(strange[0])).argmax())
+            gap = np.isnan(column.value)
+            if strange or (gap.any() and self.columns.fill is None):
+                is_it = column.value == column.categories.index(strange[0]) if strange else gap
+                got = repr(strange[0]) if strange else "a gap"
                 raise ValueError(
-                    f"column {name!r} of {self.path} has {strange[0]!r} in row "
-                    f"{n_before + row + 1}: the mixture knows {some(known, 10)} alone; leave such "
-                    "rows out, or train on data that have it"
+                    f"column {name!r} of {self.path} has {got} in row "
+                    f"{n_before + int(is_it.argmax()) + 1}: the mixture knows {some(known, 10)} "
+                    "alone; leave such rows out, or train on data that have it"
                 )
             index = np.array([known.index(c) for c in column.categories] + [np.nan])
             value = np.where(np.isnan(column.value), len(index) - 1, column.value).astype(int)
@@ -265,29 +269,20 @@ class FeatureReader:
         is_number = column.kind == "numbers" and (
             not is_boolean or np.isin(column.value, (0, 1, np.nan)).all()
         )
-        if column.kind != ("booleans" if is_boolean else "numbers") and not is_number:
-            wanted = "true and false, or 1 and 0" if is_boolean else "finite numbers"
+        gap = np.isnan(column.value)
+        strange = column.kind != ("booleans" if is_boolean else "numbers") and not is_number
+        if strange or (self.columns.fill is None and gap.any()):
             cell, _, row = column.example.rpartition(" in row ")
+            if not strange and not cell:
+                cell, row = "a gap", str(gap.argmax() + 1)
             at = f"got {cell} in row {int(row) + n_before}" if row else "got other numbers"
+            wanted = "true and false, or 1 and 0" if is_boolean else "finite numbers"
+            remedy = "" if strange else "; leave such rows out, or train with data.missing=impute"
             raise ValueError(
                 f"column {name!r} of {self.path} must hold {wanted}: {at} (row 1 follows the "
-                "header)"
+                f"header){remedy}"
             )
         return {name: column.value}
-
-    def _complete(self, x: np.ndarray, n_before: int) -> np.ndarray:
-        if self.columns.fill is not None:
-            return np.where(np.isfinite(x), x, self.columns.fill)
-        bad = ~np.isfinite(x)
-        if bad.any():
-            row, m = np.argwhere(bad)[0]
-            name = [*self.place][m]
-            raise ValueError(
-                f"column {name!r} of {self.path} must hold finite numbers: got none in row "
-                f"{n_before + row + 1} (row 1 follows the header): leave such rows out, or train "
-                "with data.missing=impute"
-            )
-        return x
 
 
 def complete_splits(

@@ -114,6 +114,11 @@ def test_the_delimiter_is_found_out(delimiter, found, tmp_path):
         [f"fields between {found}"] if found else []
     )
     assert read(path, delimiter=delimiter).x.tolist() == table.x.tolist()
+    if delimiter != " ":  # a first cell that is empty is not skipped
+        gaps = PLAIN.assign(z="u").where(PLAIN["a"] > 0)
+        path = write(tmp_path, gaps.to_csv(index=False, sep=delimiter))
+        x = read(path, None, Choice(missing="impute", text="drop")).x
+        np.testing.assert_array_equal(x, gaps[["a", "b"]])
 
 
 @pytest.mark.parametrize("delimiter", [";", "\t", "|"])

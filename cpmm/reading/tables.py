@@ -17,7 +17,7 @@ import pandas as pd
 from cpmm.columns import Columns
 from cpmm.reading.arrays import LARGEST
 from cpmm.reading.labels import describe_labels, index_classes
-from cpmm.reading.text import GAPS_AMONG_NUMBERS, TableError, TextFormat, TextTable, some
+from cpmm.reading.text import GAPS, GAPS_AMONG_NUMBERS, TableError, TextFormat, TextTable, some
 
 MOST_CATEGORIES = 50  # of a column of text; more of them are an identifier
 MANY = 20  # columns that are named in an option; of more, an option drops the whole kind
@@ -388,6 +388,7 @@ def _inspect(name: str, series: pd.Series, decimal: str, as_text: bool = False) 
     if pd.api.types.is_numeric_dtype(series) and not as_text:
         return _numbers(name, series.to_numpy(float))
     texts = series.map(str, na_action="ignore").astype(object).str.strip()
+    texts = texts.mask(texts.isin(GAPS))  # with spaces around them
     code, every = pd.factorize(texts)
     words = pd.Series([str(word) for word in every], dtype=object)
     as_numbers = words.str.replace(",", ".", regex=False) if decimal == "," else words

@@ -125,7 +125,8 @@ class TextTable:
                 options: dict[str, Any] = {
                     "sep": r"\s+" if self.delimiter == SPACE else self.delimiter,
                     "header": None, "names": self.names, "index_col": False, "dtype": kinds,
-                    "keep_default_na": False, "na_values": gaps, "skipinitialspace": True,
+                    "keep_default_na": False, "na_values": gaps,
+                    "skipinitialspace": self.delimiter != "\t",  # an empty first cell is no space
                     "decimal": self.decimal, "low_memory": False, "engine": "c",
                 }  # fmt: skip
                 if n_rows is None:
@@ -279,7 +280,7 @@ class TextTable:
         commas = []
         for column in zip(*(cells for cells in body if len(cells) == len(body[0])), strict=True):
             cells = [cell for cell in map(str.strip, column) if cell not in GAPS]
-            if any("," not in cell and "." in cell and NUMBER.fullmatch(cell) for cell in cells):
+            if all(map(_is_number, cells)) and any("." in cell for cell in cells):
                 return
             if all(COMMA_NUMBER.fullmatch(cell) or cell.lstrip("+-").isdecimal() for cell in cells):
                 commas += [cell for cell in cells if "," in cell]
@@ -484,20 +485,23 @@ def _likeliest(lines: Sequence[str], name: str) -> str:
     if ".tsv" in name.lower():
         order = ["\t", ",", ";", "|", SPACE]
     for delimiter in order:
+        if delimiter == SPACE and any(score[0] for score in scores.values()):
+            continue  # tabs are white space, too, and spaces follow commas
         try:
             rows = [cells for cells, _ in _split(lines, delimiter)]
         except csv.Error:
             continue
         body = rows[1:] or rows
         width, n = Counter(map(len, body)).most_common(1)[0] if rows else (0, 0)
-        if max(width, len(rows[0]) if rows else 0) < 2:
+        if width < 2:
             continue
-        cells = [cell.strip() for row in body[:50] for cell in row[:1000]]
-        share = sum(_is_number(c) or bool(COMMA_NUMBER.fullmatch(c)) for c in cells) / len(cells)
+        cells = [cell.strip() for row in body[:50] for cell in row[:1000] if cell.strip()]
+        share = sum(_is_number(c) or bool(COMMA_NUMBER.fullmatch(c)) for c in cells)
+        share /= max(1, len(cells))
         exact, regular = len(rows[0]) == width, n / len(body)
         r_wrote = delimiter in ("\t", SPACE) or (lines[0][0] == '"' and lines[1][:1] == '"')
         near = r_wrote and len(rows[0]) == width - 1
-        scores[delimiter] = ((2 * exact + near) * (regular > 0.8), round(regular, 1), share)
+        scores[delimiter] = ((2 * exact + near) * (regular > 0.8), round(regular, 2), share)
     return max(scores, key=lambda delimiter: scores[delimiter], default=",")
 
 

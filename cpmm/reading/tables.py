@@ -21,6 +21,7 @@ from cpmm.reading.text import GAPS, GAPS_AMONG_NUMBERS, TableError, TextFormat, 
 
 MOST_CATEGORIES = 50  # of a column of text; more of them are an identifier
 MANY = 20  # columns that are named in an option; of more, an option drops the whole kind
+FEW = 0.05  # of the rows, that may rather be left out than filled
 BOOLEANS = ({"true", "false"}, {"yes", "no"})  # true is 1, and yes
 LABELS = {"class", "label", "target", "species", "diagnosis", "outcome", "category", "y"}
 MONTH = r"(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*"
@@ -529,7 +530,7 @@ class _Plan:
                     choice = replace(choice, text="one_hot")
         drop += [c.name for c in self.faults.get("without a name", ())]
         if "gaps" in self.faults or "a gap in every row" in self.faults:
-            few = self.lost.mean() <= 0.05
+            few = self.lost.mean() <= FEW
             choice = replace(choice, missing="drop" if few else "impute")
         if {"constant", "empty"} & self.faults.keys():
             choice = replace(choice, constant="drop")
@@ -576,7 +577,12 @@ def _explain(
     for _ in range(4):
         if not amended.faults:
             break
-        amended = _Plan(columns, nameless, amended.amended())
+        choice = amended.amended()
+        if plan.choice.missing == "refuse" and choice.missing == "drop":
+            # With columns of text that are encoded, more rows may have gaps.
+            few = _Plan(columns, nameless, choice).lost.mean() <= FEW
+            choice = replace(choice, missing="drop" if few else "impute")
+        amended = _Plan(columns, nameless, choice)
     what = "; ".join(said) or "every column is left out"
     if not amended.kept or amended.faults:
         return ValueError(

@@ -499,7 +499,7 @@ def _likeliest(lines: Sequence[str], name: str) -> str:
         share = sum(_is_number(c) or bool(COMMA_NUMBER.fullmatch(c)) for c in cells)
         share /= max(1, len(cells))
         exact, regular = len(rows[0]) == width, n / len(body)
-        r_wrote = delimiter in ("\t", SPACE) or (lines[0][0] == '"' and lines[1][:1] == '"')
+        r_wrote = delimiter in ("\t", SPACE) or all(line[0] == '"' for line in lines[:2])
         near = r_wrote and len(rows[0]) == width - 1
         scores[delimiter] = ((2 * exact + near) * (regular > 0.8), round(regular, 2), share)
     return max(scores, key=lambda delimiter: scores[delimiter], default=",")

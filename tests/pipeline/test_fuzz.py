@@ -412,6 +412,7 @@ def test_any_table_is_read_right_or_named(size, tmp_path):
         path.write_bytes(data)
         form = {"delimiter": delimiter, "decimal": "."}
         options = CSV | {"path": str(path), "label_column": label_column, **form}
+        outcome("csv", lambda: read_source(options | {"delimiter": None}), str(path))
         source = outcome("csv", lambda: read_source(options), str(path))
         if source is None:
             return

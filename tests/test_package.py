@@ -29,6 +29,7 @@ NEEDS = {
     "cpmm/baselines/": "train",
     "cpmm/cli/": "cli",
     "cpmm/figures.py": "cli",
+    "cpmm/fonts.py": "cli",
     "cpmm/pipeline/sweeps/": "sweep",
     "cpmm/reading/": "cli",
     "cpmm/pipeline/": "workflow",

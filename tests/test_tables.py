@@ -188,6 +188,7 @@ def test_archives_of_several_files_and_workbooks_are_named(tmp_path):
         ("3,2,u,v,w\n5,1,0\n4,2,1\n3,3,2\n", ("x0", "x1"), "first line of scikit-learn's"),
         ("a,b,a\n1,2,3\n4,5,7\n", ("x0", "x1", "x2"), "more than one column named 'a'"),
         ("about this\na,b\n1,2\n3,4\n5,6\n", None, "tail -n +2"),
+        ("/* of it, all, */\n<1947,Q1>\na,b\n1,2\n3,4\n5,6\n", None, "tail -n +3"),
         (",a\n0,5\n1,7\n", ("a",), "without a name: 'Unnamed: 0'"),
         ("a b\nr1 1 2\nr2 3 4\n", ("a", "b"), "without a name: 'Unnamed: 0'"),
     ],
@@ -197,7 +198,8 @@ def test_headers_that_are_none_are_read_by_what_the_error_says(text, names, said
     if names is None:
         with pytest.raises(ValueError, match=re.escape(said)) as caught:
             read(path)
-        write(tmp_path, text.partition("\n")[2], "table.csv")  # what `tail` does
+        lines = text.splitlines(keepends=True)[int(said[-1]) - 1 :]
+        write(tmp_path, "".join(lines), "table.csv")  # what `tail` does
         assert f"{path} > table.csv" in str(caught.value)
         assert read(tmp_path / "table.csv").feature_names == ("a", "b")
         return

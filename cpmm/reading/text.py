@@ -305,7 +305,9 @@ class TextTable:
             names.insert(0, "")  # as R writes them
         elif len(names) == width + 1 and not names[-1]:
             names.pop()
-        elif len(names) < width or (len(names) > width and self.delimiter == SPACE):
+        elif len(names) < width or (
+            len(names) > width and not any(len(cells) == len(names) for cells in body)
+        ):
             self._refuse_width(names, width)
         repeated = [name for name, n in Counter(names).items() if n > 1 and name]
         if repeated:
@@ -460,6 +462,13 @@ def _begin(rows: list[tuple[list[str], int]], above: int) -> tuple[int, bool] | 
         start -= 1
     if width < 2 or len(rows) - start < max(2, len(rows) / 2):
         return None
+    rest = cells[start + 2 :]
+    if (
+        rest
+        and not any(map(_is_number, cells[start + 1]))
+        and any(map(_numbers, zip(*rest[:50], strict=True)))
+    ):
+        start += 1  # the names of the columns come second
     line = above + (rows[start - 1][1] if start else 0) + 1
     return line, bool(_is_header(cells[start], cells[start + 1 :]))
 

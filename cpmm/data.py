@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from cpmm.columns import Columns
 from cpmm.preprocessing import Augmentation, Preprocessing
 from cpmm.seeds import seeded_generator
 
@@ -33,6 +34,7 @@ class DataSplits:
         image_shape: (channels, height, width), None for tables.
         feature_names: M of them.
         class_names: Names of the classes, by index.
+        columns: How the features came about, of a table written as text.
     """
 
     raw: dict[str, Tensor]
@@ -43,6 +45,7 @@ class DataSplits:
     image_shape: tuple[int, int, int] | None
     feature_names: tuple[str, ...]
     class_names: tuple[str, ...]
+    columns: Columns = field(default_factory=Columns)
 
     @property
     def n_features(self) -> int:

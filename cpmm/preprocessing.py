@@ -94,8 +94,9 @@ class Preprocessing:
         m = raw.shape[1]
         plain = cls(levels, None if levels is None else alpha, (0.0,) * m, (1.0,) * m, map)
         z, _ = plain.forward(plain.dequantize(raw, generator))
-        spread = z.std(0)
-        usable = spread > 1e-12 * (1 + z.abs().amax(0))  # False for NaN too
+        spread, size = z.std(0), z.abs().amax(0)
+        # By distinct values, whatever their size; less than 1e-14 of it is rounding. NaN is idle.
+        usable = (z.amax(0) > z.amin(0)) & (spread > 1e-14 * size) & size.isfinite()
         if not bool(usable.all()):
             idle = (~usable).nonzero().flatten().tolist()
             names = [feature_names[i] if feature_names else str(i) for i in idle[:5]]

@@ -31,6 +31,7 @@ NEEDS = {
     "cpmm/figures.py": "cli",
     "cpmm/fonts.py": "cli",
     "cpmm/pipeline/sweeps/": "sweep",
+    "cpmm/reading/": "cli",
     "cpmm/pipeline/": "workflow",
     "cpmm/": "train",
     "workflows/": "sweep",

@@ -283,3 +283,16 @@ def test_negative_augmentation_raises(options):
 def test_augmentation_of_images_on_a_table_raises(options):
     with pytest.raises(ValueError, match="need images, this data set is a table"):
         Augmentation(**options)
+
+
+def test_tiny_values_vary_and_one_value_does_not():
+    raw = torch.randn(50, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    raw *= torch.tensor([1e-13, 1.0])
+    fitted = Preprocessing.fit(raw, None, None, "feature", torch.Generator())
+    z, log_det = fitted.forward(raw)
+    torch.testing.assert_close(z.std(0), torch.ones(2, dtype=torch.float64))
+    assert float(log_det[0]) == pytest.approx(-raw.std(0).log().sum().item())
+    for value in (7.0, 1e-13, 0.1):
+        raw[:, 0] = value
+        with pytest.raises(ValueError, match="1 of 2 features have no variance"):
+            Preprocessing.fit(raw, None, None, "feature", torch.Generator())

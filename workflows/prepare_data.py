@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,29 +17,36 @@ if TYPE_CHECKING:
 
     from cpmm.data import DataSplits
     from cpmm.elementwise import ElementwiseMap
+    from cpmm.pipeline.artifacts.sources import Source
 
 
 def main(folder: Path, config: Config) -> str:
     """Write ``prepared`` for a preset."""
     import torch
 
+    from cpmm.columns import Columns
     from cpmm.data import SPLITS, DataSplits, describe_split, split_indices
-    from cpmm.pipeline.artifacts.sources import read_source
+    from cpmm.pipeline.artifacts.sources import read_source, source_options
     from cpmm.pipeline.artifacts.store import save_prepared
     from cpmm.pipeline.scores.sizes import check_sizes
     from cpmm.preprocessing import Augmentation, Preprocessing
     from cpmm.seeds import seeded_generator
 
     options = config["data"]
-    source = read_source({"source": options["source"], **options["options"]})
+    source = read_source(source_options(options))
     check_digests(options, "data", f"compose@{config['name']}")
+    if source.found:
+        print(f"prepare_data | {' | '.join(source.found)}", flush=True)
+    for doubt in source.doubts:
+        print(f"prepare_data: warning: {doubt}", flush=True)
     raw = torch.from_numpy(source.x)
     sizes = pick(options, "n_train", "n_validation", "n_test")
     sizes |= {"n": len(raw), "official_test": source.official_test}
-    for line in (describe_split(**sizes), *source.notes):
-        print(f"prepare_data | {line}", flush=True)
+    print(f"prepare_data | {describe_split(**sizes)}", flush=True)
     index = split_indices(**sizes, seed=options["split_seed"])
     raw, label = {split: raw[index[split]] for split in SPLITS}, None
+    if source.columns is not None:
+        raw, source = _complete(raw, source, options)
     if source.label is not None:
         label = {split: torch.from_numpy(source.label)[index[split]] for split in SPLITS}
     learned = _fit_map(raw["train"], raw["validation"], source.levels, options)
@@ -51,6 +59,7 @@ def main(folder: Path, config: Config) -> str:
         raw, label, preprocessing,
         Augmentation(**options["augmentation"], image_shape=source.image_shape),
         options["noise_seed"], source.image_shape, source.feature_names, source.class_names,
+        source.columns or Columns(),
     )  # fmt: skip
     check_sizes(config, data, ood=True)  # before anything is trained
     fingerprint = fingerprint_prepared(config)
@@ -59,6 +68,24 @@ def main(folder: Path, config: Config) -> str:
     publish(scratch, "prepared", folder / "prepared")
     sizes = ", ".join(f"{len(index[split])} {split}" for split in SPLITS)
     return f"{sizes} points, {_describe(data)} -> {folder / 'prepared'}"
+
+
+def _complete(
+    raw: dict[str, Tensor], source: Source, options: Config
+) -> tuple[dict[str, Tensor], Source]:
+    """Fill gaps of a table, and see to columns of one value, by its training split; say what."""
+    import torch
+
+    from cpmm.reading.tables import complete_splits
+
+    parts, names, columns, done = complete_splits(
+        {split: part.numpy() for split, part in raw.items()}, source.feature_names, source.columns,
+        **pick(options, "missing", "constant"),
+    )  # fmt: skip
+    for said in done:
+        print(f"prepare_data | {said}", flush=True)
+    raw = {split: torch.from_numpy(part) for split, part in parts.items()}
+    return raw, replace(source, feature_names=names, columns=columns)
 
 
 def _describe(data: DataSplits) -> str:

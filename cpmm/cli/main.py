@@ -210,11 +210,11 @@ def _apply(fitted: FittedMixture, arguments: argparse.Namespace, function: Any) 
     import torch
 
     from cpmm.cli.points import PointReader, progress_bar
+    from cpmm.reading.text import TextFormat
     from cpmm.seeds import seeded_generator
 
-    reader = PointReader(
-        arguments.points, fitted, arguments.batch_size, arguments.delimiter, arguments.axes
-    )
+    form = TextFormat(arguments.delimiter, arguments.decimal, arguments.encoding, arguments.header)
+    reader = PointReader(arguments.points, fitted, arguments.batch_size, form, arguments.axes)
     generator = seeded_generator(arguments.seed, device=arguments.device)
     n = 0
     with progress_bar(arguments.points.name, reader.total) as advance:
@@ -282,13 +282,19 @@ def _parser() -> argparse.ArgumentParser:
         ("predict", predict, "cluster of each point"),
     ):
         added = add(name, run, text)
-        added.add_argument("points", type=Path, help="a .csv with the features, or a .npy file")
+        added.add_argument("points", type=Path, help="a table such as a .csv file, or a .npy file")
         added.add_argument("--out", type=Path, help="a .csv file; standard output if not given")
         added.add_argument("--seed", type=_seed, default=0, help="of the dequantization; default 0")
         said = f"rows at a time; default {BATCH_SIZE}"
         added.add_argument("--batch-size", type=_positive, default=BATCH_SIZE, help=said)
-        said = "of the .csv file, \\t for a tab; default a comma"
-        added.add_argument("--delimiter", type=_character, default=",", help=said)
+        said = "between the fields of a table, \\t for a tab; found out if not given"
+        added.add_argument("--delimiter", type=_character, help=said)
+        said = "before decimals in a table; found out if not given"
+        added.add_argument("--decimal", choices=(".", ","), help=said)
+        said = "of a table, such as latin-1; UTF-8 and UTF-16 are found out"
+        added.add_argument("--encoding", help=said)
+        said = "whether a table's first line is names, data (none) or neither (skip)"
+        added.add_argument("--header", choices=("names", "none", "skip"), help=said)
         said = "order of the axes of images in a .npy file, such as NHWC; default that of `sample`"
         added.add_argument("--axes", help=said)
     draw = add("sample", sample, "draw points")
@@ -313,7 +319,7 @@ def _seed(text: str) -> int:
 
 def _character(text: str) -> str:
     text = "\t" if text == "\\t" else text
-    if len(text) != 1:
+    if len(text) != 1 and text != "white space":
         said = f"expected one character, such as , or ; or \\t, got {text!r}"
         raise argparse.ArgumentTypeError(said)
     return text

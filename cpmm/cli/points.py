@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import numpy as np
 import pandas as pd
 
+from cpmm.columns import Columns
 from cpmm.files import replace_file
 from cpmm.reading.arrays import (
     arrange_like,
@@ -20,7 +20,8 @@ from cpmm.reading.arrays import (
     real_values,
     require_more_than_one,
 )
-from cpmm.reading.kinds import recognize
+from cpmm.reading.tables import FeatureReader
+from cpmm.reading.text import TextFormat
 
 if TYPE_CHECKING:
     from cpmm.fitted import FittedMixture
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
 class PointReader:
     """Points of a file, ``batch_size`` at a time, (n, M), in bounded memory.
 
-    It is a CSV file whose header names the M features, in any order and among others, or a .npy
-    file, (N, M), (N, H, W) or (N, C, H, W), or of images in an order of the axes that is named.
+    It is a table written as text whose header names the columns of the M features, in any order
+    and among others, read as the data were that the mixture was trained on; or a .npy file, (N, M),
+    (N, H, W) or (N, C, H, W), or of images in an order of the axes that is named.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -42,34 +44,29 @@ class PointReader:
         path: Path,
         fitted: FittedMixture,
         batch_size: int,
-        delimiter: str = ",",
+        form: TextFormat,
         axes: str | None = None,
     ) -> None:
         self.path, self.names, self.batch_size = path, list(fitted.feature_names), batch_size
         self.image_shape, self.levels = fitted.image_shape, fitted.preprocessing.levels
         self.axes = axes
-        self.options: dict[str, Any] = {"sep": delimiter, "skipinitialspace": True, "engine": "c"}
         if not path.is_file():
-            raise FileNotFoundError(f"there is no file {path}: give a .csv or .npy file of points")
-        readers = {
-            ".npy": (self._open_npy, self._read_npy),
-            ".npz": (self._open_npy, self._read_npy),  # refused, with what to do
-            ".csv": (self._open_csv, self._read_csv),
-        }
-        if path.suffix not in readers:
-            got = path.suffix or "no ending"
-            with path.open("rb") as file:
-                known = recognize(path, file.read(512))
-            said = f"; it {known}" if known else ""
-            raise ValueError(f"{path} must be a .csv or .npy file: got {got!r}{said}")
-        if axes is not None and path.suffix == ".csv":
+            raise FileNotFoundError(
+                f"there is no file {path}: give a table or a .npy file of points"
+            )
+        self.table = None
+        if path.suffix in (".npy", ".npz"):  # the second is refused, with what to do
+            self.total = self._open_npy()
+            return
+        if axes is not None:
             raise ValueError(f"--axes is of images in .npy files, {path} is a table: leave it out")
-        open_file, self._read = readers[path.suffix]
-        self.total = open_file()
+        columns = Columns.from_dict(fitted.header.get("columns"))
+        self.table = FeatureReader(path, self.names, columns, form, batch_size)
+        self.total = self.table.total
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, int]]:
         """Yield points, (n, M), and how far the file has been read, of :attr:`total`."""
-        return self._read()
+        return self._read_npy() if self.table is None else iter(self.table)
 
     def _open_npy(self) -> int:
         rows = self._map()
@@ -90,63 +87,6 @@ class PointReader:
             else:
                 part = grey_levels(self.path, part, self.levels, start)
             yield part, start + len(part)
-
-    def _open_csv(self) -> int:
-        try:
-            names = pd.read_csv(self.path, nrows=0, **self.options).columns.tolist()
-        except pd.errors.EmptyDataError as error:
-            raise ValueError(f"{self.path} is empty: expected a header and rows") from error
-        except (pd.errors.ParserError, UnicodeDecodeError) as error:
-            raise ValueError(f"{self.path} is not UTF-8 text with a header: {error}") from error
-        lacking = [name for name in self.names if name not in names]
-        if lacking:
-            raise ValueError(
-                f"{self.path} lacks {len(lacking)} of the mixture's {len(self.names)} features: "
-                f"{_first(lacking)}; its header has {_first(names)} "
-                f"(delimiter {self.options['sep']!r})"
-            )
-        return self.path.stat().st_size
-
-    def _read_csv(self) -> Iterator[tuple[np.ndarray, int]]:
-        # As text first: a cell that is no number is named, and none passes for a missing one.
-        n_before = 0
-        try:
-            with self.path.open("rb") as file, warnings.catch_warnings():
-                warnings.simplefilter("error", pd.errors.ParserWarning)
-                for table in pd.read_csv(
-                    file, dtype=str, keep_default_na=False, index_col=False,
-                    chunksize=self.batch_size, **self.options,
-                ):  # fmt: skip
-                    if table.empty:
-                        break
-                    yield self._to_numbers(table, n_before), file.tell()
-                    n_before += len(table)
-        except (pd.errors.ParserError, pd.errors.ParserWarning, UnicodeDecodeError) as error:
-            raise ValueError(
-                f"{self.path} is not UTF-8 text with as many fields in every row as in its header, "
-                f"after row {n_before}: {str(error).strip()}"
-            ) from error
-        if not n_before:
-            raise ValueError(f"{self.path} has a header and no rows: expected at least one")
-
-    def _to_numbers(self, table: pd.DataFrame, n_before: int) -> np.ndarray:
-        x = np.empty((len(table), len(self.names)))
-        for m, name in enumerate(self.names):
-            number = pd.to_numeric(table[name], errors="coerce").to_numpy(float)
-            bad = ~np.isfinite(number)
-            if bad.any():
-                row = int(bad.argmax())
-                raise ValueError(
-                    f"column {name!r} of {self.path} must hold finite numbers: got "
-                    f"{table[name].iloc[row]!r} in row {n_before + row + 1} (row 1 follows the "
-                    "header)"
-                )
-            x[:, m] = number
-        return x
-
-
-def _first(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def write_csv(path: Path | None, tables: Iterable[pd.DataFrame]) -> int:

@@ -364,7 +364,7 @@ def test_a_bad_option_is_named(stage, override, named, copied, run_stage):
     [
         ("a,b\n1,2\n3,\n5,6\n", "b"),
         ("a,b\n1,2\n3,x\n5,6\n", "'x'"),
-        ("a,b\n1,2\n1,4\n1,6\n1,8\n1,9\n1,3\n", "no variance"),
+        ("a,b\n1,2\n1,4\n1,6\n1,8\n1,9\n1,3\n", "constant: 'a'"),
     ],
 )
 def test_a_bad_table_is_named(content, named, tmp_path, make_folder, run_stage):

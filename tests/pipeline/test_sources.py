@@ -36,6 +36,17 @@ SPIRAL = {
     "noise": 0.025,
     "outlier_fraction": 0.1,
 }
+CSV = {
+    "source": "csv",
+    **dict.fromkeys(["label_column", "delimiter", "decimal", "encoding", "header"]),
+    "table": {
+        "columns": None,
+        "drop": [],
+        "missing": "refuse",
+        "constant": "refuse",
+        "text": "refuse",
+    },
+}
 FILES = {
     "train_images": "train-images-idx3-ubyte.gz",
     "train_labels": "train-labels-idx1-ubyte.gz",
@@ -129,9 +140,7 @@ def mirror(idx: Idx, monkeypatch: pytest.MonkeyPatch):
 def csv(tmp_path: Path, text: str, **options: object) -> Source:
     path = tmp_path / "table.csv"
     path.write_text(text)
-    return read_source(
-        {"source": "csv", "path": str(path), "label_column": None, "delimiter": ",", **options}
-    )
+    return read_source({**CSV, "path": str(path), **options})
 
 
 def npy(
@@ -492,23 +501,25 @@ def test_csv_without_labels(tmp_path):
 
 
 def test_csv_integer_classes_are_sorted_as_numbers(tmp_path):
-    source = csv(tmp_path, "a,c\n1,10\n1,9\n1,2\n1,10\n", label_column="c")
+    source = csv(tmp_path, "a,c\n1,10\n2,9\n1,2\n1,10\n", label_column="c")
     assert source.class_names == ("2", "9", "10")
     assert source.label.tolist() == [2, 1, 0, 2]
 
 
 def test_csv_row_without_a_class_is_no_member(tmp_path):
-    text = "a,c\n1,None\n1,\n1,-1\n1, x \n1,-1.0\n1,NaN\n1,NA\n1,noise\n"
-    source = csv(tmp_path, text, label_column="c")
+    classes = ("None", "", "-1", " x ", "-1.0", "NaN", "NA", "noise")
+    rows = "".join(f"{m},{name}\n" for m, name in enumerate(classes))
+    source = csv(tmp_path, f"a,c\n{rows}", label_column="c")
     assert source.class_names == ("None", "x")
     assert source.label.tolist() == [0, -1, -1, 1, -1, -1, -1, -1]
-    assert source.notes == ("6 of 8 rows without a label (empty, '-1', '-1.0', 'NA', 'NaN')",)
-    numbers = csv(tmp_path, "a,c\n1,1\n1,1.0\n1,2\n", label_column="c")
+    found = "6 of 8 rows without a label (empty, '-1', '-1.0', 'NA', 'NaN')"
+    assert source.found[-1] == found
+    numbers = csv(tmp_path, "a,c\n1,1\n2,1.0\n3,2\n", label_column="c")
     assert (numbers.class_names, numbers.label.tolist()) == (("1", "2"), [0, 0, 1])
-    rows = "".join(f"1,{m}.5\n" for m in range(20))
-    (doubt,) = csv(tmp_path, f"a,c\n{rows}", label_column="c").notes
-    assert doubt.startswith("warning: the 20 labels are numbers that all differ")
-    with raises(ValueError, "has no label"):
+    rows = "".join(f"{m % 3},{m}.5\n" for m in range(20))
+    (doubt,) = csv(tmp_path, f"a,c\n{rows}", label_column="c").doubts
+    assert doubt.startswith("the 20 labels are numbers that all differ")
+    with raises(ValueError, "column 'c' of", "has no label", "set its label option to null"):
         csv(tmp_path, "a,c\n1,\n2,-1\n", label_column="c")
 
 
@@ -522,27 +533,34 @@ def test_csv_header_may_count_the_columns(tmp_path):
         ("", {}, ["is empty", "expected a header"]),
         ("\n \n", {}, ["expected a header"]),
         ("a,b\n", {}, ["a header and no rows"]),
-        ("1.5,2\n3,4\n", {}, ["must name the columns", "1.5, 2", "add a header"]),
+        ("1.5,2\n3,4\n", {}, ["must name the columns", "'1.5', '2'", "add a header"]),
         ("a,b,a,b,c\n1,2,3,4,5\n", {}, ["more than one column named 'a', 'b'"]),
-        (",a\n0,1\n", {}, ["column 1", "has no name", "without its index"]),
-        ("a,b\n1,2\n", {"label_column": "y"}, ["no column 'y'", "'a', 'b'", "delimiter is ','"]),
+        (",a\n0,1\n", {}, ["without a name: 'Unnamed: 0'", "data.drop=["]),
+        ("a,b\n1,2\n", {"label_column": "y"}, ["no column 'y'", "'a', 'b'", "delimiter ','"]),
         ("a\n1\n", {"label_column": "a"}, ["no column but the labels"]),
-        ("a,b\n1,2\n3,?\n5,x\n", {}, ["column 'b'", "numbers", "got '?' in row 2", "drop"]),
-        ("a;b\n1;2\n", {}, ["column 'a;b'", "'1;2' in row 1", "data.options.delimiter (now ',')"]),
-        ("a,b\n1,2\n,4\nNA,6\nnan,8\n", {}, ["column 'a'", "3 missing, NaN", "row 2", "fill"]),
-        ("a,b\n1,2\n3,inf\n", {}, ["column 'b'", "1 missing, NaN or infinite", "row 2"]),
-        ("a,b\n1,2\n3," + "9" * 400 + "\n", {}, ["column 'b'", "infinite", "row 2"]),
-        ("a,b\n1,2\n3,-1e31\n", {}, ["column 'b'", "at most 1e+30", "row 2", "rescale"]),
-        ("a,b\n1,2\n3\n", {}, ["column 'b'", "1 missing", "row 2"]),
-        ("a,b\n1,2\n3,4,5\n", {}, ["as many fields", "Expected 2 fields in line 3, saw 3"]),
-        ("a,b\n0,2,3\n1,5,6\n", {}, ["as many fields", "check the file"]),
-        ("a,b\n0,2,\n1,5,\n", {}, ["as many fields", "check the file"]),
-        ("a,b\n1,2\nTrue,4\n", {}, ["column 'a'", "got 'True' in row 2"]),
+        ("a,b\n1,2\n3,?\n5,x\n", {}, ["text: 'b' (2 different, 'x' in row 3)", "data.missing="]),
+        (
+            "a;b\n1;2\n",
+            {"delimiter": ","},
+            ["has no ','", "but semicolons", "data.options.delimiter=';'"],
+        ),
+        ("a,b\n1,2\n,4\nNA,6\nnan,8\n", {}, ["gaps: 'a' (3, first in row 2)", "impute"]),
+        ("a,b\n1,2\n3,inf\n", {}, ["gaps: 'b' (1, such as inf in row 2)"]),
+        ("a,b\n1,2\n3," + "9" * 400 + "\n", {}, ["gaps: 'b' (1, such as inf in row 2)"]),
+        ("a,b\n1,2\n3,-1e31\n", {}, ["gaps: 'b' (1, such as -1e+31 in row 2)"]),
+        ("a,b\n1,2\n3\n", {}, ["gaps: 'b' (1, first in row 2)"]),
+        (
+            "a,b\n1,2\n3,4,5\n",
+            {},
+            ["as many fields", "line 3 has 3 fields, not 2", "mend that line"],
+        ),
+        ("a,b\n0,2,3\n1,5,6\n", {}, ["without a name: 'Unnamed: 0'", "data.drop=["]),
+        ("a,b\n0,2,3\n0,5,6\n", {}, ["header has 2, 'a', 'b', and the rows below have 3"]),
+        ("a,b\n1,2\nTrue,4\n", {}, ["text: 'a' (2 different, 'True' in row 2)"]),
     ],
 )
 def test_csv_errors_name_what_is_wrong(tmp_path, text, options, parts):
-    in_order = parts if parts[0].startswith(("column", "no", "as")) else ["table.csv", *parts]
-    with raises(ValueError, *in_order) as caught:
+    with raises(ValueError, *parts) as caught:
         csv(tmp_path, text, **options)
     assert "table.csv" in str(caught.value)
 
@@ -551,7 +569,7 @@ def test_csv_must_be_utf8(tmp_path):
     path = tmp_path / "latin.csv"
     path.write_bytes("größe,b\n1,2\n".encode("latin-1"))
     with raises(ValueError, path, "UTF-8"):
-        read_source({"source": "csv", "path": str(path), "label_column": None, "delimiter": ","})
+        read_source({**CSV, "path": str(path)})
 
 
 @pytest.mark.parametrize("delimiter", ["", "::"])
@@ -568,7 +586,7 @@ def test_a_tab_may_be_written_out(tmp_path):
 @pytest.mark.parametrize("path", ["no/such/table.csv", None])
 def test_csv_missing_file(path):
     with raises(FileNotFoundError, path, "set data.options.path"):
-        read_source({"source": "csv", "path": path, "label_column": None, "delimiter": ","})
+        read_source({**CSV, "path": path})
 
 
 # npy

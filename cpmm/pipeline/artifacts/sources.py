@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import inspect
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from cpmm import datasets
+from cpmm.columns import Columns
 from cpmm.pipeline.artifacts.idx import read_idx_files
+from cpmm.pipeline.config import pick
 from cpmm.reading.arrays import (
-    LARGEST,
     PART,
     arrange,
     grey_levels,
@@ -29,6 +28,10 @@ from cpmm.reading.arrays import (
     require_more_than_one,
 )
 from cpmm.reading.labels import describe_labels, index_classes
+from cpmm.reading.tables import Choice, FeatureReader, read_table
+from cpmm.reading.text import TextFormat
+
+TABLE = ("columns", "drop", "missing", "constant", "text")  # options of data for tables as text
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,9 @@ class Source:
         levels: Number of grey levels of data to be dequantized; None for real values.
         feature_names: M names.
         class_names: Names by class index.
-        notes: What a person should know of how the labels were read.
+        columns: How the features came about, of a table written as text.
+        found: What was found out about the data, for people.
+        doubts: What looks wrong.
     """
 
     x: np.ndarray
@@ -55,7 +60,17 @@ class Source:
     levels: int | None
     feature_names: tuple[str, ...]
     class_names: tuple[str, ...]
-    notes: tuple[str, ...] = ()
+    columns: Columns | None = None
+    found: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()
+
+
+def source_options(section: Mapping[str, Any]) -> dict[str, Any]:
+    """What :func:`read_source` takes of the section ``data``."""
+    options = {"source": section["source"], **section["options"]}
+    if section["source"] == "csv":
+        options["table"] = pick(section, *TABLE)
+    return options
 
 
 def read_source(config: Mapping[str, Any]) -> Source:
@@ -171,50 +186,62 @@ def read_idx(
     return _images(image, label, 256, tuple(class_names), image.shape[1:], n_test)
 
 
-def read_csv(path: str, label_column: str | None, delimiter: str) -> Source:
-    """Read a table of numbers with a header.
+def read_csv(
+    path: str,
+    label_column: str | None,
+    delimiter: str | None,
+    decimal: str | None,
+    encoding: str | None,
+    header: str | None,
+    table: Mapping[str, Any],
+) -> Source:
+    """Read a table that is written as text.
 
     Args:
-        path: The file, UTF-8.
-        label_column: Column of class labels, numbers or text; an empty cell, -1, NaN and the like
-            are no member of any class, see :func:`cpmm.reading.labels.index_classes`. None without
-            labels.
-        delimiter: One character between fields.
+        path: The file, packed or not.
+        label_column: Column of class labels, see :func:`cpmm.reading.labels.index_classes`. None
+            without labels.
+        delimiter: One character between fields; as the next three, None to have it found out, see
+            :class:`cpmm.reading.text.TextFormat`.
+        decimal: What is before decimals.
+        encoding: Of the text.
+        header: What the first line is.
+        table: What becomes of its columns, see :class:`cpmm.reading.tables.Choice`.
 
     Returns:
-        All other columns as real values; classes in sorted order.
+        The features as real values, NaN for gaps that are to be filled; classes in sorted order.
 
     Raises:
-        ValueError: If the header or a value is not as described; the message names column and row.
+        ValueError: If the file or a column is not as described; says what to write.
         FileNotFoundError: If there is no such file.
     """
     _require_file(path, "data.options.path")
-    delimiter = "\t" if delimiter == r"\t" else delimiter
-    if len(delimiter) != 1:
-        raise ValueError(f"data.options.delimiter must be one character: got {delimiter!r}")
-    table = _read_table(path, label_column, delimiter)
-    features = [name for name in table.columns if name != label_column]
-    x = np.empty((len(table), len(features)))
-    for m, name in enumerate(features):
-        column = table[name]
-        try:
-            number = pd.to_numeric(column, errors="coerce")
-        except OverflowError:  # a whole number of hundreds of digits, of Python's own type
-            number = pd.to_numeric(column.astype(str), errors="coerce")
-        is_text = (number.isna() & column.notna()).to_numpy()
-        if is_text.any():
-            row = is_text.argmax()
-            raise ValueError(
-                f"column {name!r} of {path} must hold numbers: got {column[row]!r} in row "
-                f"{row + 1} (row 1 follows the header); encode or drop the column, name it as "
-                f"data.options.label_column, or check data.options.delimiter (now {delimiter!r})"
-            )
-        x[:, m] = number
-    _require_finite(path, x, features)
-    if label_column is None:
-        return Source(x, None, 0, None, None, tuple(features), ())
-    label, class_names, notes = _describe_classes(path, table[label_column].tolist())
-    return Source(x, label, 0, None, None, tuple(features), class_names, notes)
+    form = TextFormat(delimiter, decimal, encoding, header)
+    found = read_table(Path(path), form, label_column, Choice(**table))
+    return Source(
+        found.x, found.label, 0, None, None, found.feature_names, found.class_names,
+        found.columns, found.found, found.doubts,
+    )  # fmt: skip
+
+
+def read_like(
+    options: Mapping[str, Any], feature_names: Sequence[str], columns: Columns
+) -> np.ndarray:
+    """Read another table written as text, (N, M), as one was read before.
+
+    Args:
+        options: Of the source ``csv``; its labels are not read.
+        feature_names: M of them.
+        columns: How they came about.
+
+    Raises:
+        ValueError: If it is no such table.
+        FileNotFoundError: If there is no such file.
+    """
+    _require_file(options["path"], "data.options.path")
+    form = TextFormat(*(options[n] for n in ("delimiter", "decimal", "encoding", "header")))
+    path = Path(options["path"])
+    return FeatureReader(path, feature_names, columns, form, prefix="data.options.").read()
 
 
 def read_npy(path: str, label_path: str | None, levels: int, axes: str | None) -> Source:
@@ -248,15 +275,16 @@ def read_npy(path: str, label_path: str | None, levels: int, axes: str | None) -
             "set it to null, or save x.reshape(len(x), height, width) for images"
         )
     images = None if x.ndim == 2 else arrange(path, x, axes)
-    label, class_names, notes = None, (), ()
+    label, class_names, found, doubts = None, (), [], []
     if label_path is not None:
-        label, class_names, notes = _read_classes(
-            label_path, len(x if images is None else images), path
-        )
+        value = _read_labels(label_path, len(x if images is None else images), path)
+        label, class_names = index_classes(label_path, value)
+        found, doubts = describe_labels(value, label, class_names)
+    told = {"found": tuple(found), "doubts": tuple(doubts)}
     if images is None:
         names = tuple(f"x{m}" for m in range(x.shape[1]))
         x = real_values(path, x, names)
-        return Source(x, label, 0, None, None, names, class_names, notes)
+        return Source(x, label, 0, None, None, names, class_names, **told)
     require_more_than_one(path, images, levels or 256, "data.options.levels")
     x = _grey_levels(path, images)
     top = int(x.max())
@@ -265,7 +293,7 @@ def read_npy(path: str, label_path: str | None, levels: int, axes: str | None) -
             f"{path} holds grey levels up to {top}: data.options.levels must be one of {top + 1} "
             f"to 256, and is {levels}"
         )
-    return replace(_images(x, label, levels, class_names, images.shape[1:]), notes=notes)
+    return replace(_images(x, label, levels, class_names, images.shape[1:]), **told)
 
 
 SOURCES: dict[str, Callable[..., Source]] = {
@@ -292,9 +320,7 @@ def _grey_levels(path: str, images: np.ndarray) -> np.ndarray:
     return x
 
 
-def _read_classes(
-    path: str, n: int, beside: str
-) -> tuple[np.ndarray, tuple[str, ...], tuple[str, ...]]:
+def _read_labels(path: str, n: int, beside: str) -> list[str]:
     value = _map_npy(path, "data.options.label_path", "biufUS")
     if value.shape not in ((n,), (n, 1)):
         how = "; save x.argmax(1) if a column is a class" if value.ndim == 2 else ""
@@ -304,90 +330,12 @@ def _read_classes(
         )
     if value.dtype.kind == "S":
         value = np.strings.decode(value, "utf-8", "replace")
-    return _describe_classes(path, value.ravel().astype(str).tolist())
-
-
-def _read_table(path: str, label_column: str | None, delimiter: str) -> pd.DataFrame:
-    """Read a CSV file with a header: labels as text, anything else as pandas finds it."""
-    # A class may be called "None".
-    options: dict[str, Any] = {"sep": delimiter, "skipinitialspace": True, "keep_default_na": False}
-    try:
-        names = pd.read_csv(path, header=None, nrows=1, dtype=str, **options).iloc[0].tolist()
-        _require_header(path, names, label_column, delimiter)
-        with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):
-            table = pd.read_csv(
-                path,
-                index_col=False,  # else pandas takes spare fields for an index
-                dtype=None if label_column is None else {label_column: str},
-                na_values={n: ["", "NA", "NaN", "nan"] for n in names if n != label_column},
-                low_memory=False,
-                **options,
-            )
-    except pd.errors.EmptyDataError as error:
-        raise ValueError(f"{path} is empty: expected a header and a row of numbers") from error
-    except (pd.errors.ParserError, pd.errors.ParserWarning, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} is not UTF-8 text with as many fields in every row as in its header: {error}; "
-            f"check the file and data.options.delimiter (now {delimiter!r})"
-        ) from error
-    if table.empty:
-        raise ValueError(f"{path} has a header and no rows: expected at least one row of numbers")
-    return table
+    return value.ravel().astype(str).tolist()
 
 
 def _require_file(path: str, option: str) -> None:
     if path is None or not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}: set {option} to an existing file")
-
-
-def _require_header(
-    path: str, names: Sequence[str], label_column: str | None, delimiter: str
-) -> None:
-    if "" in names:
-        raise ValueError(
-            f"column {names.index('') + 1} of {path} has no name: name every column, and save a "
-            "table without its index"
-        )
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise ValueError(
-            f"{path} has more than one column named {', '.join(map(repr, repeated))}: give each "
-            "column a name of its own"
-        )
-    numeric = pd.to_numeric(pd.Series(names), errors="coerce").notna().all()
-    if numeric and names != [str(m) for m in range(len(names))]:
-        raise ValueError(
-            f"the first row of {path} must name the columns: got {', '.join(names[:5])}, which "
-            "look like data; add a header"
-        )
-    if label_column is not None and label_column not in names:
-        raise ValueError(
-            f"{path} has no column {label_column!r}: set data.options.label_column to null or to "
-            f"one of {', '.join(map(repr, names))} (data.options.delimiter is {delimiter!r})"
-        )
-    if not set(names) - {label_column}:
-        raise ValueError(f"{path} has no column but the labels: expected at least one of numbers")
-
-
-def _require_finite(path: str, x: np.ndarray, names: Sequence[str]) -> None:
-    bad = ~(np.abs(x) <= LARGEST)  # of NaN, too
-    if bad.any():
-        m = bad.any(axis=0).argmax()
-        raise ValueError(
-            f"column {names[m]!r} of {path} must be finite, and at most {LARGEST:g} in size: got "
-            f"{bad[:, m].sum()} missing, NaN or infinite values, or larger ones, the first in row "
-            f"{bad[:, m].argmax() + 1} (rows count from 1, without a header); fill, drop or "
-            "rescale them"
-        )
-
-
-def _describe_classes(
-    where: str, value: Sequence[str]
-) -> tuple[np.ndarray, tuple[str, ...], tuple[str, ...]]:
-    """Number the classes, and say what was taken for no label, and what looks wrong."""
-    label, class_names = index_classes(where, value)
-    found, doubts = describe_labels(value, label, class_names)
-    return label, class_names, (*found, *(f"warning: {doubt}" for doubt in doubts))
 
 
 def _images(

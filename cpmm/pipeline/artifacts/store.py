@@ -18,6 +18,7 @@ from cpmm.artifact import (
     seal_folder,
     verify_files,
 )
+from cpmm.columns import Columns
 from cpmm.data import SPLITS, DataSplits
 from cpmm.pipeline.config.fingerprints import fingerprint_evaluation
 from cpmm.preprocessing import Augmentation, Preprocessing
@@ -37,6 +38,8 @@ def save_prepared(folder: Path, data: DataSplits, fingerprint: str) -> None:
         "feature_names": list(data.feature_names),
         "class_names": list(data.class_names),
     }
+    if (columns := data.columns.to_dict()) is not None:
+        header["columns"] = columns
     save_artifact(folder, "prepared", tensors, header)
 
 
@@ -54,6 +57,7 @@ def load_prepared(folder: Path, fingerprint: str | None = None) -> DataSplits:
         image_shape=shape,
         feature_names=tuple(header["feature_names"]),
         class_names=tuple(header["class_names"]),
+        columns=Columns.from_dict(header.get("columns")),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from cpmm.pipeline.config.schema import (
     options_with,
     show,
 )  # fmt: skip
+from cpmm.reading.overrides import quote
 
 
 def flatten(overrides: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -37,7 +37,7 @@ def flatten(overrides: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
         if isinstance(value, Mapping) and value:
             yield from flatten(value, f"{prefix}{name}.")
         elif value == {} or _is_plain(value):
-            yield f"{prefix}{name}={_quote(value)}"
+            yield f"{prefix}{name}={quote(value)}"
         else:
             raise ValueError(
                 f"{prefix}{name} is {show(value)}: expected a number, text (in quotes, "
@@ -253,7 +253,7 @@ def _require_readable(preset: str, overrides: Sequence[str]) -> None:
         except (ValueError, RecursionError):  # a number or lists beyond all limits
             read = True
         if separator and not read:
-            quoted = shlex.quote(f"{key}={_quote(value)}")
+            quoted = shlex.quote(f"{key}={quote(value)}")
             raise ValueError(
                 f"preset {preset!r} cannot be composed with {show(item)}: text with brackets, "
                 "commas, =, quotes or letters beyond ASCII stands in quotes of its own. If this is "
@@ -265,19 +265,3 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, list):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, bool | int | float | str)
-
-
-def _quote(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, str):
-        taken = value.lower() in ("null", "true", "false", "nan", "inf")
-        if value.isascii() and value.isidentifier() and not taken:
-            return value
-        # Hydra takes backslashes as they are, but for those before a quote.
-        return "'" + re.sub(r"(\\*)'", r"\1\1\\'", value + "'")[:-2] + "'"
-    if isinstance(value, list):
-        return f"[{','.join(map(_quote, value))}]"
-    if isinstance(value, Mapping):
-        return "{}"
-    return str(value)

@@ -139,6 +139,11 @@ COUNT_OR_NONE = whole(0)
 WEIGHT = number(0)
 POSITIVE = number(0, ends="(]")
 FLOOR = number(-60, 20)  # its exponential is a float32, and so is the inverse
+COLUMN = Rule(  # 2010 is a name, too
+    "expected the name of a column, in quotes if it looks like something else",
+    lambda value: type(value) is int or text().accepts(value),
+    str,
+)
 ANYTHING = Rule("", lambda value: True)  # checked where it is used: the sweep's in sweeps/plan.py
 MAPPING = Rule("expected a mapping", lambda value: isinstance(value, Mapping))
 
@@ -202,10 +207,17 @@ FILES = {  # of the sources that read files
     "class_names": or_null(several("names, in quotes if they look like numbers", text())),
     "path": text(),
     "label_column": or_null(text()),
-    "delimiter": Rule(
-        "expected one character, such as ',' or ';', or \\t for a tab",
-        lambda value: isinstance(value, str) and (len(value) == 1 or value == r"\t"),
+    "delimiter": or_null(
+        Rule(
+            "expected one character, such as ',' or ';', or \\t for a tab, or 'white space'",
+            lambda value: (
+                isinstance(value, str) and (len(value) == 1 or value in (r"\t", "white space"))
+            ),
+        )
     ),
+    "decimal": or_null(choice(".", ",")),
+    "encoding": or_null(text()),
+    "header": or_null(choice("names", "none", "skip")),
     "label_path": or_null(text()),
     "levels": whole(1, 256),
     "axes": Rule(
@@ -277,6 +289,12 @@ OPTIONS: dict[str, Rule] = {
     "data.augmentation.noise": WEIGHT,
     "data.augmentation.translate": whole(0, 10_000),
     "data.augmentation.flip": flag(),
+    # data: options of tables written as text
+    "data.columns": or_null(several("names of columns", COLUMN, least=1, most=MANY)),
+    "data.drop": several("names of columns", COLUMN, least=0, most=MANY),
+    "data.missing": choice("refuse", "drop", "impute"),
+    "data.constant": choice("refuse", "drop"),
+    "data.text": choice("refuse", "drop", "one_hot"),
     # data: options of the sources
     "data.options.n": whole(1, 100_000_000),
     "data.options.seed": SEED,
@@ -406,6 +424,7 @@ OPTIONS: dict[str, Rule] = {
     "ray.dashboard": flag(),
 }
 
+OF_TABLES = tuple(f"data.{name}" for name in ("columns", "drop", "missing", "constant", "text"))
 SECTIONS = {option.rpartition(".")[0] for option in OPTIONS}
 
 
@@ -459,7 +478,15 @@ def check_options(
             raise ValueError(f"{name} is {show(value)}, but it is {what}: leave it out")
         if not options[name].accepts(value):
             raise ValueError(f"{name} is {show(value)}: {options[name].expected}")
+    source = found.get("data.source")
+    if source != "csv" and (alone := [name for name in OF_TABLES if name in found]):
+        raise ValueError(
+            f"{alone[0]} is of tables that are written as text, and data.source is {source}: leave "
+            "it out"
+        )
     for name, value in leaves(plain):
+        if name in OF_TABLES and source != "csv":
+            continue
         # Which options a source has, its function in cpmm/pipeline/artifacts/sources.py says.
         if name not in found and not name.startswith(("data.options.", "evaluation.ood")):
             shown = show(value)

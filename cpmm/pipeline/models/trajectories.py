@@ -138,10 +138,12 @@ def extract(trajectories: Trajectories, options: Mapping[str, Any], data: DataSp
 
 def mixture_header(config: Mapping[str, Any], data: DataSplits, fingerprint: str) -> dict[str, Any]:
     """Header of an extracted mixture: what its points mean."""
-    return {
+    header = {
         "fingerprint": fingerprint,
         "preset": config["name"],
         "preprocessing": data.preprocessing.to_dict(),
         "image_shape": data.image_shape,
         "feature_names": list(data.feature_names),
     }
+    columns = data.columns.to_dict()
+    return header if columns is None else {**header, "columns": columns}

@@ -95,7 +95,10 @@ def read_ood(options: Mapping[str, Any], data: DataSplits) -> OodPoints:
             "ood@evaluation.ood=mnist"
         )
     try:
-        source = read_source({"source": options.get("source"), **options.get("options", {})})
+        if options.get("source") == "csv":
+            source = _read_table(options, data)
+        else:
+            source = read_source({"source": options.get("source"), **options.get("options", {})})
     except (ValueError, FileNotFoundError, ConnectionError) as error:
         said = re.sub(r"\bdata\.(?=source|options)", "evaluation.ood.", str(error))
         raise type(error)(
@@ -108,6 +111,17 @@ def read_ood(options: Mapping[str, Any], data: DataSplits) -> OodPoints:
     pre = data.preprocessing
     generator = seeded_generator(data.noise_seed, len(SPLITS) + 1)
     return OodPoints(name, *pre.forward(pre.dequantize(raw, generator)))
+
+
+def _read_table(options: Mapping[str, Any], data: DataSplits) -> Source:
+    """Read a table written as text as the data were read: same columns, categories and fills."""
+    from cpmm.pipeline.artifacts.sources import Source, read_like
+
+    names = data.feature_names
+    if data.preprocessing.levels is not None:
+        raise ValueError("evaluation.ood is a table, and the data are images")
+    x = read_like(options["options"], names, data.columns)
+    return Source(x, None, 0, None, None, names, ())
 
 
 def _require_same_kind(name: str, source: Source, data: DataSplits) -> None:

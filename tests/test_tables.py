@@ -418,3 +418,10 @@ def test_booleans_are_ones_and_zeros_in_both(tmp_path):
     assert got.tolist() == table.x.tolist()
     with pytest.raises(ValueError, match=r"column 'b' of .* must hold finite numbers: got 'True'"):
         FeatureReader(path, ("a", "b"), Columns(), TextFormat()).read()
+
+
+def test_a_column_of_classes_alone_is_all_that_is_named(tmp_path):
+    rows = "".join(f"{n}.5,{'ab'[n % 2]}\n" for n in range(20))
+    with pytest.raises(ValueError, match=r"set data\.options\.label_column=species \(if") as raised:
+        read(write(tmp_path, f"mass,species\n{rows}"), choice=Choice(drop=[]))
+    assert options_in(str(raised.value)) == {"data.options.label_column": "species"}

@@ -37,3 +37,18 @@ def test_no_place_for_sockets_says_what_to_set(monkeypatch):
     monkeypatch.setattr(cluster.tempfile, "mkdtemp", refuse)
     with pytest.raises(OSError, match="set RAY_TMPDIR to a short folder"):
         cluster._own_folder()
+
+
+@pytest.mark.parametrize(
+    ("home", "given"), [("/dev/null", True), ("/proc/none", True), ("", False), (None, False)]
+)
+def test_a_ray_of_our_own_has_a_token_where_home_cannot_keep_it(monkeypatch, tmp_path, home, given):
+    for name in [*cluster.TOKEN, "RAY_ADDRESS"]:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", home or str(tmp_path))
+    if home is None:
+        monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    cluster.prepare_environment({"address": None})
+    assert ("RAY_AUTH_TOKEN" in os.environ) is given
+    monkeypatch.undo()
+    os.environ.pop("RAY_AUTH_TOKEN", None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -21,6 +22,7 @@ from cpmm.pipeline.config.code import PACKAGE
 
 REFUSED = "InvalidAuthToken"  # in what Ray says where a token is missing or wrong
 OUTER_CPU = 0.01  # of a trial whose workers train together, taken from theirs; Tune refuses 0
+TOKEN = {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}  # what decides on tokens
 CODE = {  # our package is sent to the workers of a cluster: they need no checkout
     "py_modules": [str(PACKAGE)],
     "excludes": ["__pycache__"],
@@ -56,6 +58,9 @@ def prepare_environment(options: dict[str, Any]) -> None:
         os.environ.setdefault("RAY_AUTH_MODE", mode)
     else:
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        kept = Path("~/.ray/auth_token")  # by Ray, unless it is given one
+        if not TOKEN & os.environ.keys() and not _can_write(Path(os.path.expanduser(kept))):
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex()
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
@@ -135,12 +140,7 @@ def _own_folder() -> str | None:
     """
     folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
     sessions = Path(folder).absolute() / "ray"
-    there = next(place for place in (sessions, *sessions.parents) if place.exists())
-    if (
-        len(os.fsencode(sessions)) <= LONGEST
-        and there.is_dir()
-        and os.access(there, os.W_OK | os.X_OK)
-    ):
+    if len(os.fsencode(sessions)) <= LONGEST and _can_write(sessions / "session"):
         return None
     for place in (os.environ.get("XDG_RUNTIME_DIR"), "/tmp", "/var/tmp", "/dev/shm"):
         if place and Path(place).is_absolute() and len(os.fsencode(place)) <= LONGEST - 15:
@@ -150,6 +150,14 @@ def _own_folder() -> str | None:
         f"Ray cannot keep its sockets in {sessions}, which is not writable or longer than "
         f"{LONGEST} bytes, nor in /tmp: set RAY_TMPDIR to a short folder that is"
     )
+
+
+def _can_write(path: Path) -> bool:
+    """Whether a file can be written, or made where there is none; not where no home is known."""
+    if not path.is_absolute() or path.exists():
+        return path.exists() and os.access(path, os.R_OK | os.W_OK)
+    there = next(place for place in path.parents if place.exists())
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
 def resources(options: dict[str, Any]) -> dict[str, float]:

@@ -29,6 +29,7 @@ CODE = {  # our package is sent to the workers of a cluster: they need no checko
     "env_vars": {"RAY_TRAIN_V2_ENABLED": "1", "RAY_CHDIR_TO_TRIAL_DIR": "0"},
 }
 LONGEST = 43  # bytes of the folder of Ray's sessions: a socket's path may have 107
+ROOM_BYTES = 32 * 2**20  # of the logs of a short sweep
 SPARE_BYTES = 256 * 2**20  # of the object store, beside the inputs
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -86,7 +87,7 @@ def connected(options: dict[str, Any], input_bytes: int, cpus_at_least: float) -
         A line that says what was started or found.
 
     Raises:
-        ConnectionError: If no cluster answers in time.
+        ConnectionError: If no cluster answers in time, or a Ray of our own does not start.
     """
     import ray
 
@@ -104,15 +105,22 @@ def connected(options: dict[str, Any], input_bytes: int, cpus_at_least: float) -
     else:
         store = options["object_store_gb"]
         size = int(store * 2**30) if store else int(1.25 * input_bytes) + SPARE_BYTES
-        context = ray.init(
-            address="local",
-            num_cpus=max(os.cpu_count() or 1, math.ceil(cpus_at_least)),
-            object_store_memory=size,
-            include_dashboard=options["dashboard"],
-            dashboard_host="127.0.0.1",
-            _temp_dir=own,
-            **quiet,
-        )
+        try:
+            context = ray.init(
+                address="local",
+                num_cpus=max(os.cpu_count() or 1, math.ceil(cpus_at_least)),
+                object_store_memory=size,
+                include_dashboard=options["dashboard"],
+                dashboard_host="127.0.0.1",
+                _temp_dir=own,
+                **quiet,
+            )
+        except (RuntimeError, TimeoutError) as error:
+            lines = str(error).strip().splitlines()[:1]
+            raise ConnectionError(
+                f"Ray did not start ({''.join(lines)}): its logs are in {own or _sessions()}; "
+                "RAY_TMPDIR sets another folder"
+            ) from error
         what = "started Ray"
         if url := context.dashboard_url:
             what += f", dashboard http://{url} (`ray get-auth-token` prints its token)"
@@ -138,18 +146,32 @@ def _own_folder() -> str | None:
     Raises:
         OSError: If there is no place for one.
     """
-    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
-    sessions = Path(folder).absolute() / "ray"
-    if len(os.fsencode(sessions)) <= LONGEST and _can_write(sessions / "session"):
+    sessions = _sessions()
+    if len(os.fsencode(sessions)) <= LONGEST and _has_room(sessions):
         return None
     for place in (os.environ.get("XDG_RUNTIME_DIR"), "/tmp", "/var/tmp", "/dev/shm"):
-        if place and Path(place).is_absolute() and len(os.fsencode(place)) <= LONGEST - 15:
+        short = place and Path(place).is_absolute() and len(os.fsencode(place)) <= LONGEST - 15
+        if short and _has_room(Path(place)):
             with suppress(OSError):
                 return tempfile.mkdtemp(prefix="cpmm-", dir=place)  # for this user alone
     raise OSError(
-        f"Ray cannot keep its sockets in {sessions}, which is not writable or longer than "
-        f"{LONGEST} bytes, nor in /tmp: set RAY_TMPDIR to a short folder that is"
+        f"Ray cannot keep its sockets in {sessions}, which is not writable, full or longer than "
+        f"{LONGEST} bytes, nor in /tmp: set RAY_TMPDIR to a short folder with "
+        f"{ROOM_BYTES >> 20} MiB of room"
     )
+
+
+def _sessions() -> Path:
+    """Where Ray keeps its sessions by itself."""
+    return (
+        Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp").absolute() / "ray"
+    )
+
+
+def _has_room(folder: Path) -> bool:
+    """Whether a folder, or where it would be made, can be written to and is not full."""
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    return _can_write(folder / "session") and shutil.disk_usage(there).free > ROOM_BYTES
 
 
 def _can_write(path: Path) -> bool:

@@ -220,6 +220,7 @@ def test_headers_that_are_none_are_read_by_what_the_error_says(text, names, said
         ("a,b,\n1,2\n3,4\n", ("a", "b")),
         ("# a,b\n1,2\n3,4\n", ("a", "b")),
         ("# by me, today\n#\na,b\n1,2\n3,4\n", ("a", "b")),
+        ("#a\n0\n1\n", ("a",)),
         ("#,b\n1,2\n3,4\n", ("#", "b")),
         ("\n\n a , b\n 1 , 2\n3,4\n\n", ("a", "b")),
         ('"a\nb","c,d"\n1,2\n3,4\n', ("a b", "c,d")),

@@ -250,10 +250,11 @@ def _require_readable(preset: str, overrides: Sequence[str]) -> None:
         except (ValueError, RecursionError):  # a number or lists beyond all limits
             read = True
         if separator and not read:
+            right = quote_word(f"{key}={quote(value)}")
             raise ValueError(
                 f"preset {preset!r} cannot be composed with {show(item)}: text with brackets, "
                 "commas, =, quotes or letters beyond ASCII stands in quotes of its own. If this is "
-                f"text, write {quote_word(f'{key}={quote(value)}')}"
+                f"text, write {right if len(right) < 1000 else 'it so'}"
             )
 
 

@@ -112,14 +112,14 @@ def order_by_pattern(x: Tensor) -> Tensor:
 
 def _patterns(seen: Tensor) -> tuple[Tensor, Tensor]:
     """Distinct rows of (N, M) booleans, (P, M), and which of them each row is, (N,)."""
-    pattern = torch.zeros(len(seen), dtype=torch.long, device=seen.device)
+    found = pattern = torch.zeros(len(seen), dtype=torch.long, device=seen.device)
     for part in seen.split(31, 1):  # as bits of an integer: sorting rows takes ten times as long
         bit = 2 ** torch.arange(part.shape[1], device=seen.device)
-        pattern = ((pattern << 31) + (part * bit).sum(1)).unique(return_inverse=True)[1]
+        found, pattern = ((pattern << 31) + (part * bit).sum(1)).unique(return_inverse=True)
     example = torch.zeros_like(pattern).scatter_(
         0, pattern, torch.arange(len(seen), device=seen.device)
     )
-    return seen[example[: int(pattern.amax()) + 1]], pattern
+    return seen[example[: len(found)]], pattern
 
 
 def points_at_a_time(fa: FactorAnalyzers) -> int:
@@ -195,9 +195,7 @@ def _capacitance_root(patterns: Tensor, fa: FactorAnalyzers) -> Tensor:
 def impute(x: Tensor, fa: FactorAnalyzers) -> Tensor:
     """Fill the gaps of points, (N, M), with E[x | x_o] under the mixture, (N, M)."""
 
-    def mean(part: Tensor) -> Tensor:
-        posterior = factor_posterior(part, fa)
-        share = (posterior.log_prob + fa.log_weight).softmax(1)
+    def mean(part: Tensor, posterior: FactorPosterior, share: Tensor) -> Tensor:
         return share @ fa.mean + ((share * posterior.mean) @ fa.loading.movedim(2, 0)).sum(0)
 
     return _fill(x, fa, mean)
@@ -222,9 +220,7 @@ def impute_image(
     at, weight = (torch.from_numpy(a).to(x) for a in np.polynomial.hermite_e.hermegauss(n_nodes))
     weight = weight / weight.sum()
 
-    def mean(part: Tensor) -> Tensor:
-        posterior = factor_posterior(part, fa)
-        share = (posterior.log_prob + fa.log_weight).softmax(1)
+    def mean(part: Tensor, posterior: FactorPosterior, share: Tensor) -> Tensor:
         total = torch.zeros_like(part)
         pairs = (share > 1e-9).nonzero()
         for n, k in (pair.T for pair in pairs.split(max(1, MOST_NUMBERS // fa.loading[0].numel()))):
@@ -253,9 +249,7 @@ def sample_missing(x: Tensor, fa: FactorAnalyzers, generator: torch.Generator) -
     def normal(*size: int) -> Tensor:
         return torch.randn(size, generator=generator, dtype=x.dtype, device=x.device)
 
-    def draw(part: Tensor) -> Tensor:
-        posterior = factor_posterior(part, fa)
-        share = (posterior.log_prob + fa.log_weight).softmax(1)
+    def draw(part: Tensor, posterior: FactorPosterior, share: Tensor) -> Tensor:
         k = torch.multinomial(share, 1, generator=generator).squeeze(1)
         n = torch.arange(len(part), device=part.device)
         root = posterior.root[:, :, posterior.pattern, k].movedim(2, 0)  # (N, R, R)
@@ -267,14 +261,33 @@ def sample_missing(x: Tensor, fa: FactorAnalyzers, generator: torch.Generator) -
     return _fill(x, fa, draw)
 
 
-def _fill(x: Tensor, fa: FactorAnalyzers, rest: Callable[[Tensor], Tensor]) -> Tensor:
-    """Replace the gaps by what ``rest`` makes of the points that have some, in batches."""
+def _fill(
+    x: Tensor, fa: FactorAnalyzers, rest: Callable[[Tensor, FactorPosterior, Tensor], Tensor]
+) -> Tensor:
+    """Replace the gaps by what ``rest`` makes of points with gaps, in batches.
+
+    Args:
+        x: Points, (N, M).
+        fa: K factor analyzers.
+        rest: From points, the posterior of their factors and responsibilities to all M features.
+
+    Raises:
+        ValueError: If a point has no density in floating-point numbers.
+    """
     require_points(x, fa.n_features)
     filled, rows = x.clone(), x.isnan().any(1).nonzero().squeeze(1)
-    if len(rows):
-        rows = rows[order_by_pattern(x[rows])]
-        parts = x[rows].split(points_at_a_time(fa))
-        filled[rows] = torch.cat([torch.where(y.isnan(), rest(y), y) for y in parts])
+    rows = rows[order_by_pattern(x[rows])]
+    for some in rows.split(points_at_a_time(fa)):
+        part = x[some]
+        posterior = factor_posterior(part, fa)
+        share = (posterior.log_prob + fa.log_weight).softmax(1)
+        lost = share.isnan().any(1)
+        if bool(lost.any()):
+            raise ValueError(
+                f"point {int(some[lost].min()) + 1} is too far from the mixture for its numbers: "
+                "check it, or drop it"
+            )
+        filled[some] = torch.where(part.isnan(), rest(part, posterior, share), part)
     return filled
 
 

@@ -114,8 +114,9 @@ def _patterns(seen: Tensor) -> tuple[Tensor, Tensor]:
     """Distinct rows of (N, M) booleans, (P, M), and which of them each row is, (N,)."""
     found = pattern = torch.zeros(len(seen), dtype=torch.long, device=seen.device)
     for part in seen.split(31, 1):  # as bits of an integer: sorting rows takes ten times as long
-        bit = 2 ** torch.arange(part.shape[1], device=seen.device)
-        found, pattern = ((pattern << 31) + (part * bit).sum(1)).unique(return_inverse=True)
+        for column in part.unbind(1):
+            pattern = 2 * pattern + column
+        found, pattern = pattern.unique(return_inverse=True)
     example = torch.zeros_like(pattern).scatter_(
         0, pattern, torch.arange(len(seen), device=seen.device)
     )

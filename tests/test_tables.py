@@ -204,9 +204,9 @@ def test_many_columns_are_quick_and_their_errors_short(tmp_path):
     n = 20_000
     rows = [",".join(map(str, range(k, k + n))) for k in (5, 3)]
     path = write(tmp_path, "\n".join([",".join(f"c{m}" for m in range(n)), *rows]))
-    started = time.monotonic()
+    started = time.process_time()
     assert read(path).x.shape == (2, n)
-    assert time.monotonic() - started < 8  # 2 here; counting each name took 8 by itself
+    assert time.process_time() - started < 8  # 2 here; counting each name took 8 by itself
     row = rows[0][:20_000]
     for text in (row, re.sub(r"\d+", "a", row)):
         with pytest.raises(ValueError, match=r"t\.csv") as caught:

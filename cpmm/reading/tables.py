@@ -522,7 +522,7 @@ class _Plan:
         hard = [column.name for column in texts if not column.can_be_encoded]
         if texts:
             n_new = sum(len(column.categories) for column in texts if column.can_be_encoded)
-            if self.kept and (len(hard) > MANY or n_new > 4 * MOST_CATEGORIES):
+            if len(hard) > MANY or (self.kept and n_new > 4 * MOST_CATEGORIES):
                 choice = replace(choice, text="drop")
             else:
                 drop += hard

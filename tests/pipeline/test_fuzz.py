@@ -315,7 +315,7 @@ CSV = {
 
 def numbers(cells):
     """Of a column, true and yes as 1, None for what is no usable number."""
-    cells = [cell.strip().lower() for cell in cells]
+    cells = [cell.strip("\ufeff").strip().lower() for cell in cells]
     pair = next((p for p in (("false", "true"), ("no", "yes")) if set(cells) <= {*p}), None)
     gaps = ("", "na", "none", "-", "?", ".")
     values = [None if c in gaps else pair.index(c) if pair else float(c) for c in cells]
@@ -331,6 +331,7 @@ def parse_csv(data, delimiter, label_column):
     )
     rows = [row for row in rows if row and row != [""]]
     header, rows = [" ".join(name.split()) for name in rows[0]], rows[1:]
+    header[0] = header[0].lstrip("# ") or header[0]
     rows = [row + [""] * (len(header) - len(row)) for row in rows]  # what is not there is empty
     n = len(header) - (header[-1] == "")
     assert all(not any(map(str.strip, row[n:])) for row in rows)

@@ -63,13 +63,11 @@ class ObservedDensity:
             return self.complete.component_log_prob(x)
         whole, broken = (~gaps).nonzero().squeeze(1), gaps.nonzero().squeeze(1)
         broken = broken[order_by_pattern(x[broken])]
-        parts = [factor_posterior(y, self.components).log_prob for y in self._batches(x[broken])]
+        # With gradients everything is kept anyway.
+        size = len(x) if torch.is_grad_enabled() else points_at_a_time(self.components)
+        parts = [factor_posterior(y, self.components).log_prob for y in x[broken].split(size)]
         log_prob = torch.cat([self.complete.component_log_prob(x[whole]), *parts])
         return log_prob[torch.cat([whole, broken]).argsort()]
-
-    def _batches(self, x: Tensor) -> tuple[Tensor, ...]:
-        # With gradients everything is kept anyway.
-        return (x,) if torch.is_grad_enabled() else batches(x, self.components)
 
 
 def prepare_observed_density(fa: FactorAnalyzers) -> ObservedDensity:
@@ -88,12 +86,14 @@ class FactorPosterior:
     Attributes:
         log_prob: Log-density of what is observed, nats, (N, K), without the weights.
         pattern: Which of the P patterns of gaps a point has, (N,).
+        seen: What is observed in each pattern, (P, M), of the type of the points: 1 or 0.
         root: L^-1 of each pattern, (P, K, R, R): the covariance is L^-T L^-1.
         whitened: L^-1 b of each point, (N, K, R): the mean is L^-T times it.
     """
 
     log_prob: Tensor
     pattern: Tensor
+    seen: Tensor
     root: Tensor
     whitened: Tensor
 
@@ -120,10 +120,10 @@ def _patterns(seen: Tensor) -> tuple[Tensor, Tensor]:
     return seen[example[: int(pattern.amax()) + 1]], pattern
 
 
-def batches(x: Tensor, fa: FactorAnalyzers) -> tuple[Tensor, ...]:
-    """Split points, (N, M), so that nothing about a batch takes more than 8 MiB in float64."""
+def points_at_a_time(fa: FactorAnalyzers) -> int:
+    """Points of a batch of which no tensor takes more than 8 MiB in float64."""
     of_each = fa.n_components * max(1, fa.n_factors) ** 2
-    return x.split(max(1, MOST_NUMBERS // max(of_each, fa.n_features)))
+    return max(1, MOST_NUMBERS // max(of_each, fa.n_features))
 
 
 def factor_posterior(x: Tensor, fa: FactorAnalyzers) -> FactorPosterior:
@@ -161,7 +161,7 @@ def factor_posterior(x: Tensor, fa: FactorAnalyzers) -> FactorPosterior:
         log_prob = -0.5 * (distance + log_det[pattern])
     if log_prob.requires_grad:
         log_prob.register_hook(without_subnormal)
-    return FactorPosterior(log_prob, pattern, root, whitened)
+    return FactorPosterior(log_prob, pattern, patterns, root, whitened)
 
 
 def _by_feature(loading: Tensor) -> Tensor:
@@ -232,7 +232,7 @@ def _fill(x: Tensor, fa: FactorAnalyzers, rest: Callable[[Tensor], Tensor]) -> T
     filled, rows = x.clone(), x.isnan().any(1).nonzero().squeeze(1)
     if len(rows):
         rows = rows[order_by_pattern(x[rows])]
-        parts = batches(x[rows], fa)
+        parts = x[rows].split(points_at_a_time(fa))
         filled[rows] = torch.cat([torch.where(y.isnan(), rest(y), y) for y in parts])
     return filled
 

@@ -83,12 +83,14 @@ def prepare_observed_density(fa: FactorAnalyzers) -> ObservedDensity:
 class FactorPosterior:
     """The factors of each component given what is observed of each of N points.
 
+    The factors come first and the components last: sums over the few factors run along memory.
+
     Attributes:
         log_prob: Log-density of what is observed, nats, (N, K), without the weights.
         pattern: Which of the P patterns of gaps a point has, (N,).
         seen: What is observed in each pattern, (P, M), of the type of the points: 1 or 0.
-        root: L^-1 of each pattern, (P, K, R, R): the covariance is L^-T L^-1.
-        whitened: L^-1 b of each point, (N, K, R): the mean is L^-T times it.
+        root: L^-1 of each pattern, (R, R, P, K): the covariance is L^-T L^-1.
+        whitened: L^-1 b of each point, (R, N, K): the mean is L^-T times it.
     """
 
     log_prob: Tensor
@@ -99,8 +101,8 @@ class FactorPosterior:
 
     @property
     def mean(self) -> Tensor:
-        """E[z | x_o], (N, K, R)."""
-        return (self.root[self.pattern] * self.whitened.unsqueeze(-1)).sum(-2)
+        """E[z | x_o], (R, N, K)."""
+        return (self.root.index_select(2, self.pattern) * self.whitened.unsqueeze(1)).sum(0)
 
 
 def order_by_pattern(x: Tensor) -> Tensor:
@@ -142,21 +144,18 @@ def factor_posterior(x: Tensor, fa: FactorAnalyzers) -> FactorPosterior:
         mean, precision = fa.mean - centre, torch.exp(-fa.log_diagonal)
         deviation = torch.where(seen, x - centre, 0)
         seen, patterns = seen.to(deviation), patterns.to(deviation)
-        root = _capacitance_root(patterns, fa)  # (P, K, R, R)
-        scaled = fa.loading * precision.unsqueeze(-1)  # (K, M, R)
-        constant = scaled * mean.unsqueeze(-1)
-        b = deviation @ _by_feature(scaled) - seen @ _by_feature(constant)
-        b = b.unflatten(1, (fa.n_components, 1, fa.n_factors))
-        whitened = (root[pattern] * b).sum(-1)  # (N, K, R)
+        root = _capacitance_root(patterns, fa)  # (R, R, P, K)
+        scaled = fa.loading.movedim(2, 0) * precision  # (R, K, M)
+        b = deviation @ scaled.mT - seen @ (scaled * mean).mT  # (R, N, K)
+        whitened = (root.index_select(2, pattern) * b).sum(1)  # (R, N, K)
         weighted_mean = mean * precision
-        log_det = patterns @ (fa.log_diagonal + math.log(2 * math.pi)).T - 2 * root.diagonal(
-            dim1=-2, dim2=-1
-        ).log().sum(-1)  # (P, K)
+        log_det = patterns @ (fa.log_diagonal + math.log(2 * math.pi)).T  # (P, K)
+        log_det = log_det - 2 * root.diagonal().log().sum(-1)
         distance = (
             deviation.square() @ precision.T
             - 2 * deviation @ weighted_mean.T
             + seen @ (mean * weighted_mean).T
-            - whitened.square().sum(-1)
+            - whitened.square().sum(0)
         )
         log_prob = -0.5 * (distance + log_det[pattern])
     if log_prob.requires_grad:
@@ -164,29 +163,33 @@ def factor_posterior(x: Tensor, fa: FactorAnalyzers) -> FactorPosterior:
     return FactorPosterior(log_prob, pattern, patterns, root, whitened)
 
 
-def _by_feature(loading: Tensor) -> Tensor:
-    return loading.transpose(0, 1).flatten(1)  # (K, M, R) to (M, K R)
+def triangle(size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows and columns of the T entries of a symmetric matrix that are enough, and where each is.
+
+    Returns:
+        Two of (T,), and positions among the T, (size, size).
+    """
+    i, j = torch.tril_indices(size, size, device=device)
+    place = torch.zeros(size, size, dtype=torch.long, device=device)
+    place[i, j] = place[j, i] = torch.arange(len(i), device=device)
+    return i, j, place
 
 
 def _capacitance_root(patterns: Tensor, fa: FactorAnalyzers) -> Tensor:
-    """Inverse Cholesky factors of I + A_o^T D_o^-1 A_o, (P, K, R, R), for P sets o, 0 or 1, (P, M).
+    """Inverse Cholesky factors of I + A_o^T D_o^-1 A_o, (R, R, P, K), for P sets o, 0 or 1, (P, M).
 
-    Its entries are sums over the observed features, and so a product of matrices.
+    Its entries are sums over the observed features, and so products of matrices.
     """
-    r, m = fa.n_factors, fa.n_features
-    scaled = fa.loading * torch.exp(-0.5 * fa.log_diagonal).unsqueeze(-1)
-    i, j = torch.tril_indices(r, r, device=scaled.device)
-    n_at_a_time = max(1, MOST_NUMBERS // max(1, m * len(i)))
-    parts = [
-        patterns @ _by_feature(part[..., i] * part[..., j]) for part in scaled.split(n_at_a_time)
-    ]
-    lower = torch.cat(parts, 1).unflatten(1, (fa.n_components, len(i)))
-    place = torch.zeros(r, r, dtype=torch.long, device=i.device)
-    place[i, j] = place[j, i] = torch.arange(len(i), device=i.device)
-    identity = torch.eye(r, dtype=scaled.dtype, device=scaled.device)
-    cholesky, info = torch.linalg.cholesky_ex(lower[..., place] + identity)
+    scaled = (fa.loading * torch.exp(-0.5 * fa.log_diagonal).unsqueeze(-1)).movedim(2, 0)
+    i, j, place = triangle(fa.n_factors, scaled.device)
+    n_at_a_time = max(1, MOST_NUMBERS // max(1, fa.n_features * len(i)))
+    parts = [patterns @ (part[i] * part[j]).mT for part in scaled.split(n_at_a_time, 1)]
+    low_rank = torch.cat(parts, 2)[place].permute(2, 3, 0, 1)  # (T, P, K) to (P, K, R, R)
+    identity = torch.eye(fa.n_factors, dtype=scaled.dtype, device=scaled.device)
+    cholesky, info = torch.linalg.cholesky_ex(low_rank + identity)
     require_positive_definite(cholesky, info, fa)
-    return torch.linalg.solve_triangular(cholesky, identity.expand_as(cholesky), upper=False)
+    root = torch.linalg.solve_triangular(cholesky, identity.expand_as(cholesky), upper=False)
+    return root.permute(2, 3, 0, 1).contiguous()
 
 
 def impute(x: Tensor, fa: FactorAnalyzers) -> Tensor:
@@ -195,8 +198,7 @@ def impute(x: Tensor, fa: FactorAnalyzers) -> Tensor:
     def mean(part: Tensor) -> Tensor:
         posterior = factor_posterior(part, fa)
         share = (posterior.log_prob + fa.log_weight).softmax(1)
-        factors = (share.unsqueeze(-1) * posterior.mean).flatten(1)  # (N, K R)
-        return share @ fa.mean + factors @ fa.loading.mT.flatten(0, 1)
+        return share @ fa.mean + ((share * posterior.mean) @ fa.loading.movedim(2, 0)).sum(0)
 
     return _fill(x, fa, mean)
 
@@ -218,8 +220,9 @@ def sample_missing(x: Tensor, fa: FactorAnalyzers, generator: torch.Generator) -
         share = (posterior.log_prob + fa.log_weight).softmax(1)
         k = torch.multinomial(share, 1, generator=generator).squeeze(1)
         n = torch.arange(len(part), device=part.device)
-        root, whitened = posterior.root[posterior.pattern, k], posterior.whitened[n, k]
-        factors = root.mT @ (whitened + normal(len(part), fa.n_factors)).unsqueeze(-1)
+        root = posterior.root[:, :, posterior.pattern, k].movedim(2, 0)  # (N, R, R)
+        whitened = posterior.whitened[:, n, k].T + normal(len(part), fa.n_factors)
+        factors = root.mT @ whitened.unsqueeze(-1)
         noise = torch.exp(0.5 * fa.log_diagonal[k]) * normal(*part.shape)
         return fa.mean[k] + (fa.loading[k] @ factors).squeeze(-1) + noise
 
@@ -309,8 +312,8 @@ def condition(
             f"condition {int(lost.nonzero()[0]) + 1} of {len(values)} is too far from the mixture "
             "for its numbers: check its values"
         )
-    mean = rest.mean + torch.einsum("kmr,bkr->bkm", rest.loading, posterior.mean)
-    loading = rest.loading @ posterior.root[0].mT
+    mean = rest.mean + torch.einsum("kmr,rbk->bkm", rest.loading, posterior.mean)
+    loading = torch.einsum("kmr,srk->kms", rest.loading, posterior.root[:, :, 0])
     return [
         FactorAnalyzers(log_weight, own, loading, rest.log_diagonal)
         for log_weight, own in zip(joint.log_softmax(1), mean, strict=True)

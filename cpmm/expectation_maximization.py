@@ -23,6 +23,7 @@ from cpmm.conditioning import (
     factor_posterior,
     order_by_pattern,
     points_at_a_time,
+    triangle,
 )
 from cpmm.factor_analyzers import FactorAnalyzers, capacitance_cholesky, prepare_density
 from cpmm.mixture import Mixture
@@ -284,7 +285,7 @@ def _expect_observed(
         sums = found if sums is None else {name: sums[name] + found[name] for name in found}
     assert sums is not None  # there are points
     points_of_each = sums.pop("points")
-    of = {name: value.transpose(0, 1).flatten(0, 1) for name, value in sums.items()}  # (K M, ...)
+    of = {name: value.transpose(-1, -2).flatten(-2).movedim(-1, 0) for name, value in sums.items()}
     return torch.cat(log_prob), _Moments(
         points=points_of_each,
         count=of["count"],
@@ -299,36 +300,31 @@ def _expect_observed(
 
 
 def _observed_sums(deviation: Tensor, posterior: FactorPosterior, share: Tensor) -> dict:
-    """Sums of :class:`_Moments` over a batch for each feature, (M, K, ...), float64.
+    """Sums of :class:`_Moments` over a batch for each feature, (..., M, K), float64.
 
     Args:
         deviation: Of the points from the centre, (N, M), NaN where nothing was observed.
         posterior: Of the factors.
         share: Responsibilities, (N, K).
     """
-    deviation = deviation.nan_to_num(nan=0.0)
-    factor = posterior.mean  # (N, K, R)
-    weighted = share.unsqueeze(2) * factor
-
-    def of_patterns(value: Tensor) -> Tensor:
-        zeros = value.new_zeros(len(posterior.seen), *value.shape[1:], dtype=torch.float64)
-        return zeros.index_add_(0, posterior.pattern, value.double())
-
-    def where_observed(value: Tensor) -> Tensor:  # (P, ...) to (M, ...)
-        return torch.tensordot(posterior.seen.double().T, value, 1)
-
-    count = of_patterns(share)  # (P, K)
-    covariance = posterior.root.mT @ posterior.root  # (P, K, R, R)
-    square = weighted.unsqueeze(3) * factor.unsqueeze(2)  # (N, K, R, R)
+    seen = posterior.seen[posterior.pattern].T  # (M, N)
+    deviation = deviation.nan_to_num(nan=0.0).T
+    i, j, place = triangle(len(posterior.root), share.device)
+    factor = posterior.mean  # (R, N, K)
+    weighted = share * factor
+    of_patterns = share.new_zeros(len(posterior.seen), share.shape[1]).double()
+    of_patterns.index_add_(0, posterior.pattern, share.double())  # (P, K)
+    root = posterior.root.double()
+    covariance = (root[:, i] * root[:, j]).sum(0) * of_patterns  # (T, P, K), of z, summed
     return {
-        "points": count.sum(0),
-        "count": where_observed(count),
-        "x": (deviation.T @ share).double(),
-        "square": (deviation.square().T @ share).double(),
-        "factor": where_observed(of_patterns(weighted)),
-        "factor_square": where_observed(of_patterns(square)),
-        "cross": (deviation.T @ weighted.flatten(1)).unflatten(1, factor.shape[1:]).double(),
-        "covariance": where_observed(count[:, :, None, None] * covariance),
+        "points": of_patterns.sum(0),
+        "count": posterior.seen.double().T @ of_patterns,
+        "x": (deviation @ share).double(),
+        "square": (deviation.square() @ share).double(),
+        "factor": (seen @ weighted).double(),
+        "factor_square": (seen @ (weighted[i] * factor[j])).double()[place],
+        "cross": (deviation @ weighted).double(),
+        "covariance": (posterior.seen.double().T @ covariance)[place],
     }
 
 

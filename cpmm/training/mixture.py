@@ -80,6 +80,8 @@ class MixtureOptions:
         initial_rate_factor: The initial states' learning rate in units of the field's.
         patience: Epochs on the input space without a better validation loss that end the training;
             None: none do.
+        nan_is_missing: Whether NaN in the points stands for what was not observed: the likelihood
+            is then that of the rest, still divided by M. Otherwise NaN ends the training.
     """
 
     noise: float
@@ -97,6 +99,7 @@ class MixtureOptions:
     temperature: float = 1.0
     initial_rate_factor: float = 1.0
     patience: int | None = None
+    nan_is_missing: bool = False
 
 
 class MixtureTraining(Recorded):
@@ -162,7 +165,7 @@ class MixtureTraining(Recorded):
             x = x + options.noise * torch.randn(x.shape, generator=self._generator, device=x.device)
         times = draw_pseudotimes(options.pseudotimes, options.n_pseudotimes, self._generator)
         with self.located():
-            mixture = self.model.mixture(times.to(x))
+            mixture = self._mixture_at(times.to(x))
             by_cluster = mixture.cluster_joint_log_prob(x)
             log_prob = by_cluster.logsumexp(1)
             labelled = self.current_epoch < self.pseudo_label_epochs
@@ -196,7 +199,7 @@ class MixtureTraining(Recorded):
         """Solve the ODE once for all validation rows."""
         like = next(self.parameters())
         with self.located():
-            self._mixture = self.model.mixture(pseudotime_grid(self.options.n_extracted, like))
+            self._mixture = self._mixture_at(pseudotime_grid(self.options.n_extracted, like))
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_index: int) -> None:
         """Nats per dimension of held-out rows, without noise."""
@@ -204,6 +207,10 @@ class MixtureTraining(Recorded):
         with self.located():
             log_prob = self._mixture.log_prob(x)
         self._record("validation", -log_prob.mean() / x.shape[1], len(x))
+
+    def _mixture_at(self, times: Tensor) -> Mixture:
+        mixture = self.model.mixture(times)
+        return mixture.allow_missing() if self.options.nan_is_missing else mixture
 
     def _diagnosis(self, log_prob: Tensor, mixture: Mixture) -> str:
         fa = mixture.components

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -28,6 +28,12 @@ class Columns:
         if found is None:
             return {column: None}
         return {f"{column}={category}": category for category in found[len(found) == 2 :]}
+
+    def select(self, features: Sequence[int]) -> Columns:
+        """Return what a table of some of the M features needs; columns may lose a category."""
+        if self.fill is None:
+            return self
+        return replace(self, fill=tuple(self.fill[feature] for feature in features))
 
     def to_dict(self) -> dict[str, Any] | None:
         """Return what JSON can hold; None if there is nothing to say."""

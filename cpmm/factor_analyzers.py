@@ -108,12 +108,7 @@ class PreparedDensity:
         Raises:
             ValueError: If ``x`` is not (N, M).
         """
-        n_features = len(self.centre)
-        if x.ndim != 2 or x.shape[1] != n_features:
-            raise ValueError(
-                f"x must be (N, {n_features}), the mixture has {n_features} features: "
-                f"got shape {tuple(x.shape)}"
-            )
+        require_points(x, len(self.centre))
         with torch.autocast(x.device.type, enabled=False):  # as in prepare_density
             # Points along the columns: a CPU multiplies a third faster that way, and the sum over R
             # runs along memory.
@@ -127,8 +122,30 @@ class PreparedDensity:
             distance = diagonal - _SquaredLength.apply(low_rank) + self.constant.unsqueeze(1)
             log_prob = -0.5 * distance.T
         if log_prob.requires_grad:
-            log_prob.register_hook(_without_subnormal)
+            log_prob.register_hook(without_subnormal)
         return log_prob
+
+
+def require_points(x: Tensor, n_features: int) -> None:
+    """Raise ValueError if ``x`` is not (N, M)."""
+    if x.ndim != 2 or x.shape[1] != n_features:
+        raise ValueError(
+            f"x must be (N, {n_features}), the mixture has {n_features} features: "
+            f"got shape {tuple(x.shape)}"
+        )
+
+
+def require_positive_definite(cholesky: Tensor, info: Tensor, fa: FactorAnalyzers) -> None:
+    """Raise FloatingPointError if the capacitance matrices, (..., K, R, R), had no factors."""
+    pivots = cholesky.diagonal(dim1=-2, dim2=-1)  # what is broken in a row breaks its pivot
+    if bool(info.any()) or not bool(torch.isfinite(pivots).all()):
+        bad = int(((info != 0) | ~torch.isfinite(pivots).all(-1)).sum())
+        raise FloatingPointError(
+            f"{bad} of {info.numel()} capacitance matrices I + A^T D^-1 A are not "
+            f"positive definite: smallest log-variance {fa.log_diagonal.min().item():.3g}, largest "
+            f"loading {fa.loading.abs().max().item():.3g}; the run has diverged: lower "
+            "cpmm.learning_rate or cpmm.gradient_clip, or raise cpmm.log_diagonal_floor"
+        )
 
 
 def capacitance_cholesky(fa: FactorAnalyzers) -> tuple[Tensor, Tensor]:
@@ -144,14 +161,7 @@ def capacitance_cholesky(fa: FactorAnalyzers) -> tuple[Tensor, Tensor]:
     identity = torch.eye(fa.n_factors, dtype=scaled.dtype, device=scaled.device)
     capacitance = scaled @ fa.loading + identity
     cholesky, info = torch.linalg.cholesky_ex(capacitance)
-    if bool(info.any()) or not bool(torch.isfinite(cholesky).all()):
-        bad = int(((info != 0) | ~torch.isfinite(cholesky).all((1, 2))).sum())
-        raise FloatingPointError(
-            f"{bad} of {fa.n_components} capacitance matrices I + A^T D^-1 A are not "
-            f"positive definite: smallest log-variance {fa.log_diagonal.min().item():.3g}, largest "
-            f"loading {fa.loading.abs().max().item():.3g}; the run has diverged: lower "
-            "cpmm.learning_rate or cpmm.gradient_clip, or raise cpmm.log_diagonal_floor"
-        )
+    require_positive_definite(cholesky, info, fa)
     return cholesky, scaled
 
 
@@ -211,7 +221,7 @@ def component_log_prob(x: Tensor, fa: FactorAnalyzers) -> Tensor:
     return prepare_density(fa).component_log_prob(x)
 
 
-def _without_subnormal(gradient: Tensor | None) -> Tensor | None:
+def without_subnormal(gradient: Tensor | None) -> Tensor | None:
     """Set to zero what products would take below the normal numbers: a CPU is slow over those.
 
     That is far below the last digit of the gradients of the components that the points are near to.

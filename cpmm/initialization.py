@@ -15,6 +15,8 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from torch import Tensor, nn
 
+from cpmm.conditioning import impute
+from cpmm.expectation_maximization import fit_by_em
 from cpmm.factor_analyzers import FactorAnalyzers, component_log_prob
 from cpmm.trajectory import StateLayout
 
@@ -142,6 +144,34 @@ def partition(
     if kind == "linkage":
         return linkage_groups(x, n_groups, outlier_share)
     raise ValueError(f"partition {kind!r} is unknown: choose one of {', '.join(PARTITIONS)}")
+
+
+def fill_gaps(
+    x: Tensor, n_factors: int, log_diagonal_floor: float, n_iterations: int = 50
+) -> Tensor:
+    """Fill what is NaN in points, (N, M), to find groups and starts in them, and for nothing else.
+
+    By its mean given the rest, under one factor analyzer fitted to all points by EM: distances then
+    know what the features say of each other, which means of columns would blur. Nothing is drawn,
+    and points without gaps stay as they are.
+
+    Args:
+        x: Points.
+        n_factors: R of that factor analyzer.
+        log_diagonal_floor: Lower bound of its log d.
+        n_iterations: Steps of EM at most.
+
+    Raises:
+        ValueError: If a feature is missing in every point, or a value is infinite.
+    """
+    if not bool(x.isnan().any()):
+        return x
+    wide = x.double()
+    rough = torch.where(wide.isnan(), wide.nanmean(0), wide).nan_to_num(nan=0.0)
+    label = torch.zeros(len(x), dtype=torch.long)
+    start = local_factor_analyzers(rough, label, 1, n_factors, log_diagonal_floor)
+    run = fit_by_em(start, wide, wide, log_diagonal_floor, n_iterations, 3, batch_size=2048)
+    return impute(wide, run.best).to(x)
 
 
 def kmeans(

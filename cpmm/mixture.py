@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cpmm import conditioning
 from cpmm.artifact import load_artifact, save_artifact
+from cpmm.conditioning import (
+    ConditionValues,
+    ObservedDensity,
+    prepare_observed_density,
+    single,
+    stack_conditions,
+)
 from cpmm.factor_analyzers import (
     FactorAnalyzers,
-    component_log_prob,
+    PreparedDensity,
     prepare_density,
     sample_components,
 )
@@ -27,11 +35,15 @@ class Mixture:
         components: The factor analyzers, cluster by cluster; their weights are eta_c pi_c(t_j).
         cluster_sizes: Number of components of each cluster, C numbers that sum to K.
         batch_size: Points that go through at a time without gradients; bounds memory.
+        nan_is_missing: Whether NaN in a point stands for what was not observed, as
+            :meth:`allow_missing` sets it: densities and posteriors are then of the rest. Otherwise
+            NaN is a broken number, and its density is NaN.
     """
 
     components: FactorAnalyzers
     cluster_sizes: tuple[int, ...]
     batch_size: int = 2048
+    nan_is_missing: bool = False
 
     def __post_init__(self) -> None:
         """Raise ValueError if the sizes of the clusters do not sum to K."""
@@ -61,9 +73,17 @@ class Mixture:
         """Move to a device or floating-point type, as ``Tensor.to`` does."""
         return replace(self, components=self.components.to(*args, **kwargs))
 
+    def allow_missing(self) -> Mixture:
+        """Return the same mixture, for which NaN in a point stands for what was not observed.
+
+        Its densities are those of the observed values alone; a point of nothing but NaN has the
+        log-density 0, and the weights for its posterior.
+        """
+        return replace(self, nan_is_missing=True)
+
     def joint_log_prob(self, x: Tensor) -> Tensor:
         r"""Log of weight times density, :math:`\log \pi_k N(x; \mu_k, \Sigma_k)`, nats, (N, K)."""
-        return component_log_prob(x, self.components) + self.components.log_weight
+        return self._density().component_log_prob(x) + self.components.log_weight
 
     def cluster_joint_log_prob(self, x: Tensor) -> Tensor:
         r"""Log of :math:`\eta_c p(x | c)` of Eq. 7, nats, (N, C)."""
@@ -104,6 +124,62 @@ class Mixture:
         weight = self.components.log_weight.softmax(0)
         index = torch.multinomial(weight, n, replacement=True, generator=generator)
         return sample_components(self.components, index, generator), index
+
+    @torch.no_grad()
+    def impute(self, x: Tensor) -> Tensor:
+        """Fill what is NaN in points, (N, M), with its mean given the rest, (N, M)."""
+        return conditioning.impute(x, self.components)
+
+    @torch.no_grad()
+    def sample_missing(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Fill what is NaN in points, (N, M), with one draw given the rest, (N, M)."""
+        return conditioning.sample_missing(x, self.components, generator)
+
+    def marginal(self, features: Sequence[int]) -> Mixture:
+        """Mixture of some features alone, in the order given; the clusters stay.
+
+        Raises:
+            ValueError: If there are none, one is out of range, or one comes twice.
+        """
+        self._require_features(features)
+        return replace(self, components=conditioning.marginal(self.components, features))
+
+    def conditional(self, observed: Mapping[int, float | Tensor]) -> Mixture:
+        """Mixture of the other features given one value of each of some; the clusters stay.
+
+        Raises:
+            ValueError: As :meth:`conditionals`.
+        """
+        return single(self.conditionals(observed), "conditionals")
+
+    def conditionals(self, observed: Mapping[int, ConditionValues]) -> list[Mixture]:
+        """Return mixtures of the other features for B conditions at once; the clusters stay.
+
+        Args:
+            observed: For each feature that is given its B values, or one number for all. Loadings
+                and variances are the same for all B and lie in memory once.
+
+        Raises:
+            ValueError: If a feature is out of range, none is given or none is left, a value is not
+                a finite number, their numbers differ, or they have no density in numbers.
+        """
+        self._require_features(observed)
+        if len(observed) == self.n_features:
+            raise ValueError(
+                f"all {self.n_features} features are given: leave out those that are asked for"
+            )
+        values = stack_conditions(observed).to(self.components.mean)
+        found = conditioning.condition(self.components, list(observed), values)
+        return [replace(self, components=components) for components in found]
+
+    def _require_features(self, features: Iterable[int]) -> None:
+        features = list(features)
+        in_range = all(0 <= feature < self.n_features for feature in features)
+        if not features or not in_range or len(set(features)) < len(features):
+            raise ValueError(
+                f"expected one or more different features of 0 to {self.n_features - 1}: got "
+                f"{features}"
+            )
 
     def without_idle_components(self, x: Tensor) -> Mixture:
         """Drop the components that are the most likely one for none of the points ``x``, (N, M)."""
@@ -170,6 +246,10 @@ class Mixture:
             )
         return cls(FactorAnalyzers(**tensors), tuple(sizes))
 
+    def _density(self) -> PreparedDensity | ObservedDensity:
+        prepare = prepare_observed_density if self.nan_is_missing else prepare_density
+        return prepare(self.components)
+
     def _by_cluster(self, joint: Tensor) -> Tensor:
         if set(self.cluster_sizes) == {1}:  # nothing to sum, and hundreds of operations to do it
             return joint.contiguous()  # as the stack below is: sums over it round alike
@@ -181,6 +261,6 @@ class Mixture:
         # What ``reduce`` makes of the joint log-densities of the points, (N, K).
         if torch.is_grad_enabled() or len(x) <= self.batch_size:
             return reduce(self.joint_log_prob(x))
-        density, log_weight = prepare_density(self.components), self.components.log_weight
+        density, log_weight = self._density(), self.components.log_weight
         joint = (density.component_log_prob(part) + log_weight for part in x.split(self.batch_size))
         return torch.cat([reduce(part) for part in joint])

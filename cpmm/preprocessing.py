@@ -10,7 +10,7 @@ any space can be compared in units of the data.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -147,12 +147,38 @@ class Preprocessing:
             f"shared by all features, fitted to training data by likelihood, {affine}"
         )
 
-    def dequantize(self, raw: Tensor, generator: torch.Generator) -> Tensor:
+    def select(self, features: Sequence[int]) -> Preprocessing:
+        """Return the preprocessing of some of the M features, in the order given.
+
+        Raises:
+            ValueError: If they are whitened together.
+        """
+        self.require_elementwise()
+        return replace(
+            self,
+            shift=tuple(self.shift[feature] for feature in features),
+            scale=tuple(self.scale[feature] for feature in features),
+        )
+
+    def require_elementwise(self) -> None:
+        """Raise ValueError if the features are whitened together.
+
+        Behind a whitening every feature is a mix of all: what is known of some of them is no set of
+        its features, and the rest is no factor analyzer of as few factors.
+        """
+        if self.whitening is not None:
+            raise ValueError(
+                "marginals, conditionals and missing values cannot be had behind a whitening, "
+                "which mixes all features: train with data.standardize=feature or shared"
+            )
+
+    def dequantize(self, raw: Tensor, generator: torch.Generator | None) -> Tensor:
         """Add uniform noise to grey levels and rescale to [0, 1] (Appendix B), float64.
 
         Args:
-            raw: Integer grey levels, or real values, which pass through, (N, M).
-            generator: On the device of ``raw``.
+            raw: Integer grey levels, or real values, which pass through, (N, M). NaN stays NaN.
+            generator: On the device of ``raw``; None takes the middle of each level's cell in place
+                of a place drawn in it.
 
         Returns:
             (N, M), float64: at alpha 1e-6 float32 has too few digits near one.
@@ -162,13 +188,16 @@ class Preprocessing:
         """
         if self.levels is None:
             return raw.double()
-        if int(raw.min()) < 0 or int(raw.max()) >= self.levels:
+        known = raw.nan_to_num(nan=0.0) if raw.is_floating_point() else raw
+        if int(known.min()) < 0 or int(known.max()) >= self.levels:
             levels = raw.double()  # uint8 knows no 256
             n, m = ((levels < 0) | (levels >= self.levels)).nonzero()[0].tolist()
             raise ValueError(
                 f"grey levels must be 0 to {self.levels - 1}: feature {m + 1} of point {n + 1} is "
                 f"{levels[n, m].item():.6g}"
             )
+        if generator is None:
+            return (raw.double() + 0.5) / self.levels
         noise = torch.rand(raw.shape, generator=generator, dtype=torch.float64, device=raw.device)
         return (raw.double() + noise) / self.levels
 
@@ -179,7 +208,8 @@ class Preprocessing:
             + \log f'(\operatorname{logit} s) - \log \text{scale} + \log |W|
 
         with :math:`s = \alpha + (1 - 2\alpha) x` (rule 1 of the evaluation), the map f and the
-        whitening W, if any.
+        whitening W, if any. NaN, if elementwise, stays NaN and adds nothing to the
+        log-determinant: that is of the map of the others.
 
         Args:
             x: In [0, 1] for grey levels, real values otherwise, (N, M).
@@ -191,14 +221,15 @@ class Preprocessing:
             ValueError: If ``x`` has another number of features.
         """
         self._require_features(x)
-        log_det = -x.new_tensor(self.scale).log().sum().expand(len(x))
+        total = _total(x)
+        log_det = total(-x.new_tensor(self.scale).log())
         if self.levels is not None:
             s = self._margin + (1 - 2 * self._margin) * x
-            log_det = log_det + (math.log1p(-2 * self._margin) - s.log() - torch.log1p(-s)).sum(1)
+            log_det = log_det + total(math.log1p(-2 * self._margin) - s.log() - torch.log1p(-s))
             x = torch.logit(s)
         if self.map is not None:
             x, log_slope = self.map.forward(x)
-            log_det = log_det + log_slope.sum(1)
+            log_det = log_det + total(log_slope)
         if self.whitening is not None:
             log_det = log_det + torch.linalg.slogdet(self.whitening).logabsdet.to(x)
         return self._align(x), log_det
@@ -281,6 +312,14 @@ class Preprocessing:
             None if learned is None else ElementwiseMap.from_dict(learned),
             whitening,
         )
+
+
+def _total(x: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return what sums (N, M), or (M,) for every point, over the features that ``x`` has, (N,)."""
+    missing = x.isnan()
+    if not bool(missing.any()):
+        return lambda slope: slope.sum(-1).expand(len(x))
+    return lambda slope: slope.expand(x.shape).masked_fill(missing, 0).sum(1)
 
 
 def _inverse_root(covariance: Tensor) -> Tensor:

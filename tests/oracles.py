@@ -133,3 +133,28 @@ class SubnormalNumbers(TorchDispatchMode):
                 if bool(((size > 0) & (size < torch.finfo(value.dtype).tiny)).any()):
                     self.operations.append(str(function))
         return result
+
+
+def dense_observed_log_prob(x: Tensor, fa: FactorAnalyzers) -> np.ndarray:
+    """Log-density of what is not NaN in each point under each component by scipy, (N, K)."""
+    result = np.zeros((len(x), fa.n_components))
+    for n, point in enumerate(x.numpy()):
+        seen = np.flatnonzero(~np.isnan(point))
+        for k, covariance in enumerate(dense_covariance(fa)):
+            if len(seen):
+                normal = multivariate_normal(fa.mean[k].numpy()[seen], covariance[seen][:, seen])
+                result[n, k] = normal.logpdf(point[seen])
+    return result
+
+
+def dense_conditional(point: Tensor, fa: FactorAnalyzers) -> tuple[np.ndarray, ...]:
+    """Weights, (K,), means, (K, U), covariances, (K, U, U), of what is NaN given the rest."""
+    x = point.numpy()
+    seen, rest = np.flatnonzero(~np.isnan(x)), np.flatnonzero(np.isnan(x))
+    joint = dense_observed_log_prob(point[None], fa)[0] + fa.log_weight.numpy()
+    means, covariances = [], []
+    for mean, s in zip(fa.mean.numpy(), dense_covariance(fa), strict=True):
+        gain = s[rest][:, seen] @ np.linalg.inv(s[seen][:, seen])
+        means.append(mean[rest] + gain @ (x - mean)[seen])
+        covariances.append(s[rest][:, rest] - gain @ s[seen][:, rest])
+    return np.exp(joint - logsumexp(joint)), np.stack(means), np.stack(covariances)

@@ -10,6 +10,7 @@ from torch import Tensor
 from cpmm.initialization import (
     INITIALIZATIONS,
     PARTITIONS,
+    fill_gaps,
     group_axes,
     initial_states,
     kmeans,
@@ -312,3 +313,23 @@ def test_kmeans_on_some_points_groups_all_of_them(blobs):
     assert torch.equal(every, enough)
     with pytest.raises(ValueError, match="needs 3 distinct points, found 2 among 2"):
         kmeans(x, 3, torch.Generator().manual_seed(3), n_points=2)
+
+
+def test_groups_are_found_in_points_whose_gaps_were_filled(blobs, generator):
+    x, label = blobs
+    gaps = torch.rand(x.shape, generator=generator) < 0.2
+    holed = x.masked_fill(gaps, torch.nan)
+    filled = fill_gaps(holed, 2, -10.0)
+    assert filled.dtype == x.dtype
+    assert torch.equal(filled[~gaps], x[~gaps])
+    assert torch.equal(filled, fill_gaps(holed, 2, -10.0))
+    error, plain = (
+        (f - x)[gaps].square().mean() for f in (filled, holed.nanmean(0).expand(x.shape))
+    )
+    assert error < 0.5 * plain
+    found = kmeans(filled, 3, generator)
+    share = torch.stack([torch.bincount(label[found == c], minlength=3) for c in range(3)])
+    assert share.amax(1).sum() > 0.9 * len(x)
+    assert fill_gaps(x, 2, -10.0) is x
+    with pytest.raises(ValueError, match="feature 1 of x is missing in every point"):
+        fill_gaps(torch.tensor([[0.0, torch.nan], [1.0, torch.nan]]), 1, -10.0)

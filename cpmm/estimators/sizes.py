@@ -14,10 +14,12 @@ from torch import Tensor
 from cpmm.estimators.em import EMOptions
 from cpmm.estimators.starts import Fit, fit_again, fit_from_starts
 from cpmm.factor_analyzers import component_log_prob
+from cpmm.initialization import count_distinct
 
 Sizes = tuple[int, int, float]  # components K, factors R, shrinkage
 SHRINKAGES = (5.0, 20.0, 0.0)
 N_FOLDS = 3
+MOST = 512  # components
 IN_VAIN = 2  # values tried after the best one
 
 
@@ -130,7 +132,7 @@ class Search:
 
     def _counts(self) -> Iterator[int]:
         """Growing numbers of components, each with some points of its own."""
-        most = len(self.x) // 8
+        most = count_distinct(self.x.cpu(), 8 * MOST) // 8
         yield 1
         for exponent in count():
             for value in (2 << exponent, 3 << exponent):

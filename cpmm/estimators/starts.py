@@ -171,7 +171,8 @@ def merged_pieces(
     mean = member.T @ x / count[:, None]
     deviation = x - mean[piece]
     scatter = torch.stack([d.T @ d for d in (deviation[piece == k] for k in range(n_pieces))])
-    scatter = scatter + scatter.sum(0) / count.sum()  # as if of a point more, of the pooled spread
+    # As if of a point more, of the pooled spread and a trace of that of all.
+    scatter = scatter + scatter.sum(0) / count.sum() + 1e-6 * torch.eye(x.shape[1]).to(x)
 
     def cost(count: Tensor, scatter: Tensor) -> Tensor:
         return count * torch.linalg.slogdet(scatter / (count + 1)[..., None, None])[1]

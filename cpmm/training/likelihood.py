@@ -76,6 +76,8 @@ class MixtureOptions:
         initial_rate_factor: The initial states' learning rate in units of the field's.
         patience: Epochs on the input space without a better validation loss that end the training;
             None: none do.
+        nan_is_missing: Whether NaN in the points stands for what was not observed: the likelihood
+            is then that of the rest, still divided by M. Otherwise NaN ends the training.
     """
 
     noise: float
@@ -93,6 +95,13 @@ class MixtureOptions:
     temperature: float = 1.0
     initial_rate_factor: float = 1.0
     patience: int | None = None
+    nan_is_missing: bool = False
+
+
+def mixture_at(model: nn.Module, times: Tensor, options: MixtureOptions) -> Mixture:
+    """Mixture of a model at pseudotimes, (G,), which takes gaps if the options say so."""
+    mixture = model.mixture(times)
+    return mixture.allow_missing() if options.nan_is_missing else mixture
 
 
 def mixture_loss(
@@ -125,7 +134,7 @@ def mixture_loss(
     if options.noise:
         x = x + options.noise * torch.randn(x.shape, generator=generator, device=x.device)
     times = draw_pseudotimes(options.pseudotimes, options.n_pseudotimes, generator)
-    mixture = model.mixture(times.to(x))
+    mixture = mixture_at(model, times.to(x), options)
     by_cluster = mixture.cluster_joint_log_prob(x)
     log_prob = by_cluster.logsumexp(1)
     if labelled:  # of points and groups

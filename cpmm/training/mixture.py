@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cpmm.spaces import Curriculum
 from cpmm.training.epochs import Recorded
-from cpmm.training.likelihood import MixtureOptions, mixture_loss
+from cpmm.training.likelihood import MixtureOptions, mixture_at, mixture_loss
 from cpmm.trajectory import pseudotime_grid
 
 
@@ -84,8 +84,9 @@ class MixtureTraining(Recorded):
     def on_validation_epoch_start(self) -> None:
         """Solve the ODE once for all validation rows."""
         like = next(self.parameters())
+        times = pseudotime_grid(self.options.n_extracted, like)
         with self.located():
-            self._mixture = self.model.mixture(pseudotime_grid(self.options.n_extracted, like))
+            self._mixture = mixture_at(self.model, times, self.options)
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_index: int) -> None:
         """Nats per dimension of held-out rows, without noise."""

@@ -17,8 +17,8 @@ from conftest import NEEDED, ROOT, TINY, check_last_step
 from sklearn.datasets import load_digits
 
 import cpmm.pipeline.stage
+from cpmm import expectation_maximization
 from cpmm.artifact import load_artifact, load_header, verify_files
-from cpmm.baselines import expectation_maximization
 from cpmm.fitted import FittedMixture
 from cpmm.mixture import Mixture
 from cpmm.pipeline.artifacts import verify

@@ -13,7 +13,7 @@ from cpmm.training.epochs import Rows
 from cpmm.training.likelihood import path_cost, posterior_disagreement
 from cpmm.training.mixture import MixtureTraining
 from cpmm.trajectory import draw_pseudotimes, pseudotime_grid
-from tests.oracles import torch_mixture
+from tests.oracles import dense_observed_log_prob, torch_mixture
 from tests.training.runs import (
     CURRICULUM,
     Break,
@@ -90,6 +90,33 @@ def test_training_reaches_the_likelihood_of_the_truth():
     )
     fit(module)
     assert module.best["value"] == pytest.approx(true_loss(validation_rows(0)), abs=0.1)
+
+
+def test_training_on_points_with_gaps_reaches_the_likelihood_of_the_truth():
+    def rows(epoch: int, generator: torch.Generator) -> Rows:
+        x = random_points(generator)
+        return Rows(x=x.masked_fill(torch.rand(x.shape, generator=generator) < 0.3, torch.nan))
+
+    def holed(epoch: int) -> Tensor:
+        x = validation_rows(epoch)
+        x[::2, 0] = torch.nan
+        return x
+
+    module = mixture_training(
+        make_trajectories(n_clusters=1),
+        curriculum=Curriculum(0, 1, 40),
+        learning_rate=0.05,
+        noise=0.01,
+        nan_is_missing=True,
+    )
+    fit(module, rows, holed)
+    with torch.no_grad():
+        fa = module.model.mixture(pseudotime_grid(4)).components
+    whole = validation_rows(0)
+    assert -float(torch_mixture(fa).log_prob(whole).mean()) / M < true_loss(whole) + 0.1
+    best = dense_observed_log_prob(holed(0), fa.to(torch.float64)) + fa.log_weight.double().numpy()
+    last = -np.logaddexp.reduce(best, 1).mean() / M
+    assert module.history[-1]["validation"] == pytest.approx(last, rel=1e-4)
 
 
 def mean_responsibilities(module: MixtureTraining, x: Tensor) -> np.ndarray:

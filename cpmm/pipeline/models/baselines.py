@@ -299,7 +299,7 @@ def _likelier_by_em(
     run: Run, start: Mixture, by_gradient: Mixture, how: Mapping[str, int | None]
 ) -> tuple[Mixture, Mapping[str, int | None]]:
     """Fit by EM from the same start; the better by validation likelihood, and how it ended."""
-    from cpmm.baselines.expectation_maximization import fit_by_em
+    from cpmm.expectation_maximization import fit_by_em
 
     try:
         found = fit_by_em(

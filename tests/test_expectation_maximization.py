@@ -9,13 +9,14 @@ from scipy.special import logsumexp
 from scipy.stats import multivariate_normal
 from sklearn.decomposition import FactorAnalysis
 
-from cpmm.baselines.expectation_maximization import EMRun, fit_by_em
+from cpmm.expectation_maximization import EMRun, fit_by_em
 from cpmm.factor_analyzers import FactorAnalyzers
 from cpmm.mixture import Mixture
 from tests.oracles import (
     dense_component_log_prob,
     dense_covariance,
     dense_log_prob,
+    dense_observed_log_prob,
     random_factor_analyzers,
 )
 
@@ -95,6 +96,153 @@ def test_a_step_onto_the_floor_is_that_of_the_dense_formulas(generator):
     assert (value == -0.5).any()
     assert (value > -0.5).any()
     np.testing.assert_allclose(step(start, x, -0.5).log_diagonal.numpy(), value, rtol=1e-6)
+
+
+def with_gaps(x: torch.Tensor, generator: torch.Generator, share: float = 0.2) -> torch.Tensor:
+    return x.masked_fill(torch.rand(x.shape, generator=generator) < share, torch.nan)
+
+
+def dense_observed_step(x: np.ndarray, fa: FactorAnalyzers, times: np.ndarray) -> dict:
+    """One step where points have gaps and count ``times``, feature by feature, point by point."""
+    (k, m), r = fa.mean.shape, fa.n_factors
+    joint = dense_observed_log_prob(torch.from_numpy(x), fa) + fa.log_weight.numpy()
+    share = times[:, None] * np.exp(joint - logsumexp(joint, axis=1, keepdims=True))
+    mean, loading, variance = np.zeros((k, m)), np.zeros((k, m, r)), np.zeros((k, m))
+    for c, covariance in enumerate(dense_covariance(fa)):
+        a, mu = fa.loading[c].numpy(), fa.mean[c].numpy()
+        cross, square = np.zeros((m, r + 1)), np.zeros((m, r + 1, r + 1))
+        total, power = np.zeros(m), np.zeros(m)
+        for point, h in zip(x, share[:, c], strict=True):
+            seen = np.flatnonzero(~np.isnan(point))
+            beta = a[seen].T @ np.linalg.inv(covariance[seen][:, seen])
+            extended = np.append(beta @ (point - mu)[seen], 1)
+            second = np.outer(extended, extended)
+            second[:r, :r] += np.eye(r) - beta @ a[seen]
+            for i in seen:
+                cross[i] += h * point[i] * extended
+                square[i] += h * second
+                total[i] += h
+                power[i] += h * point[i] ** 2
+        for i in range(m):
+            row = np.linalg.solve(square[i], cross[i])
+            mean[c, i], loading[c, i] = row[-1], row[:-1]
+            variance[c, i] = (power[i] - row @ cross[i]) / total[i]
+    log_weight = np.log(share.sum(0) / times.sum())
+    return {
+        "log_weight": log_weight,
+        "mean": mean,
+        "loading": loading,
+        "log_diagonal": np.log(variance),
+    }
+
+
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+def test_a_step_with_gaps_and_weights_is_that_of_the_dense_formulas(generator, offset):
+    fa = random_factor_analyzers(generator, 3, 5, 2, offset)
+    x = with_gaps(draw(fa, 150, generator), generator, 0.3)
+    x[3] = torch.nan
+    times = 2 * torch.rand(150, generator=generator).double()
+    start = replace(fa, mean=fa.mean + 0.3, loading=0.5 * fa.loading)
+    heard = []
+    fit_by_em(start, x, x, FLOOR, 1, 1, 64, heard.append, times, times)
+    joint = dense_observed_log_prob(x, start) + start.log_weight.numpy()
+    expected = np.average(logsumexp(joint, axis=1), weights=times)
+    np.testing.assert_allclose(heard[0].history[0]["train"], expected)
+    np.testing.assert_allclose(heard[0].history[0]["validation"], expected)
+    for name, value in dense_observed_step(x.numpy(), start, times.numpy()).items():
+        got = getattr(heard[0].current, name).numpy()
+        np.testing.assert_allclose(got, value, rtol=1e-6, atol=1e-8)
+
+
+def test_whole_weights_are_points_that_come_several_times(generator):
+    fa = random_factor_analyzers(generator, 2, 4, 1)
+    start = random_factor_analyzers(generator, 2, 4, 1)
+    for x in (draw(fa, 80, generator), with_gaps(draw(fa, 80, generator), generator)):
+        times = torch.randint(0, 4, (80,), generator=generator)
+        repeated = x.repeat_interleave(times, 0)
+        weighted = fit_by_em(start, x, x, FLOOR, 5, 9, 64, None, times, times)
+        whole = fit_by_em(start, repeated, repeated, FLOOR, 5, 9, 64)
+        np.testing.assert_allclose(trained(weighted), trained(whole))
+        for name, value in vars(whole.best).items():
+            torch.testing.assert_close(getattr(weighted.best, name), value)
+
+
+def test_points_without_gaps_step_alike_on_both_ways(generator):
+    fa = random_factor_analyzers(generator, 3, 5, 2)
+    x = draw(fa, 150, generator)
+    start = random_factor_analyzers(generator, 3, 5, 2)
+    gap = torch.full((1, 5), torch.nan, dtype=torch.float64)  # which teaches the weights alone
+    usual, other = step(start, x), step(start, torch.cat([gap, x]))
+    for name in ("mean", "loading", "log_diagonal"):
+        torch.testing.assert_close(getattr(other, name), getattr(usual, name))
+
+
+@pytest.mark.parametrize("floor", [FLOOR, -1.0])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_training_likelihood_never_falls_with_gaps(floor, weighted, generator):
+    x = draw(random_factor_analyzers(generator, 4, 6, 2), 300, generator)
+    x = with_gaps(x, generator)
+    start = random_factor_analyzers(generator, 4, 6, 3)
+    start = replace(start, log_diagonal=start.log_diagonal.clamp(min=floor))
+    times = 3 * torch.rand(300, generator=generator).double() if weighted else None
+    run = fit_by_em(start, x, x, floor, 40, 99, 64, None, times, times)
+    assert (np.diff(trained(run)) > -1e-10).all()
+    assert trained(run)[-1] > trained(run)[0] + 0.1
+    if floor == -1.0:
+        assert run.current.log_diagonal.min().item() == floor
+
+
+def test_a_sampled_mixture_is_found_again_with_a_fifth_missing(generator):
+    truth = random_factor_analyzers(generator, 3, 6, 2)
+    truth = replace(truth, mean=3 * truth.mean)
+    x, validation = draw(truth, 3000, generator), draw(truth, 3000, generator)
+    start = FactorAnalyzers(
+        log_weight=torch.full((3,), 1 / 3, dtype=torch.float64).log(),
+        mean=truth.mean + torch.randn(3, 6, generator=generator, dtype=torch.float64),
+        loading=torch.randn(3, 6, 2, generator=generator, dtype=torch.float64),
+        log_diagonal=torch.ones(3, 6, dtype=torch.float64),
+    )
+    run = fit(start, with_gaps(x, generator), validation, n_iterations=100, batch_size=3000)
+    # As without gaps; four fifths of the numbers leave as much of the information, and no less.
+    loss = dense_log_prob(validation, truth).mean() - max(e["validation"] for e in run.history)
+    assert loss < 3 * 77 / 2 / 3000 / 0.64
+    weight = truth.log_weight.exp()
+    assert ((run.best.log_weight.exp() - weight).abs() < 5 * (weight / 3000).sqrt()).all()
+    for k, covariance in enumerate(dense_covariance(run.best)):
+        n = 0.64 * 3000 * weight[k].item()  # both features of a pair were observed
+        true = dense_covariance(truth)[k]
+        variances = np.diag(true)
+        error = np.sqrt((np.outer(variances, variances) + true**2) / n)
+        assert (np.abs(covariance - true) < 5 * error).all()
+        difference = (run.best.mean[k] - truth.mean[k]).numpy()
+        assert (np.abs(difference) < 5 * np.sqrt(variances / n)).all()
+
+
+def test_a_feature_that_a_component_hardly_sees_keeps_its_row(generator):
+    start = random_factor_analyzers(generator, 1, 4, 2)
+    x = draw(start, 60, generator)
+    x[2:, 1] = torch.nan  # two points, where its regression has three unknowns
+    run = fit(start, x, n_iterations=5)
+    assert [entry["starved"] for entry in run.history] == [1] * 6
+    for name in ("mean", "loading", "log_diagonal"):
+        assert torch.equal(getattr(run.current, name)[0, 1], getattr(start, name)[0, 1])
+        assert not torch.equal(getattr(run.current, name)[0, 0], getattr(start, name)[0, 0])
+    assert (np.diff(trained(run)) > -1e-10).all()
+
+
+def test_gaps_go_in_batches_go_on_and_stay_in_float32(generator):
+    fa = random_factor_analyzers(generator, 3, 5, 2)
+    x = with_gaps(draw(fa, 101, generator), generator)
+    start = random_factor_analyzers(generator, 3, 5, 2)
+    heard = []
+    whole = fit_by_em(start, x, x, FLOOR, 9, 100, 1000, heard.append)
+    resumed = fit_by_em(heard[4], x, x, FLOOR, 9, 100, 1000)
+    assert resumed.history == whole.history
+    batched = fit(start, x, n_iterations=9, batch_size=7)
+    np.testing.assert_allclose(trained(batched), trained(whole), rtol=1e-9)
+    narrow = fit(start.to(torch.float32), x.float(), n_iterations=9)
+    assert {value.dtype for value in vars(narrow.best).values()} == {torch.float32}
+    np.testing.assert_allclose(trained(narrow), trained(whole), atol=1e-4)
 
 
 @pytest.mark.parametrize("floor", [FLOOR, -1.0])
@@ -312,11 +460,15 @@ def test_float32_stays_float32_and_agrees(generator):
         ({"x": torch.zeros(9)}, r"x must be \(N, 3\).*got shape \(9,\)"),
         ({"x": torch.zeros(0, 3)}, r"x must be \(N, 3\) with N > 0.*got shape \(0, 3\)"),
         ({"validation": torch.zeros(9, 2)}, r"validation must be \(N, 3\).*got shape \(9, 2\)"),
-        ({"x": torch.tensor([[0, 1, torch.nan]])}, "x has 1 of 3 values that are not finite"),
+        ({"x": torch.tensor([[0, 1, torch.nan]])}, "feature 2 of x is missing in every point"),
         (
             {"validation": torch.full((2, 3), torch.inf)},
-            "validation has 6 of 6 values.*2 of 2 points",
+            "validation has 6 of 6 values that are infinite, in 2 of 2 points",
         ),
+        ({"weight": torch.ones(8)}, "the weights of x must be 9 numbers.*8"),
+        ({"weight": -torch.ones(9)}, "the weights of x must be 9 numbers of 0 or more.*from -1"),
+        ({"weight": torch.zeros(9)}, "the weights of x .* not all 0"),
+        ({"validation_weight": torch.full((9,), torch.nan)}, "the weights of validation must be"),
         ({"x": torch.zeros(9, 3).float()}, "x is torch.float32 on cpu, the mixture torch.float64"),
         (
             {"log_diagonal_floor": 1.0},

@@ -135,7 +135,7 @@ class MixtureOfFactorAnalyzers(MixtureEstimator):
         fa = result.components
         mixture = Mixture(fa, (1,) * fa.n_components)
         if self.n_components == "auto":
-            mixture = mixture.without_idle_components(z)
+            mixture = mixture.allow_missing().without_idle_components(z)
             mixture = Mixture(mixture.components, (1,) * mixture.components.n_components)
             self.n_components_ = mixture.n_clusters
         return mixture

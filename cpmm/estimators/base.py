@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any, Self
 
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator, ClusterMixin, DensityMixin
-from sklearn.utils import check_random_state
+from sklearn.utils import Tags, check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 from torch import Tensor
@@ -122,6 +123,15 @@ class MixtureEstimator(ClusterMixin, DensityMixin, BaseEstimator):
         """Mean log-density of the points in the units of the columns, nats; higher is better."""
         return float(self.score_samples(X).mean())
 
+    def impute(self, X: Any) -> np.ndarray:
+        """Fill what is NaN with its mean given the rest of the row, (N, M)."""
+        return self.mixture_.impute(self._rows(X), self._no_draws).cpu().numpy()
+
+    def conditional(self, observed: Mapping[str | int, float]) -> FittedMixture:
+        """Mixture of the other columns given values of some, by name or position."""
+        check_is_fitted(self)
+        return self.mixture_.conditional(observed)
+
     def sample(
         self, n_samples: int = 1, random_state: int | np.random.RandomState | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -193,7 +203,7 @@ class MixtureEstimator(ClusterMixin, DensityMixin, BaseEstimator):
             FileNotFoundError: If a file is missing.
             ValueError: If a file is damaged or of another version.
         """
-        fitted = FittedMixture.load(folder, device)
+        fitted = FittedMixture.load(folder, device).allow_missing()
         said = fitted.header.get("estimator", {})
         known = cls._get_param_names()
         parameters = {k: v for k, v in said.get("parameters", {}).items() if k in known}
@@ -206,6 +216,12 @@ class MixtureEstimator(ClusterMixin, DensityMixin, BaseEstimator):
         model._n_pseudotimes = 1
         model.n_iter_, model.history_ = 0, []
         return model
+
+    def __sklearn_tags__(self) -> Tags:
+        """Say that NaN is taken, as missing values."""
+        tags = super().__sklearn_tags__()
+        tags.input_tags.allow_nan = True
+        return tags
 
     @property
     def _device(self) -> torch.device:
@@ -268,7 +284,8 @@ class MixtureEstimator(ClusterMixin, DensityMixin, BaseEstimator):
         fitted = mixture.to(DTYPES[self.dtype])
         header = {} if not hasattr(self, "mixture_") else self.mixture_.header
         names = self._feature_names if header == {} else self.mixture_.feature_names
-        self.mixture_ = FittedMixture(fitted, self._preprocessing, None, tuple(names), header)
+        kept = FittedMixture(fitted, self._preprocessing, None, tuple(names), header)
+        self.mixture_ = kept.allow_missing()
 
     def _predict(self, points: Tensor) -> np.ndarray:
         share = self.mixture_.cluster_responsibilities(points, self._no_draws)
@@ -280,7 +297,10 @@ def validate(estimator: MixtureEstimator, X: Any, **options: Any) -> np.ndarray:
     if isinstance(X, Tensor):
         X = X.detach().cpu().numpy()
     try:
-        return validate_data(estimator, X, dtype=np.float64, order="C", copy=True, **options)
+        X = validate_data(
+            estimator, X, dtype=np.float64, order="C", copy=True, ensure_all_finite="allow-nan",
+            **options,
+        )  # fmt: skip
     except ValueError as error:
         if "could not convert string to float" in str(error):
             raise ValueError(
@@ -288,6 +308,7 @@ def validate(estimator: MixtureEstimator, X: Any, **options: Any) -> np.ndarray:
                 "out"
             ) from None
         raise
+    return X
 
 
 def standardization(points: Tensor, weight: Tensor, names: tuple[str, ...]) -> Preprocessing:
@@ -296,11 +317,20 @@ def standardization(points: Tensor, weight: Tensor, names: tuple[str, ...]) -> P
     Raises:
         ValueError: If a column has one value.
     """
-    share = weight / weight.sum()
-    mean = share @ points
-    deviation = (share @ (points - mean).square()).sqrt()
-    size = points.abs().amax(0)
-    idle = ~((points.amax(0) > points.amin(0)) & (deviation > 1e-14 * size))
+    seen = ~points.isnan()
+    if not bool(seen.any(0).all()):
+        empty = [names[i] for i in (~seen.any(0)).nonzero().flatten().tolist()]
+        raise ValueError(
+            f"{len(empty)} of {len(names)} columns of X have no value, only NaN: "
+            f"{', '.join(empty[:5])}{', ...' if len(empty) > 5 else ''}; drop them"
+        )
+    share = seen * weight[:, None] / (seen * weight[:, None]).sum(0)
+    known = points.nan_to_num(nan=0.0)
+    mean = (share * known).sum(0)
+    deviation = (share * (known - mean).square()).sum(0).sqrt()
+    known = torch.where(seen, points, mean)
+    size = known.abs().amax(0)
+    idle = ~((known.amax(0) > known.amin(0)) & (deviation > 1e-14 * size))
     if bool(idle.any()):
         which = [names[i] for i in idle.nonzero().flatten().tolist()]
         raise ValueError(

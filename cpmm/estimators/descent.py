@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cpmm.training.likelihood import MixtureOptions, mixture_loss
+from cpmm.training.likelihood import MixtureOptions, mixture_at, mixture_loss
 from cpmm.trajectory import pseudotime_grid
 
 
@@ -67,6 +67,7 @@ class Descent:
             n_warmup_epochs=0,
             seed=0,
             n_pseudotimes=options.n_pseudotimes,
+            nan_is_missing=True,
         )
         self.n_steps = 0
 
@@ -96,33 +97,49 @@ class Descent:
         n_steps: int,
         listener: Callable[[int, float], None],
     ) -> tuple[list[dict[str, float]], int]:
-        """Take steps, and with validation points and their weights end as the best one left it.
+        """Take steps, and with validation points and their weights end as the best look left it.
+
+        What is no better than the start by two standard errors is taken for chance, and the model
+        ends as it began.
 
         Returns:
             The history, log-densities in nats a point, and the number of steps of the best look.
         """
         options, m = self.options, x.shape[1]
-        best, best_step, history, losses = None, n_steps, [], []
+        history, losses = [], []
         for step in range(n_steps + 1):
             if validation is not None and (step % options.every == 0 or step == n_steps):
-                value = self.log_likelihood(*validation)
+                log_prob = self.log_prob(validation[0])
+                value = float(log_prob @ validation[1] / validation[1].sum())
                 train = -m * sum(losses) / len(losses) if losses else math.nan
                 history.append({"step": step, "train": train, "validation": value})
                 losses = []
                 listener(step, value)
-                if best is None or value > best[0]:
-                    best, best_step = (value, copy.deepcopy(self.model.state_dict())), step
-                elif step - best_step >= options.patience * options.every:
+                if step == 0:
+                    first = best = (value, log_prob, 0, copy.deepcopy(self.model.state_dict()))
+                elif value > best[0]:
+                    best = (value, log_prob, step, copy.deepcopy(self.model.state_dict()))
+                elif step - best[2] >= options.patience * options.every:
                     break
             if step < n_steps:
                 factor = 0.01 + 0.495 * (1 + math.cos(math.pi * step / options.n_steps))
                 losses.append(self.step(x, weight, factor))
-        if best is not None:
-            self.model.load_state_dict(best[1])
-        return history, best_step
+        if validation is None:
+            return history, n_steps
+        if not _is_gain(best[1] - first[1], validation[1]):
+            best = first
+        self.model.load_state_dict(best[3])
+        return history, best[2]
 
     @torch.no_grad()
-    def log_likelihood(self, x: Tensor, weight: Tensor) -> float:
-        """Mean log-density of points, (N, M), weighted, nats."""
-        mixture = self.model.mixture(pseudotime_grid(self.options.n_pseudotimes, x))
-        return float(mixture.log_prob(x) @ weight.to(x) / weight.sum())
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log-density of points, (N, M), nats, (N,)."""
+        times = pseudotime_grid(self.options.n_pseudotimes, x)
+        return mixture_at(self.model, times, self.loss).log_prob(x)
+
+
+def _is_gain(gain: Tensor, weight: Tensor) -> bool:
+    """Whether the weighted mean of differences is two standard errors above zero."""
+    share = weight / weight.sum()
+    mean = share @ gain
+    return bool(mean > 2 * (share.square() @ (gain - mean).square()).sqrt())

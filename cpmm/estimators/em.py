@@ -10,13 +10,14 @@ follow from others it needs a tenth of the steps of EM with factors
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cpmm.conditioning import factor_posterior, order_by_pattern
 from cpmm.factor_analyzers import FactorAnalyzers, prepare_density
 
 BLOCK = 1 << 22  # numbers held at a time for the scatter matrices
@@ -78,7 +79,7 @@ def fit_to_scatter(
 
     Args:
         start: K components, float64.
-        x: Points, (N, M), float64.
+        x: Points, (N, M), float64; NaN was not observed, and the likelihood is that of the rest.
         weight: Of each point, 0 or more, (N,).
         prior: A covariance, (M, M).
         options: How far to go.
@@ -110,24 +111,60 @@ def fit_to_scatter(
 
 def _expect(fa: FactorAnalyzers, x: Tensor, weight: Tensor) -> tuple[float, Tensor, Tensor, Tensor]:
     """Mean log-density; weight (K,), mean (K, M) and covariance (K, M, M) of each one's points."""
-    density = prepare_density(fa)
     k, m, _ = fa.loading.shape
-    count, first = torch.zeros_like(fa.log_weight), torch.zeros_like(fa.mean)
-    second, total = fa.mean.new_zeros(k * m, m), 0.0
-    size = max(64, BLOCK // (k * m))
-    for part, w in zip(x.split(size), weight.split(size), strict=True):
-        joint = density.component_log_prob(part) + fa.log_weight
-        log_prob = joint.logsumexp(1)
+    centre = fa.mean.mean(0)
+    total, count, first = 0.0, torch.zeros_like(fa.log_weight), torch.zeros_like(fa.mean)
+    second = fa.mean.new_zeros(k, m, m)
+    for log_prob, w, *parts in _sums(fa, x, weight, centre):
         total += float(log_prob @ w)
-        share = ((joint - log_prob.unsqueeze(1)).exp() * w.unsqueeze(1)).T  # (K, N)
-        deviation = part - density.centre
-        count += share.sum(1)
-        first += share @ deviation
-        second += (share.unsqueeze(1) * deviation.T).flatten(0, 1) @ deviation
+        count, first, second = count + parts[0], first + parts[1], second + parts[2]
     n = count.clamp(min=torch.finfo(count.dtype).tiny)
     mean = first / n.unsqueeze(1)
-    scatter = second.unflatten(0, (k, m)) / n[:, None, None] - mean.unsqueeze(2) * mean.unsqueeze(1)
-    return total / float(weight.sum()), count, mean + density.centre, scatter
+    scatter = second / n[:, None, None] - mean.unsqueeze(2) * mean.unsqueeze(1)
+    return total / float(weight.sum()), count, mean + centre, scatter
+
+
+def _sums(
+    fa: FactorAnalyzers, x: Tensor, weight: Tensor, centre: Tensor
+) -> Iterator[tuple[Tensor, ...]]:
+    """Log-densities and weights, and the sums over points of each component, batch by batch."""
+    k, m, _ = fa.loading.shape
+    gaps = x.isnan().any(1)
+    whole, broken = (~gaps).nonzero().squeeze(1), gaps.nonzero().squeeze(1)
+    density = prepare_density(fa)
+    for index in whole.split(max(64, BLOCK // (k * m))):  # of one part at least, empty or not
+        joint = density.component_log_prob(x[index]) + fa.log_weight
+        log_prob, w = joint.logsumexp(1), weight[index]
+        share = ((joint - log_prob.unsqueeze(1)).exp() * w.unsqueeze(1)).T  # (K, N)
+        deviation = x[index] - centre
+        second = (share.unsqueeze(1) * deviation.T).flatten(0, 1) @ deviation
+        yield log_prob, w, share.sum(1), share @ deviation, second.unflatten(0, (k, m))
+    if not len(broken):
+        return
+    broken = broken[order_by_pattern(x[broken])]
+    for index in broken.split(max(1, BLOCK // (k * m * m))):
+        yield _sums_with_gaps(fa, x[index], weight[index], centre)
+
+
+def _sums_with_gaps(
+    fa: FactorAnalyzers, x: Tensor, weight: Tensor, centre: Tensor
+) -> tuple[Tensor, ...]:
+    """The same of points whose NaN are gaps: what is missing has its mean and covariance."""
+    posterior = factor_posterior(x, fa)
+    joint = posterior.log_prob + fa.log_weight
+    log_prob = joint.logsumexp(1)
+    share = ((joint - log_prob.unsqueeze(1)).exp() * weight.unsqueeze(1)).T  # (K, N)
+    expected = fa.mean.unsqueeze(1) + posterior.mean.permute(2, 1, 0) @ fa.loading.mT  # (K, N, M)
+    deviation = torch.where(x.isnan(), expected, x) - centre
+    weighted = share.unsqueeze(2) * deviation
+    # The loading of what is missing given the rest, (P, K, M, R), and the weight of each pattern.
+    loading = fa.loading @ posterior.root.permute(2, 3, 1, 0)
+    covariance = loading @ loading.mT + torch.diag_embed(fa.log_diagonal.exp())
+    of_pattern = share.new_zeros(len(posterior.seen), len(share))
+    of_pattern.index_add_(0, posterior.pattern, share.T)
+    missing = 1 - posterior.seen
+    second = torch.einsum("pk,pi,pj,pkij->kij", of_pattern, missing, missing, covariance)
+    return log_prob, weight, share.sum(1), weighted.sum(1), second + weighted.mT @ deviation
 
 
 def _maximize(

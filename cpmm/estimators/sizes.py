@@ -13,8 +13,8 @@ from torch import Tensor
 
 from cpmm.estimators.em import EMOptions
 from cpmm.estimators.starts import Fit, fit_again, fit_from_starts
-from cpmm.factor_analyzers import component_log_prob
 from cpmm.initialization import count_distinct
+from cpmm.mixture import Mixture
 
 Sizes = tuple[int, int, float]  # components K, factors R, shrinkage
 SHRINKAGES = (5.0, 20.0, 0.0)
@@ -126,8 +126,8 @@ class Search:
             parts = list(self._fold.tensor_split(5 if n_folds == 1 else n_folds))
             out = parts.pop(fold)
             fa = self.fit(sizes, torch.cat(parts)).result.components
-            joint = component_log_prob(self.x[out], fa) + fa.log_weight
-            values.append(float(joint.logsumexp(1) @ self.weight[out] / self.weight[out].sum()))
+            log_prob = Mixture(fa, (len(fa.mean),)).allow_missing().log_prob(self.x[out])
+            values.append(float(log_prob @ self.weight[out] / self.weight[out].sum()))
         return -float(np.mean(values))
 
     def _counts(self) -> Iterator[int]:

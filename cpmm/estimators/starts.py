@@ -18,8 +18,9 @@ from cpmm.estimators.em import (
     pooled_covariance,
     with_factors,
 )
-from cpmm.factor_analyzers import FactorAnalyzers, component_log_prob
-from cpmm.initialization import kmeans, local_factor_analyzers
+from cpmm.factor_analyzers import FactorAnalyzers
+from cpmm.initialization import fill_gaps, kmeans, local_factor_analyzers
+from cpmm.mixture import Mixture
 
 N_POINTS = 5000  # that starts are looked for in
 N_SHORT = 10  # steps of each start
@@ -70,12 +71,11 @@ def fit_from_starts(
     if len(x) > N_POINTS and n_components > 1:
         index = torch.multinomial(weight.cpu(), N_POINTS, generator=generator).to(x.device)
         some, w = x[index], torch.ones_like(weight[index])
-    short = replace(options, n_iterations=N_SHORT)
-    begun = []
-    for label in partitions(some, n_components, n_init, generator):
-        floor = options.log_diagonal_floor
-        start = local_factor_analyzers(some, label, n_components, n_factors, floor, 1.0)
-        prior = _within(some, label, w)
+    short, floor = replace(options, n_iterations=N_SHORT), options.log_diagonal_floor
+    filled, begun = fill_gaps(some, n_factors, floor), []
+    for label in partitions(filled, n_components, n_init, generator):
+        start = local_factor_analyzers(filled, label, n_components, n_factors, floor, 1.0)
+        prior = _within(filled, label, w)
         begun.append(fit_to_scatter(start, some, w, prior, short))
     begun.sort(key=lambda result: -result.log_likelihood)
     fits = []
@@ -106,7 +106,7 @@ def _as_good(ended: list[EMResult]) -> bool:
 
 def _agree(fits: list[FactorAnalyzers], x: Tensor) -> bool:
     """Whether the first has found the clusters of another."""
-    labels = [(component_log_prob(x, fa) + fa.log_weight).argmax(1).cpu() for fa in fits]
+    labels = [Mixture(fa, (1,) * len(fa.mean)).allow_missing().predict(x).cpu() for fa in fits]
     scores = [adjusted_rand_score(labels[0], label) for label in labels[1:]]
     return not scores or max(scores) > 0.9
 

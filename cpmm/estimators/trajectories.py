@@ -215,7 +215,7 @@ class CPMM(MixtureEstimator):
 
     def _merge(self, mixture: Mixture, z: Tensor) -> Tensor:
         """Cluster of each component, (K,): those that answer for the same points go together."""
-        some = z[: 4 * N_POINTS].to(mixture.components.mean)
+        some = mixture.impute(z[: 4 * N_POINTS].to(mixture.components.mean))
         for temperature in (1.0, 4.0, 16.0, 64.0):
             affinity = overlap_affinity(mixture, some, temperature).cpu()
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,13 +64,16 @@ class MixtureOfFactorAnalyzers(MixtureEstimator):
         feature_names_in_: Names of the columns, if ``X`` was a data frame.
     """
 
-    _parameter_constraints = {  # noqa: RUF012  (scikit-learn's way)
+    _parameter_constraints: dict[str, list] = {  # noqa: RUF012  (scikit-learn's way)
         **MixtureEstimator._parameter_constraints,
         "n_components": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
         "criterion": [StrOptions({"auto", "bic", "validation"})],
         "tol": [Interval(Real, 0, None, closed="left")],
     }
     _counts = ("n_components",)
+    n_components_: int
+    n_factors_: int
+    shrinkage_: float
     _n_pseudotimes = 1
 
     def __init__(
@@ -144,7 +148,7 @@ class MixtureOfFactorAnalyzers(MixtureEstimator):
         fa = self.mixture_.mixture.components.to(DTYPES[self.dtype])
         return DirectMixture(fa, self.log_diagonal_floor - 1)
 
-    def _extract(self, model: nn.Module) -> Mixture:
+    def _extract(self, model: Any) -> Mixture:
         with torch.no_grad():
             return model.mixture()
 

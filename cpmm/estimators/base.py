@@ -15,7 +15,7 @@ from sklearn.base import BaseEstimator, ClusterMixin, DensityMixin
 from sklearn.utils import Tags, check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
-from torch import Tensor
+from torch import Tensor, nn
 
 from cpmm.estimators.descent import Descent, DescentOptions
 from cpmm.estimators.sizes import count_parameters
@@ -34,7 +34,7 @@ class MixtureEstimator(ClusterMixin, DensityMixin, BaseEstimator):
     (``_make_model``).
     """
 
-    _parameter_constraints = {  # noqa: RUF012  (scikit-learn's way)
+    _parameter_constraints: dict[str, list] = {  # noqa: RUF012  (scikit-learn's way)
         "n_factors": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
         "shrinkage": [Interval(Real, 0, None, closed="left"), StrOptions({"auto"})],
         "log_diagonal_floor": [Interval(Real, -30, 0, closed="both")],
@@ -48,6 +48,25 @@ class MixtureEstimator(ClusterMixin, DensityMixin, BaseEstimator):
         "dtype": [StrOptions({"float32", "float64"})],
         "verbose": ["boolean"],
     }
+
+    # What scikit-learn wants set in __init__, and what a fit sets.
+    n_factors: Any
+    batch_size: int
+    learning_rate: float
+    warm_start: bool
+    random_state: Any
+    device: str
+    dtype: str
+    verbose: bool
+    mixture_: FittedMixture
+    labels_: np.ndarray
+    n_iter_: int
+    history_: list[dict[str, float]]
+    n_features_in_: int
+    feature_names_in_: np.ndarray
+    _counts: tuple[str, ...]
+    _n_pseudotimes: int
+    _descent: Descent | None
 
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
         """Fit the mixture.
@@ -217,6 +236,18 @@ class MixtureEstimator(ClusterMixin, DensityMixin, BaseEstimator):
         model.n_iter_, model.history_ = 0, []
         return model
 
+    def _fit_mixture(self, z: Tensor, weight: Tensor, progress: Progress) -> Mixture:
+        """Fit standardized points, (N, M), and set what is said of the fit."""
+        raise NotImplementedError
+
+    def _make_model(self) -> nn.Module:
+        """Return what gradient steps move."""
+        raise NotImplementedError
+
+    def _extract(self, model: Any) -> Mixture:
+        """Return the mixture of what they have moved."""
+        raise NotImplementedError
+
     def __sklearn_tags__(self) -> Tags:
         """Say that NaN is taken, as missing values."""
         tags = super().__sklearn_tags__()
@@ -244,8 +275,6 @@ class MixtureEstimator(ClusterMixin, DensityMixin, BaseEstimator):
         weight = _check_sample_weight(
             sample_weight, X, dtype=np.float64, ensure_non_negative=True, copy=True
         )
-        if not (weight > 0).any():
-            raise ValueError("sample_weight is 0 for all samples: give some a positive weight")
         return torch.from_numpy(X), torch.from_numpy(weight)
 
     def _rows(self, X: Any) -> Tensor:

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +35,8 @@ class DescentOptions:
     batch_size: int
     learning_rate: float
     n_pseudotimes: int
-    initial_rate_factor: float = 10.0
-    n_warmup: int = 20
+    initial_rate_factor: float = 5.0
+    n_warmup: int = 100
     every: int = 20
     patience: int = 5
     gradient_clip: float = 1.0
@@ -57,7 +58,7 @@ class Descent:
         slow = [p for name, p in model.named_parameters() if name != "initial" and p.requires_grad]
         fast = [p for name, p in model.named_parameters() if name == "initial"]
         rate = options.learning_rate
-        groups = [{"params": slow, "lr": rate}]
+        groups: list[dict[str, Any]] = [{"params": slow, "lr": rate}]
         groups += [{"params": fast, "lr": rate * options.initial_rate_factor}] if fast else []
         self.optimizer = torch.optim.Adam(groups)
         self.rates = [group["lr"] for group in groups]

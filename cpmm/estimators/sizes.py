@@ -54,27 +54,28 @@ class Search:
         self._fold = torch.randperm(len(x), generator=generator).to(x.device)
         self.fits: dict[int, Fit] = {}
 
-    def choose(
-        self, n_components: int | str, n_factors: int | str, shrinkage: float | str
-    ) -> Sizes:
+    def choose(self, n_components: Any, n_factors: Any, shrinkage: Any) -> Sizes:
         """Find what is "auto"; the rest is as given.
 
         Lines of growing K and of growing R are gone along in turn, until neither moves. By BIC the
         prior, which no likelihood of the fitted points can tell, is chosen by three folds.
         """
         m = self.x.shape[1]
-        at = {
+        at: dict[str, Any] = {
             "k": 1 if n_components == "auto" else n_components,
             "r": min(m, 4 if m <= 15 else 8) if n_factors == "auto" else n_factors,
             "s": SHRINKAGES[0] if shrinkage == "auto" else shrinkage,
         }
         by = "folds" if self.criterion == "bic" else self.criterion
-        if n_components == n_factors == "auto":  # many of few factors, or few of many
+        if n_components == n_factors == "auto" and self.criterion == "bic":
+            # Many components of few factors, or few of many.
             ends = []
             for r in sorted({1, at["r"]}):
                 k = self._line(at | {"r": r}, "k", self._counts(), self.criterion)
                 ends.append(at | {"k": k, "r": r})
-            at = min(ends, key=lambda end: self.loss(tuple(end.values()), self.criterion))
+            at = min(
+                ends, key=lambda end: self.loss((end["k"], end["r"], end["s"]), self.criterion)
+            )
         for _ in range(3):
             before = dict(at)
             if n_components == "auto":
@@ -108,10 +109,11 @@ class Search:
         """
         k, r, shrinkage = sizes
         x, weight, options = self.x, self.weight, replace(self.options, shrinkage=shrinkage)
-        if k not in self.fits:
-            self.fits[k] = fit_from_starts(x, weight, k, r, options, self.n_init, self.generator)
         if index is not None:
             x, weight = x[index], weight[index]
+        if k not in self.fits:
+            some = (x, weight) if self.criterion == "validation" else (self.x, self.weight)
+            self.fits[k] = fit_from_starts(*some, k, r, options, self.n_init, self.generator)
         return fit_again(self.fits[k], x, weight, r, options)
 
     def _bic(self, sizes: Sizes, _n_folds: int) -> float:
@@ -144,7 +146,8 @@ class Search:
         """Go along values until some in a row are worse than the best."""
         best, found, worse = np.inf, at[name], 0
         for value in values:
-            loss = self.loss(tuple((at | {name: value}).values()), criterion)
+            k, r, s = (at | {name: value}).values()
+            loss = self.loss((k, r, s), criterion)
             if loss < best:
                 best, found, worse = loss, value, 0
             elif (worse := worse + 1) == IN_VAIN:

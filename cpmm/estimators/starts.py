@@ -25,6 +25,7 @@ from cpmm.mixture import Mixture
 N_POINTS = 5000  # that starts are looked for in
 N_SHORT = 10  # steps of each start
 N_KEPT = 3  # starts that go on to the end
+MANY = 16  # components, of more than which there are two starts, and one goes on
 
 
 @dataclass(frozen=True)
@@ -73,13 +74,14 @@ def fit_from_starts(
         some, w = x[index], torch.ones_like(weight[index])
     short, floor = replace(options, n_iterations=N_SHORT), options.log_diagonal_floor
     filled, begun = fill_gaps(some, n_factors, floor), []
+    n_init, n_kept = (min(n_init, 2), 1) if n_components > MANY else (n_init, N_KEPT)
     for label in partitions(filled, n_components, n_init, generator):
         start = local_factor_analyzers(filled, label, n_components, n_factors, floor, 1.0)
         prior = _within(filled, label, w)
         begun.append(fit_to_scatter(start, some, w, prior, short))
     begun.sort(key=lambda result: -result.log_likelihood)
     fits = []
-    for result in begun[:N_KEPT]:
+    for result in begun[:n_kept]:
         prior = pooled_covariance(result.components, some, w)
         ended = fit_to_scatter(result.components, x, weight, prior, options, listener)
         fits.append(Fit(ended, prior, True))

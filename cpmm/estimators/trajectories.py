@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from sklearn.utils._param_validation import Interval, StrOptions
@@ -13,14 +14,14 @@ from cpmm.estimators.base import DTYPES, MixtureEstimator, Progress
 from cpmm.estimators.descent import Descent, DescentOptions
 from cpmm.estimators.em import EMOptions
 from cpmm.estimators.sizes import Search, Sizes
-from cpmm.estimators.starts import N_POINTS, fit_again, fit_from_starts, warn_of_disagreement
+from cpmm.estimators.starts import N_POINTS, Fit, fit_again, fit_from_starts, warn_of_disagreement
 from cpmm.factor_analyzers import FactorAnalyzers
 from cpmm.fields import MLPField
 from cpmm.mixture import Mixture
 from cpmm.odes import Solver
 from cpmm.trajectory import StateLayout, Trajectories, pseudotime_grid
 
-MANY = 5000  # rows, from which on there are more trajectories than clusters
+MANY = 3000  # rows, from which on there are more trajectories than clusters
 N_TRAJECTORIES = 50
 FEWEST = 30  # rows that gradient steps need: some are held out
 
@@ -30,7 +31,7 @@ class CPMM(MixtureEstimator):
 
     An ODE moves factor analyzers through pseudotime. Its trajectories start at a mixture of factor
     analyzers and are trained by maximum likelihood as long as held-out rows gain. What is kept is
-    the mixture at ``n_pseudotimes`` times of each. Up to 5,000 rows a cluster is a trajectory, and
+    the mixture at ``n_pseudotimes`` times of each. Below 3,000 rows a cluster is a trajectory, and
     all rows are fitted in the end; from there on 50 trajectories share the ODE, and their
     components are merged into clusters by how often they answer for the same points.
 
@@ -44,7 +45,9 @@ class CPMM(MixtureEstimator):
         n_init: Starts, of which the likeliest is taken.
         max_steps: Gradient steps at most; 0 leaves the start.
         validation_fraction: Share of the rows that is held out to end the steps.
-        patience: Looks at these rows without a gain that end the steps; one every 20 steps.
+        patience: Looks at these rows without a gain that end the steps; one every 20 steps. "auto":
+            5 where a cluster is a trajectory, else all steps are taken: with many trajectories much
+            is gained late, as the learning rate falls.
         batch_size: Points of a step.
         learning_rate: Learning rate of Adam.
         warm_start: Whether ``fit`` goes on from the trajectories of the last fit.
@@ -70,15 +73,23 @@ class CPMM(MixtureEstimator):
         feature_names_in_: Names of the columns, if ``X`` was a data frame.
     """
 
-    _parameter_constraints = {  # noqa: RUF012  (scikit-learn's way)
+    _parameter_constraints: dict[str, list] = {  # noqa: RUF012  (scikit-learn's way)
         **MixtureEstimator._parameter_constraints,
         "n_clusters": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
         "n_trajectories": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
         "n_pseudotimes": [Interval(Integral, 1, None, closed="left")],
         "validation_fraction": [Interval(Real, 0, 1, closed="neither")],
-        "patience": [Interval(Integral, 1, None, closed="left")],
+        "patience": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
     }
     _counts = ("n_clusters", "n_trajectories")
+    n_clusters_: int
+    n_trajectories_: int
+    n_factors_: int
+    shrinkage_: float
+    n_trajectories: Any
+    n_clusters: Any
+    patience: Any
+    _found: Fit | None
 
     def __init__(
         self,
@@ -92,7 +103,7 @@ class CPMM(MixtureEstimator):
         n_init=5,
         max_steps=2000,
         validation_fraction=0.15,
-        patience=5,
+        patience="auto",
         batch_size=256,
         learning_rate=1e-3,
         warm_start=False,
@@ -199,9 +210,10 @@ class CPMM(MixtureEstimator):
         progress: Progress,
     ) -> tuple[Trajectories, list[dict[str, float]], int]:
         n_steps = self.max_steps if held_out is not None else self.n_iter_
+        usual = 5 if self.n_trajectories_ == self.n_clusters_ else self.max_steps
         options = DescentOptions(
             self.max_steps, self.batch_size, self.learning_rate, self.n_pseudotimes,
-            patience=self.patience,
+            patience=usual if self.patience == "auto" else self.patience,
         )  # fmt: skip
         dtype = DTYPES[self.dtype]
         if held_out is not None:
@@ -233,7 +245,7 @@ class CPMM(MixtureEstimator):
         return self.trajectories_
 
     @torch.no_grad()
-    def _extract(self, model: nn.Module) -> Mixture:
+    def _extract(self, model: Any) -> Mixture:
         like = next(model.parameters())
         n = self.n_pseudotimes if self.n_iter_ else 1
         mixture = model.mixture(pseudotime_grid(n, like))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +99,7 @@ class MixtureOptions:
     nan_is_missing: bool = False
 
 
-def mixture_at(model: nn.Module, times: Tensor, options: MixtureOptions) -> Mixture:
+def mixture_at(model: Any, times: Tensor, options: MixtureOptions) -> Mixture:
     """Mixture of a model at pseudotimes, (G,), which takes gaps if the options say so."""
     mixture = model.mixture(times)
     return mixture.allow_missing() if options.nan_is_missing else mixture
@@ -137,7 +138,7 @@ def mixture_loss(
     mixture = mixture_at(model, times.to(x), options)
     by_cluster = mixture.cluster_joint_log_prob(x)
     log_prob = by_cluster.logsumexp(1)
-    if labelled:  # of points and groups
+    if labelled and group is not None:  # of points and groups
         log_prob = by_cluster.gather(1, group[:, None]).squeeze(1)
     loss = -log_prob.mean() / x.shape[1]
     if not bool(torch.isfinite(loss)):

@@ -29,6 +29,22 @@ class Columns:
             return {column: None}
         return {f"{column}={category}": category for category in found[len(found) == 2 :]}
 
+    def encode(self, column: str, values: str | Sequence[str]) -> dict[str, list[float]]:
+        """Values of the features of a column of categories, for one category or several in turn.
+
+        Raises:
+            ValueError: If a category is unknown.
+        """
+        values = [values] if isinstance(values, str) else list(values)
+        known = (self.categories or {})[column]
+        for value in values:
+            if value not in known:
+                raise ValueError(f"column {column!r} has the categories {known}: got {value!r}")
+        return {
+            feature: [float(value == category) for value in values]
+            for feature, category in self.features(column).items()
+        }
+
     def select(self, features: Sequence[int]) -> Columns:
         """Return what a table of some of the M features needs; columns may lose a category."""
         if self.fill is None:

@@ -182,10 +182,9 @@ class FittedMixture:
 
     @torch.no_grad()
     def impute(self, raw: Tensor, generator: torch.Generator) -> Tensor:
-        """Fill what is NaN in data with its mean given the rest of the point, (N, M), float.
+        """Fill what is NaN in data with its mean given the rest of the point, (N, M), float64.
 
-        Grey levels go through a logit: theirs is the image of the mean in the mixture's space, not
-        rounded.
+        Means of grey levels are not rounded.
 
         Args:
             raw: Data with gaps; without :meth:`allow_missing`, too.
@@ -195,7 +194,9 @@ class FittedMixture:
             ValueError: As :meth:`transform`, or if the preprocessing whitens.
         """
         z, _ = self.allow_missing().transform(raw, generator)
-        x, levels = self.preprocessing.inverse(self.mixture.impute(z)), self.preprocessing.levels
+        inverse, levels = self.preprocessing.inverse, self.preprocessing.levels
+        affine = self.preprocessing.is_affine
+        x = inverse(self.mixture.impute(z)) if affine else self.mixture.impute(z, inverse)
         if levels is not None:  # level k is the cell from k to k + 1
             x = (x * levels - 0.5).clamp(0, levels - 1)
         return self._keep_observed(raw, x)
@@ -218,11 +219,13 @@ class FittedMixture:
     def marginal(self, features: Sequence[str | int]) -> FittedMixture:
         """Mixture of some features alone, by name or position, in the data's units.
 
+        A column of categories, by its name, is all of its features.
+
         Raises:
             ValueError: If there are none, one is unknown or comes twice, or the preprocessing
                 whitens.
         """
-        index = self._index(features)
+        index = self._index(part for name in features for part in self._parts(name))
         return self._of_features(index, [self.mixture.marginal(index)])[0]
 
     def conditional(self, observed: Mapping[str | int, float | Tensor]) -> FittedMixture:
@@ -245,7 +248,8 @@ class FittedMixture:
         dequantization noise.
 
         Args:
-            observed: By name or position of a feature, its B values, or one number for all.
+            observed: By name or position of a feature, its B values, or one number for all; by the
+                name of a column of categories, one of them or B.
             generator: Draws a place in the cell of each grey level that is given; None takes the
                 middle.
 
@@ -254,7 +258,13 @@ class FittedMixture:
                 finite number or no grey level, their numbers differ, they have no density in
                 numbers, or the preprocessing whitens.
         """
+        observed = {
+            part: value
+            for name, values in observed.items()
+            for part, value in self._encoded(name, values).items()
+        }
         index = self._index(observed)
+        self.mixture.require_features(index)
         preprocessing = self.preprocessing.select(index)
         raw = stack_conditions(observed)
         if preprocessing.levels is not None and bool((raw != raw.round()).any()):
@@ -267,6 +277,22 @@ class FittedMixture:
         given = dict(zip(index, z.to(like).unbind(1), strict=True))
         rest = [feature for feature in range(self.n_features) if feature not in given]
         return self._of_features(rest, self.mixture.conditionals(given))
+
+    @property
+    def _columns(self) -> Columns:
+        return Columns.from_dict(self.header.get("columns"))
+
+    def _parts(self, name: str | int) -> list[str | int]:
+        """Features of a column of categories; any other name is one."""
+        known = self._columns.features(name) if isinstance(name, str) else {}
+        return [part for part in known if part in self.feature_names] or [name]
+
+    def _encoded(self, name: str | int, values: Any) -> dict[str | int, Any]:
+        """Conditions on the features of a column of categories; any other is one."""
+        if not isinstance(name, str) or name not in (self._columns.categories or {}):
+            return {name: values}
+        encoded = self._columns.encode(name, values)
+        return {part: encoded[part] for part in encoded if part in self.feature_names}
 
     def _index(self, features: Iterable[str | int]) -> list[int]:
         place = {name: m for m, name in enumerate(self.feature_names)}
@@ -286,7 +312,7 @@ class FittedMixture:
             "preprocessing": preprocessing.to_dict(),
             "image_shape": None,
             "feature_names": list(names),
-            "columns": Columns.from_dict(self.header.get("columns")).select(index).to_dict(),
+            "columns": self._columns.select(index).to_dict(),
         }
         return [FittedMixture(found, preprocessing, None, names, header) for found in mixtures]
 

@@ -126,9 +126,17 @@ class Mixture:
         return sample_components(self.components, index, generator), index
 
     @torch.no_grad()
-    def impute(self, x: Tensor) -> Tensor:
-        """Fill what is NaN in points, (N, M), with its mean given the rest, (N, M)."""
-        return conditioning.impute(x, self.components)
+    def impute(self, x: Tensor, image: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Fill what is NaN in points, (N, M), with its mean given the rest, (N, M).
+
+        Args:
+            x: Points.
+            image: A function of each feature, (n, M) to (n, M): both what is observed and the means
+                are then those of its values, see :func:`cpmm.conditioning.impute_image`.
+        """
+        if image is None:
+            return conditioning.impute(x, self.components)
+        return conditioning.impute_image(x, self.components, image)
 
     @torch.no_grad()
     def sample_missing(self, x: Tensor, generator: torch.Generator) -> Tensor:
@@ -141,7 +149,7 @@ class Mixture:
         Raises:
             ValueError: If there are none, one is out of range, or one comes twice.
         """
-        self._require_features(features)
+        self.require_features(features)
         return replace(self, components=conditioning.marginal(self.components, features))
 
     def conditional(self, observed: Mapping[int, float | Tensor]) -> Mixture:
@@ -163,7 +171,7 @@ class Mixture:
             ValueError: If a feature is out of range, none is given or none is left, a value is not
                 a finite number, their numbers differ, or they have no density in numbers.
         """
-        self._require_features(observed)
+        self.require_features(observed)
         if len(observed) == self.n_features:
             raise ValueError(
                 f"all {self.n_features} features are given: leave out those that are asked for"
@@ -172,7 +180,8 @@ class Mixture:
         found = conditioning.condition(self.components, list(observed), values)
         return [replace(self, components=components) for components in found]
 
-    def _require_features(self, features: Iterable[int]) -> None:
+    def require_features(self, features: Iterable[int]) -> None:
+        """Raise ValueError if these are not one or more different features of the mixture."""
         features = list(features)
         in_range = all(0 <= feature < self.n_features for feature in features)
         if not features or not in_range or len(set(features)) < len(features):

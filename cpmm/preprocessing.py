@@ -147,6 +147,11 @@ class Preprocessing:
             f"shared by all features, fitted to training data by likelihood, {affine}"
         )
 
+    @property
+    def is_affine(self) -> bool:
+        """Whether means go through it."""
+        return self.levels is None and self.map is None
+
     def select(self, features: Sequence[int]) -> Preprocessing:
         """Return the preprocessing of some of the M features, in the order given.
 

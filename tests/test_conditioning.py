@@ -140,6 +140,17 @@ def test_float32_is_near(mixture, x):
     )
 
 
+def test_the_mean_of_an_image_is_that_of_the_components_gaussians(mixture, x):
+    filled = mixture.impute(x, torch.exp)
+    for n in (0, 2, 3, 4, 5):
+        gaps = x[n].isnan()
+        weight, mean, covariance = dense_conditional(x[n], mixture.components)
+        log_normal = np.exp(mean + 0.5 * covariance.diagonal(axis1=1, axis2=2))
+        np.testing.assert_allclose(filled[n][gaps], weight @ log_normal, rtol=1e-6)
+        assert torch.equal(filled[n][~gaps], x[n][~gaps].exp())
+    torch.testing.assert_close(mixture.impute(x, lambda z: 2 * z + 1), 2 * mixture.impute(x) + 1)
+
+
 def test_draws_have_the_moments_of_the_dense_conditional(mixture, generator):
     point = torch.tensor([0.5, NAN, -1.0, NAN], dtype=torch.float64)
     weight, means, covariances = dense_conditional(point, mixture.components)
@@ -258,6 +269,27 @@ def test_a_part_can_be_saved_and_loaded(generator, tmp_path):
     assert torch.equal(loaded.log_prob(raw, None), part.log_prob(raw, None))
 
 
+def test_a_column_of_categories_is_all_of_its_features(generator):
+    table = fitted(generator, "table")
+    categories = {"colour": ("blue", "green", "red"), "smoker": ("no", "yes")}
+    names = ("colour=blue", "colour=red", "smoker=yes")  # green was the same in all rows
+    columns = Columns(categories=categories).to_dict()
+    table = replace(table, feature_names=names, header={"columns": columns})
+    assert table.marginal(["colour"]).feature_names == names[:2]
+    for named, plain in (
+        ({"smoker": "yes"}, {2: 1}),
+        ({"smoker": ["no"]}, {2: 0}),
+        ({"colour": "green"}, {0: 0, 1: 0}),
+        ({"colour": "red"}, {"colour=blue": 0, "colour=red": 1}),
+    ):
+        one, two = (table.conditional(observed).mixture.components for observed in (named, plain))
+        assert torch.equal(one.mean, two.mean)
+    found = table.conditionals({"smoker": ["no", "yes"], "colour=red": 1})
+    assert [m.feature_names for m in found] == [("colour=blue",)] * 2
+    with pytest.raises(ValueError, match=r"'smoker' has the categories .*: got 'maybe'"):
+        table.conditional({"smoker": "maybe"})
+
+
 def test_gaps_of_a_table_are_filled_in_its_units(generator):
     table = fitted(generator, "table")
     raw = torch.tensor([[1.0, NAN, 0.1], [NAN, NAN, NAN]], dtype=torch.float64)
@@ -284,6 +316,7 @@ def test_gaps_of_images_are_filled_with_grey_levels(generator):
     assert drawn.dtype == torch.uint8
     assert drawn[:, [0, 2]].unique(dim=0).tolist() == [[1, 6]]
     assert len(drawn[:, 1].unique()) > 2
+    assert abs(drawn[:, 1].double().mean() - images.impute(raw, generator)[:, 1].mean()) < 0.3
     filled = images.impute(raw, generator)
     assert bool(((filled >= 0) & (filled <= 7)).all())
     assert filled[:, [0, 2]].unique(dim=0).tolist() == [[1, 6]]
@@ -298,6 +331,8 @@ def test_gaps_of_images_are_filled_with_grey_levels(generator):
         ("white", lambda m: m.impute(torch.zeros(1, 3), None), "whitening"),
         ("table", lambda m: m.marginal(["agee"]), "no feature 'agee': the mixture has age, size"),
         ("table", lambda m: m.marginal(["age", 0]), r"different features of 0 to 2: got \[0, 0\]"),
+        ("table", lambda m: m.conditional({"age": 1, 0: 2}), r"0 to 2: got \[0, 0\]"),
+        ("table", lambda m: m.conditional({7: 1}), r"features of 0 to 2: got \[7\]"),
         ("table", lambda m: m.conditional({"age": NAN}), "condition on 'age' is nan"),
         (
             "table",
@@ -309,7 +344,14 @@ def test_gaps_of_images_are_filled_with_grey_levels(generator):
         (
             "table",
             lambda m: m.impute(torch.tensor([[1e200, NAN, 0]], dtype=torch.float64), None),
-            r"point 1 is too far.*1e\+200",
+            "point 1 is too far",
+        ),
+        (
+            "table",
+            lambda m: m.sample_missing(
+                torch.tensor([[0, 0, NAN], [1e200, NAN, 0]], dtype=torch.float64), torch.Generator()
+            ),
+            "point 2 is too far",
         ),
     ],
 )

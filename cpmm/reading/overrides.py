@@ -34,9 +34,9 @@ def write_options(prefix: str, **values: Any) -> str:
     """
     if prefix == "--":
         return " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in values.items())
-    return " ".join(_shell(f"{prefix}{name}={quote(value)}") for name, value in values.items())
+    return " ".join(quote_word(f"{prefix}{name}={quote(value)}") for name, value in values.items())
 
 
-def _shell(word: str) -> str:
+def quote_word(word: str) -> str:
     """Quote a word for a shell, by double quotes where it has single ones."""
     return f'"{word}"' if "'" in word and not set(word) & set('"$`\\!') else shlex.quote(word)

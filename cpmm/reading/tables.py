@@ -522,7 +522,7 @@ class _Plan:
         hard = [column.name for column in texts if not column.can_be_encoded]
         if texts:
             n_new = sum(len(column.categories) for column in texts if column.can_be_encoded)
-            if len(hard) > MANY or n_new > 4 * MOST_CATEGORIES:
+            if len(hard) > MANY or (self.kept and n_new > 4 * MOST_CATEGORIES):
                 choice = replace(choice, text="drop")
             else:
                 drop += hard
@@ -589,10 +589,11 @@ def _explain(
             f"{path} has no column to train on: {what}; expected columns of numbers that vary (is "
             f"{prefixes[0]}delimiter right?)"
         )
-    old, new, notes = replace(plan.choice, drop=tuple(plan.choice.drop)), amended.choice, []
-    options = {
-        f"{prefixes[1]}{name}": list(value) if name == "drop" else value
-        for name in ("drop", "missing", "constant", "text")
+    old, new, notes = plan.choice, amended.choice, []
+    drop = {} if list(new.drop) == list(old.drop) else {f"{prefixes[1]}drop": list(new.drop)}
+    options = drop | {
+        f"{prefixes[1]}{name}": value
+        for name in ("missing", "constant", "text")
         if (value := getattr(new, name)) != getattr(old, name)
     }
     if label is not None:

@@ -223,7 +223,8 @@ class TextTable:
         body = [cells for cells, _ in rows[1:]]
         # A line that begins with # is a comment, or the header of numbers below.
         above = [i for i in range(top, below) if lines[i].strip()]
-        if above and (_is_header(first, body) is not True or self.form.header is not None):
+        is_header = _is_header(first, body) and not all(map(_is_number, first))
+        if above and (not is_header or self.form.header is not None):
             last, ((head, _), *_) = above[-1], _split([lines[above[-1]]], self.delimiter)
             if len(head) == len(first):
                 rest = head[0].lstrip("# ")

@@ -331,6 +331,7 @@ def parse_csv(data, delimiter, label_column):
     )
     rows = [row for row in rows if row and row != [""]]
     header, rows = [" ".join(name.split()) for name in rows[0]], rows[1:]
+    rows = [row + [""] * (len(header) - len(row)) for row in rows]  # what is not there is empty
     n = len(header) - (header[-1] == "")
     assert all(not any(map(str.strip, row[n:])) for row in rows)
     columns = {m: numbers([row[m] for row in rows]) for m in range(n) if header[m] != label_column}

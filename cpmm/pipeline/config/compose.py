@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -20,7 +19,7 @@ from cpmm.pipeline.config.schema import (
     options_with,
     show,
 )  # fmt: skip
-from cpmm.reading.overrides import quote
+from cpmm.reading.overrides import quote, quote_word
 
 
 def flatten(overrides: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -190,15 +189,13 @@ def _resolve(primary: str, preset: str, overrides: Sequence[str]) -> dict[str, A
             f"preset {preset!r} cannot be composed with overrides {show(list(overrides), 300)}: "
             f"{detail[:300]} (the options are those of conf/)"
         ) from error
-    if resolved is None:
-        rules = option_rules(ROOT)  # null stands for what is to be given, where it is no value
-        missing += [
-            name
-            for name, value in leaves(OmegaConf.to_container(config))
-            if value is None and name in rules and not rules[name].accepts(None)
-        ]
+    rules = option_rules(ROOT)  # null stands for what is to be given, where it is no value
+    plain = leaves(OmegaConf.to_container(config))
+    missing += [n for n, v in plain if v is None and n in rules and not rules[n].accepts(None)]
+    if missing:
         raise ValueError(
-            f"preset {preset!r} needs a value for {' and '.join(missing)}: set "
+            f"preset {preset!r} needs a value for {' and '.join(missing)}: write "
+            f"{' '.join(f'{name}=VALUE' for name in missing)} after trial.py or sweep.py, or set "
             f"{' and '.join(f'overrides.{preset}.{name}' for name in missing)} in params.yaml"
         )
     return resolved
@@ -253,11 +250,11 @@ def _require_readable(preset: str, overrides: Sequence[str]) -> None:
         except (ValueError, RecursionError):  # a number or lists beyond all limits
             read = True
         if separator and not read:
-            quoted = shlex.quote(f"{key}={quote(value)}")
+            right = quote_word(f"{key}={quote(value)}")
             raise ValueError(
                 f"preset {preset!r} cannot be composed with {show(item)}: text with brackets, "
                 "commas, =, quotes or letters beyond ASCII stands in quotes of its own. If this is "
-                f"text, write {quoted}"
+                f"text, write {right if len(right) < 1000 else 'it so'}"
             )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -21,12 +22,14 @@ from cpmm.pipeline.config.code import PACKAGE
 
 REFUSED = "InvalidAuthToken"  # in what Ray says where a token is missing or wrong
 OUTER_CPU = 0.01  # of a trial whose workers train together, taken from theirs; Tune refuses 0
+TOKEN = {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}  # what decides on tokens
 CODE = {  # our package is sent to the workers of a cluster: they need no checkout
     "py_modules": [str(PACKAGE)],
     "excludes": ["__pycache__"],
     "env_vars": {"RAY_TRAIN_V2_ENABLED": "1", "RAY_CHDIR_TO_TRIAL_DIR": "0"},
 }
 LONGEST = 43  # bytes of the folder of Ray's sessions: a socket's path may have 107
+ROOM_BYTES = 32 * 2**20  # of the logs of a short sweep
 SPARE_BYTES = 256 * 2**20  # of the object store, beside the inputs
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -56,6 +59,9 @@ def prepare_environment(options: dict[str, Any]) -> None:
         os.environ.setdefault("RAY_AUTH_MODE", mode)
     else:
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        kept = Path("~/.ray/auth_token")  # by Ray, unless it is given one
+        if not TOKEN & os.environ.keys() and not _can_write(Path(os.path.expanduser(kept))):
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex()
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
@@ -81,7 +87,7 @@ def connected(options: dict[str, Any], input_bytes: int, cpus_at_least: float) -
         A line that says what was started or found.
 
     Raises:
-        ConnectionError: If no cluster answers in time.
+        ConnectionError: If no cluster answers in time, or a Ray of our own does not start.
     """
     import ray
 
@@ -99,15 +105,22 @@ def connected(options: dict[str, Any], input_bytes: int, cpus_at_least: float) -
     else:
         store = options["object_store_gb"]
         size = int(store * 2**30) if store else int(1.25 * input_bytes) + SPARE_BYTES
-        context = ray.init(
-            address="local",
-            num_cpus=max(os.cpu_count() or 1, math.ceil(cpus_at_least)),
-            object_store_memory=size,
-            include_dashboard=options["dashboard"],
-            dashboard_host="127.0.0.1",
-            _temp_dir=own,
-            **quiet,
-        )
+        try:
+            context = ray.init(
+                address="local",
+                num_cpus=max(os.cpu_count() or 1, math.ceil(cpus_at_least)),
+                object_store_memory=size,
+                include_dashboard=options["dashboard"],
+                dashboard_host="127.0.0.1",
+                _temp_dir=own,
+                **quiet,
+            )
+        except (RuntimeError, TimeoutError) as error:
+            lines = str(error).strip().splitlines()[:1]
+            raise ConnectionError(
+                f"Ray did not start ({''.join(lines)}): its logs are in {own or _sessions()}; "
+                "RAY_TMPDIR sets another folder"
+            ) from error
         what = "started Ray"
         if url := context.dashboard_url:
             what += f", dashboard http://{url} (`ray get-auth-token` prints its token)"
@@ -133,23 +146,40 @@ def _own_folder() -> str | None:
     Raises:
         OSError: If there is no place for one.
     """
-    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
-    sessions = Path(folder).absolute() / "ray"
-    there = next(place for place in (sessions, *sessions.parents) if place.exists())
-    if (
-        len(os.fsencode(sessions)) <= LONGEST
-        and there.is_dir()
-        and os.access(there, os.W_OK | os.X_OK)
-    ):
+    sessions = _sessions()
+    if len(os.fsencode(sessions)) <= LONGEST and _has_room(sessions):
         return None
     for place in (os.environ.get("XDG_RUNTIME_DIR"), "/tmp", "/var/tmp", "/dev/shm"):
-        if place and Path(place).is_absolute() and len(os.fsencode(place)) <= LONGEST - 15:
+        short = place and Path(place).is_absolute() and len(os.fsencode(place)) <= LONGEST - 15
+        if short and _has_room(Path(place)):
             with suppress(OSError):
                 return tempfile.mkdtemp(prefix="cpmm-", dir=place)  # for this user alone
     raise OSError(
-        f"Ray cannot keep its sockets in {sessions}, which is not writable or longer than "
-        f"{LONGEST} bytes, nor in /tmp: set RAY_TMPDIR to a short folder that is"
+        f"Ray cannot keep its sockets in {sessions}, which is not writable, full or longer than "
+        f"{LONGEST} bytes, nor in /tmp: set RAY_TMPDIR to a short folder with "
+        f"{ROOM_BYTES >> 20} MiB of room"
     )
+
+
+def _sessions() -> Path:
+    """Where Ray keeps its sessions by itself."""
+    return (
+        Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp").absolute() / "ray"
+    )
+
+
+def _has_room(folder: Path) -> bool:
+    """Whether a folder, or where it would be made, can be written to and is not full."""
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    return _can_write(folder / "session") and shutil.disk_usage(there).free > ROOM_BYTES
+
+
+def _can_write(path: Path) -> bool:
+    """Whether a file can be written, or made where there is none; not where no home is known."""
+    if not path.is_absolute() or path.exists():
+        return path.exists() and os.access(path, os.R_OK | os.W_OK)
+    there = next(place for place in path.parents if place.exists())
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
 def resources(options: dict[str, Any]) -> dict[str, float]:

@@ -14,3 +14,24 @@ The letters of the paper, used in every formula and shape of this package:
 """
 
 __version__ = "0.1.0"
+
+_ESTIMATORS = ("CPMM", "MixtureOfFactorAnalyzers")
+
+
+def __getattr__(name: str) -> type:
+    """Import the estimators when they are asked for: they need the extra ``train``."""
+    if name not in _ESTIMATORS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    try:
+        return getattr(import_module("cpmm.estimators"), name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("sklearn", "scipy", "torchdiffeq"):
+            raise
+        remedy = f"{error.name} is not installed: pip install 'cpmm[train]'"
+        raise ModuleNotFoundError(remedy, name=error.name) from None
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_ESTIMATORS])

@@ -27,6 +27,11 @@ def n_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     return n - (docstring.end_lineno - docstring.lineno + 1 if docstring else 0)
 
 
+def is_choice_of_options(file: str, name: str) -> bool:
+    """Whether it is where scikit-learn wants all the options of an estimator, by name."""
+    return file.startswith("cpmm/estimators/") and name == "__init__"
+
+
 def n_parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     """Parameters but ``self`` and ``cls``."""
     arguments = function.args
@@ -41,7 +46,8 @@ def test_no_function_is_too_long():
 
 
 def test_no_function_has_too_many_parameters():
-    many = {(file, f.name): n_parameters(f) for file, f in functions()}
+    found = [(file, f) for file, f in functions() if not is_choice_of_options(file, f.name)]
+    many = {(file, f.name): n_parameters(f) for file, f in found}
     assert {k: n for k, n in many.items() if n > MOST_PARAMETERS} == {}
 
 

@@ -23,6 +23,7 @@ MODULES = {
 FLOORS = (
     ("cpmm",),
     ("cpmm.training", "cpmm.baselines", "cpmm.reading"),
+    ("cpmm.estimators",),
     ("cpmm.pipeline",),  # errors and progress, which know nothing of a pipeline
     ("cpmm.pipeline.config",),
     ("cpmm.pipeline.artifacts", "cpmm.pipeline.stage"),

@@ -63,13 +63,13 @@ def merge_components(
         raise ValueError(
             f"cannot merge {k} components into {n_clusters} clusters: expected 1 <= C <= K = {k}"
         )
-    group = _normalized_cuts(affinity.double().cpu(), n_clusters, generator)
+    group = normalized_cuts(affinity.double().cpu(), n_clusters, generator)
     order = group.argsort(stable=True).to(fa.mean.device)
     sizes = torch.bincount(group, minlength=n_clusters)
     return replace(mixture, components=fa.select(order), cluster_sizes=tuple(sizes.tolist()))
 
 
-def _normalized_cuts(affinity: Tensor, n_clusters: int, generator: torch.Generator) -> Tensor:
+def normalized_cuts(affinity: Tensor, n_clusters: int, generator: torch.Generator) -> Tensor:
     """Group nodes, (K,), integers in [0, C)."""
     n_parts, _ = connected_components(
         (affinity > RESOLVED * affinity.max()).numpy(), directed=False

@@ -15,7 +15,8 @@ from cpmm.odes import Solver
 from cpmm.spaces import Curriculum
 from cpmm.teacher import Flow
 from cpmm.training.epochs import EpochData, Recorded, Rows
-from cpmm.training.mixture import MixtureOptions, MixtureTraining
+from cpmm.training.likelihood import MixtureOptions
+from cpmm.training.mixture import MixtureTraining
 from cpmm.training.teacher import TeacherTraining
 from cpmm.trajectory import StateLayout, Trajectories
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from cpmm.spaces import Curriculum
 from cpmm.training.epochs import Rows
-from cpmm.training.mixture import MixtureTraining, path_cost, posterior_disagreement
+from cpmm.training.likelihood import path_cost, posterior_disagreement
+from cpmm.training.mixture import MixtureTraining
 from cpmm.trajectory import draw_pseudotimes, pseudotime_grid
 from tests.oracles import dense_observed_log_prob, torch_mixture
 from tests.training.runs import (

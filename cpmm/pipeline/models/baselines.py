@@ -35,8 +35,9 @@ from cpmm.pipeline.models.trajectories import make_groups, make_layout, n_factor
 from cpmm.seeds import seeded_generator
 from cpmm.spaces import Curriculum
 from cpmm.training.epochs import EpochData, Recorded, Rows
+from cpmm.training.likelihood import MixtureOptions
 from cpmm.training.loss import LossTraining
-from cpmm.training.mixture import MixtureOptions, MixtureTraining
+from cpmm.training.mixture import MixtureTraining
 
 if TYPE_CHECKING:
     from cpmm.pipeline.artifacts.spaces import Spaces

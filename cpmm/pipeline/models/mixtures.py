@@ -24,7 +24,8 @@ from cpmm.pipeline.models.trajectories import (
 from cpmm.seeds import seeded_generator
 from cpmm.spaces import Curriculum
 from cpmm.training.epochs import EpochData, Rows
-from cpmm.training.mixture import MixtureOptions, MixtureTraining
+from cpmm.training.likelihood import MixtureOptions
+from cpmm.training.mixture import MixtureTraining
 
 SPACES = ("teacher", "noise")
 STEPS = 25  # of an epoch, where the number of draws is left to the number of points

@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pandas as pd
+import psutil
 import pytest
 import yaml
 from conftest import TINY, copy_project, project_environment
@@ -224,6 +226,25 @@ def test_a_trial_that_asks_for_too_much_memory_fails_alone(project):
     table = trials(folder)
     assert table["status"].tolist() == ["finished", "failed"]
     assert "allocate" in table["reason"].iloc[1]
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_from_outside_is_recorded_with_the_likely_cause(project):
+    folder = project(seeds=1, overrides={**SWEEP["overrides"], "cpmm.fine_tune_epochs": 4000})
+    process = start(folder, "ray.max_failures=0", "ray.max_concurrent=1")
+    killed, end = 0, time.monotonic() + 200
+    while process.poll() is None and time.monotonic() < end:
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with suppress(psutil.Error):
+                if child.name().startswith("ray::ImplicitFu"):
+                    child.kill()
+                    killed += 1
+        time.sleep(0.5)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 0, err
+    assert killed >= 2
+    assert trials(folder)["status"].tolist() == ["lost"] * 2
+    assert trials(folder)["reason"].str.contains("when memory runs out .* lower ray").all()
 
 
 @pytest.mark.slow

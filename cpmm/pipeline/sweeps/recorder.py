@@ -16,6 +16,11 @@ from cpmm.pipeline.sweeps.sweep import Sweep
 
 KEPT = ("fingerprint", "epoch", "step", "progress", "train_loss", "validation_loss", METRIC)
 
+KILLED = (  # what Ray says of it is long, and has no remedy
+    "its worker was killed, as the kernel does when memory runs out (`dmesg` says so): lower "
+    "ray.max_concurrent or cpmm.batch_size"
+)
+
 
 class Stop(tune.Stopper):
     """Ends the whole sweep when the archive is lost."""
@@ -78,6 +83,7 @@ class TrialRecorder(tune.Callback):
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         reasons = [line for line in lines if "Error" in line or "died" in line or "memory" in line]
         reason = (reasons or lines or ["its worker died"])[-1][:300]
+        reason = KILLED if "worker process has died" in reason else reason
         step = (trial.last_result or {}).get("step")
         self._record(trial, {"status": "lost", "step": step, "reason": reason})
 

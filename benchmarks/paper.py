@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from cpmm.pipeline.artifacts.files import write_text
+from cpmm.files import write_text
 from cpmm.pipeline.artifacts.store import verify_evaluation
 from cpmm.pipeline.config import Config
 from cpmm.pipeline.errors import command

@@ -158,6 +158,9 @@ def _bins(
     """Look up the bin of each number: left knot, width, left value, height, slopes at both ends."""
     slope = log_slope.exp()
     table = [knot[:-1], knot.diff(), value[:-1], value.diff(), slope[:-1], slope[1:]]
-    index = torch.searchsorted(edge.detach(), at.detach().contiguous(), right=True) - 1
+    if torch.compiler.is_exporting():  # ONNX has no search
+        index = (at.unsqueeze(-1) >= edge).sum(-1) - 1
+    else:
+        index = torch.searchsorted(edge.detach(), at.detach().contiguous(), right=True) - 1
     index = index.clamp(0, len(knot) - 2)
     return functional.embedding(index, torch.stack(table, 1)).unbind(-1)

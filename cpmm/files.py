@@ -33,3 +33,8 @@ def replace_file(path: Path, write: Callable[[Path], object], suffix: str = ".pa
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in one move."""
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

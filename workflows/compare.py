@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cpmm.pipeline.artifacts.files import write_text
+from cpmm.files import write_text
 from cpmm.pipeline.config import Config
 from cpmm.pipeline.config.fingerprints import hash_of
 from cpmm.pipeline.scores import published

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from cpmm.pipeline.artifacts.files import write_text
+from cpmm.files import write_text
 from cpmm.pipeline.config import Config
 from cpmm.pipeline.config.compose import compose_preset, missing_ood_files, read_overrides
 from cpmm.pipeline.config.fingerprints import fingerprint_prepared

@@ -22,6 +22,7 @@ def main(folder: Path, config: Config) -> str:
     import torch
 
     from cpmm.artifact import file_digest, seal_folder
+    from cpmm.files import write_text
     from cpmm.mixture import Mixture
     from cpmm.pipeline.artifacts.files import write_json
     from cpmm.pipeline.artifacts.spaces import open_spaces
@@ -49,7 +50,9 @@ def main(folder: Path, config: Config) -> str:
     (out / "figures").mkdir(parents=True, exist_ok=True)
     with torch.no_grad():
         metrics = _score(folder, config, data, models, ood)
-    write_json(out / "rules.json", state_rules(config, data, ood))
+    rules = state_rules(config, data, ood)
+    write_json(out / "rules.json", rules)
+    write_text(out / "model_card.md", _card(folder, metrics, rules))
     write_tables(out, data, mixture, metrics)
     draw_figures(out, config, data, mixture, metrics, spaces, history)
     write_json(folder / "metrics.json", metrics)
@@ -57,6 +60,22 @@ def main(folder: Path, config: Config) -> str:
     seal_folder(out, "evaluation", header, {})
     publish(scratch, "evaluation", folder / "evaluation")
     return f"{_summarize(metrics)} -> {folder / 'evaluation'}"
+
+
+def _card(folder: Path, metrics: Config, rules: Config) -> str:
+    """Write the model card of the mixture, with the figures of all models on the test points."""
+    from cpmm.card import model_card
+    from cpmm.fitted import FittedMixture
+    from cpmm.pipeline.scores.tables import SCORES, TEST, write_score
+
+    used = [name for name in TEST if any(name in row for row in metrics["models"].values())]
+    scores = [
+        {"model": row["name"]}
+        | {SCORES[name].heading: write_score(name, row.get(name), nothing="-") for name in used}
+        for row in metrics["models"].values()
+    ]
+    stated = [f"{metrics['n_test']} test points. {rules['density']} {rules['selection']}"]
+    return model_card(FittedMixture.load(folder / "mixture"), scores, stated)
 
 
 def _read_history(folder: Path, config: Config) -> pd.DataFrame:

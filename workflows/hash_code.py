@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from cpmm.pipeline.artifacts.files import write_text
+from cpmm.files import write_text
 from cpmm.pipeline.config.code import SCRIPTS, code_digests, code_fingerprint
 from cpmm.pipeline.errors import command
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from cpmm.pipeline.artifacts.files import write_text
+from cpmm.files import write_text
 from cpmm.pipeline.artifacts.store import verify_evaluation
 from cpmm.pipeline.scores.published import data_of, printed
 from cpmm.pipeline.scores.tables import OOD, SCORES, SPACES, is_number, write_score

@@ -5,6 +5,7 @@
     cpmm predict data/digits/mixture points.npy
     cpmm sample data/digits/mixture -n 1000 --seed 1 --out samples.npy
     cpmm plot data/digits/mixture --kind samples --out samples.png
+    cpmm export data/digits/mixture --out digits.onnx
     cpmm info dvc+https://host/project.git@v1#data/digits/mixture
 
 `cpmm` and `python -m cpmm` are the same. MIXTURE is a folder, or dvc+REPOSITORY[@REVISION]#PATH.
@@ -53,29 +54,9 @@ def main() -> None:
 
 def show_info(fitted: FittedMixture, arguments: argparse.Namespace) -> None:
     """Print what a mixture is."""
-    fa, header = fitted.mixture.components, fitted.header
-    pre, sizes = fitted.preprocessing, fitted.mixture.cluster_sizes
-    data = "a table of real values"
-    if pre.levels is not None:
-        channels, height, width = fitted.image_shape or (1, 1, fa.n_features)
-        size = f"{channels} channels of " * (channels > 1) + f"{height} x {width}"
-        levels = f"{pre.levels} grey levels, logit with margin {pre.alpha:g}"
-        data = f"images of {size}, {levels}"
-    values = {
-        "preset": header.get("preset"),
-        "components": fa.n_components,
-        "clusters": fitted.mixture.n_clusters,
-        "components of a cluster": sorted(set(sizes))[0] if len(set(sizes)) == 1 else list(sizes),
-        "features": fa.n_features,
-        "factors": fa.n_factors,
-        "parameters": fa.n_parameters,
-        "data": data,
-        "unit": fitted.unit,
-        "fingerprint": header.get("fingerprint"),
-        "schema": header["schema"],
-        "version": header["version"],
-        "sha256": header["files"]["mixture.safetensors"],
-    }
+    from cpmm.card import describe
+
+    values = describe(fitted)
     if arguments.json:
         print(json.dumps(values, indent=1))
         return
@@ -167,6 +148,26 @@ def plot(fitted: FittedMixture, arguments: argparse.Namespace) -> None:
     with rc_context({"svg.hashsalt": "cpmm"}):
         replace_file(out, lambda temporary: figure.savefig(temporary, **options))
     _say(arguments, arguments.kind)
+
+
+def export(fitted: FittedMixture, arguments: argparse.Namespace) -> None:
+    """Write the mixture for use without torch, as ONNX, or a model card for people, as Markdown."""
+    out = arguments.out
+    _check_out(out, [".onnx", ".md"])
+    if out.suffix == ".md":
+        from cpmm.card import model_card
+        from cpmm.files import write_text
+
+        write_text(out, model_card(fitted))
+        _say(arguments, "model card")
+        return
+    import torch
+
+    from cpmm.export import OPSET, to_onnx
+
+    dtype = torch.float32 if arguments.float32 else torch.float64
+    outputs = to_onnx(fitted, out, dtype, arguments.missing)
+    _say(arguments, f"points to {', '.join(outputs)}, opset {OPSET}")
 
 
 def _figure(fitted: FittedMixture, kind: str, seed: int) -> Figure:
@@ -302,6 +303,12 @@ def _parser() -> argparse.ArgumentParser:
     draw.add_argument("--seed", type=_seed, default=0, help="default 0")
     said = "a .csv or .npy file, images N x C x H x W; standard output if not given"
     draw.add_argument("--out", type=Path, help=said)
+    written = add("export", export, "write it as ONNX, or a model card")
+    written.add_argument("--out", type=Path, required=True, help="a .onnx or .md file")
+    said = "points and results as float32; default float64"
+    written.add_argument("--float32", action="store_true", help=said)
+    said = "whether NaN is a missing value; default for tables"
+    written.add_argument("--missing", action=argparse.BooleanOptionalAction, help=said)
     picture = add("plot", plot, "draw a figure")
     picture.add_argument("--kind", choices=KINDS, default="means", help="default means")
     picture.add_argument("--seed", type=_seed, default=0, help="of the samples; default 0")

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Mapping
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -17,8 +18,10 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 from torch import Tensor, nn
 
+from cpmm.card import model_card
 from cpmm.estimators.descent import Descent, DescentOptions
 from cpmm.estimators.sizes import count_parameters
+from cpmm.files import write_text
 from cpmm.fitted import FittedMixture
 from cpmm.initialization import count_distinct
 from cpmm.mixture import Mixture
@@ -194,7 +197,8 @@ class MixtureEstimator(ClusterMixin, DensityMixin, BaseEstimator):
         """Write the mixture as the pipeline does: ``cpmm score``, ``cpmm sample`` read it, too.
 
         Args:
-            folder: Made if missing; gets ``mixture.safetensors`` and ``mixture.json``.
+            folder: Made if missing; gets ``mixture.safetensors``, ``mixture.json`` and a model
+                card, ``README.md``.
         """
         check_is_fitted(self)
         fitted = self.mixture_
@@ -205,6 +209,7 @@ class MixtureEstimator(ClusterMixin, DensityMixin, BaseEstimator):
             "estimator": {"class": type(self).__name__, "parameters": _plain(self.get_params())},
         }
         fitted.mixture.save(folder, header, fitted.preprocessing.tensors)
+        write_text(Path(folder) / "README.md", model_card(FittedMixture.load(folder)))
 
     @classmethod
     def load(cls, folder: str | os.PathLike, device: str = "cpu") -> Self:

@@ -11,12 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cpmm.files import replace_file
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file in one move."""
-    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+from cpmm.files import write_text
 
 
 def write_json(path: Path, value: object) -> None:

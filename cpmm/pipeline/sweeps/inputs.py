@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from cpmm.pipeline.artifacts.files import write_text
+from cpmm.files import write_text
 from cpmm.pipeline.config import Config
 from cpmm.pipeline.config.code import SCRIPTS
 from cpmm.pipeline.config.fingerprints import (

@@ -22,6 +22,7 @@ from cpmm.estimators.sizes import count_parameters
 from cpmm.fitted import FittedMixture
 from cpmm.initialization import count_distinct
 from cpmm.mixture import Mixture
+from cpmm.notebook import mixture_html
 from cpmm.preprocessing import Preprocessing
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -60,6 +61,7 @@ class MixtureEstimator(ClusterMixin, DensityMixin, BaseEstimator):
     verbose: bool
     mixture_: FittedMixture
     labels_: np.ndarray
+    log_likelihood_: float
     n_iter_: int
     history_: list[dict[str, float]]
     n_features_in_: int
@@ -94,7 +96,7 @@ class MixtureEstimator(ClusterMixin, DensityMixin, BaseEstimator):
             mixture = self._fit_mixture(z, weight[used].to(self._device), progress)
             self._keep(mixture)
         self._descent = None
-        self.labels_ = self._predict(points)
+        self._look_back(points)
         return self
 
     def partial_fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
@@ -121,7 +123,7 @@ class MixtureEstimator(ClusterMixin, DensityMixin, BaseEstimator):
             self._descent.step(z, weight)
         self.n_iter_ += 1
         self._keep(self._extract(self._descent.model))
-        self.labels_ = self._predict(points)
+        self._look_back(points)
         return self
 
     def predict(self, X: Any) -> np.ndarray:
@@ -254,6 +256,24 @@ class MixtureEstimator(ClusterMixin, DensityMixin, BaseEstimator):
         tags.input_tags.allow_nan = True
         return tags
 
+    def _repr_html_inner(self) -> str:
+        """scikit-learn's diagram, and once it is fitted the mixture."""
+        diagram = super()._repr_html_inner()
+        if not hasattr(self, "mixture_"):
+            return diagram
+        known: dict[str, object] = {}
+        if hasattr(self, "labels_"):  # not after load
+            known = {
+                "rows": len(self.labels_),
+                "log-likelihood": f"{self.log_likelihood_:.4g} nats a row",
+            }
+        return diagram + mixture_html(self.mixture_, known)
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, str]:
+        """What Jupyter shows."""
+        bundle = super()._repr_mimebundle_(**kwargs)
+        return bundle | {"text/html": self._repr_html_inner()} if "text/html" in bundle else bundle
+
     @property
     def _device(self) -> torch.device:
         try:
@@ -315,6 +335,11 @@ class MixtureEstimator(ClusterMixin, DensityMixin, BaseEstimator):
         names = self._feature_names if header == {} else self.mixture_.feature_names
         kept = FittedMixture(fitted, self._preprocessing, None, tuple(names), header)
         self.mixture_ = kept.allow_missing()
+
+    def _look_back(self, points: Tensor) -> None:
+        """Set what the mixture says of the points that it was fitted to."""
+        self.labels_ = self._predict(points)
+        self.log_likelihood_ = float(self.mixture_.log_prob(points, self._no_draws).mean())
 
     def _predict(self, points: Tensor) -> np.ndarray:
         share = self.mixture_.cluster_responsibilities(points, self._no_draws)

@@ -30,6 +30,7 @@ NEEDS = {
     "cpmm/cli/": "cli",
     "cpmm/figures.py": "cli",
     "cpmm/fonts.py": "cli",
+    "cpmm/plots.py": "cli",
     "cpmm/pipeline/sweeps/": "sweep",
     "cpmm/reading/": "cli",
     "cpmm/pipeline/": "workflow",

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ from cpmm.initialization import count_distinct
 from cpmm.mixture import Mixture
 from cpmm.notebook import mixture_html
 from cpmm.preprocessing import Preprocessing
+
+if TYPE_CHECKING:
+    from cpmm.plots import Picture
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -172,6 +175,20 @@ class MixtureEstimator(ClusterMixin, DensityMixin, BaseEstimator):
         device = self.mixture_.mixture.components.mean.device
         x, cluster = self.mixture_.sample(n_samples, torch.Generator(device).manual_seed(seed))
         return x.cpu().numpy(), cluster.cpu().numpy()
+
+    def plot(
+        self,
+        X: Any = None,
+        kind: str = "auto",
+        *,
+        features: Sequence[str | int] | None = None,
+        image_shape: Sequence[int] | None = None,
+    ) -> Picture:
+        """Draw the mixture, over points if they are given; see :func:`cpmm.plots.plot`."""
+        check_is_fitted(self)
+        from cpmm.plots import plot
+
+        return plot(self, X, kind, features=features, image_shape=image_shape)
 
     def bic(self, X: Any) -> float:
         """Bayesian information criterion of the points: lower is better.

@@ -124,7 +124,7 @@ def _points(fitted: FittedMixture, X: Any) -> Tensor | None:
                 f"the {fitted.n_features} columns in their order"
             )
         X = X[list(fitted.feature_names)]
-    X = X.detach().cpu() if isinstance(X, Tensor) else X
+    X = X.detach().cpu().numpy() if isinstance(X, Tensor) else X
     try:
         x = torch.from_numpy(np.array(X, dtype=np.float64))
     except (TypeError, ValueError) as error:
@@ -208,11 +208,11 @@ def _draw_plane(
     low, high = low - margin, high + margin
     x, y = (torch.linspace(low[i], high[i], 150, dtype=torch.float64) for i in (0, 1))
     grid = torch.cartesian_prod(x, y)
-    density = part.log_prob(grid, _generator()).reshape(150, 150).T
+    log_prob = part.log_prob(grid, _generator()).reshape(150, 150).T
     # A line at the density that a share of the draws exceeds holds that share.
     levels = np.quantile(part.log_prob(drawn, _generator()).numpy(), [1 - p for p in HELD])
     style: dict[str, Any] = {"colors": "black", "linewidths": (0.6, 0.9, 1.3)}
-    axes.contour(x, y, density, levels=np.unique(levels), linestyles="solid", **style)
+    axes.contour(x, y, log_prob, levels=np.unique(levels), linestyles="solid", **style)
     axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
 
 

@@ -76,7 +76,9 @@ def test_telling_features_are_those_that_differ(fitted):
 
 
 def test_the_table_holds_weights_and_means(fitted):
-    cells = Cells(mixture_html(fitted, {"rows": 7})).cells
+    html = mixture_html(fitted, {"rows": 7})
+    assert fitted._repr_html_() == html.replace("rows <b>7</b> · ", "")
+    cells = Cells(html).cells
     first = clusters_of(fitted)[0]
     begin = cells.index(str(first.index))
     assert cells[begin + 1] == f"{100 * first.weight:.1f} %"

@@ -59,7 +59,7 @@ def plot(
     X: Any = None,
     kind: str = "auto",
     *,
-    features: Sequence[str | int] | None = None,
+    features: Sequence[str | int] | str | None = None,
     image_shape: Sequence[int] | None = None,
 ) -> Picture:
     """Draw a mixture.
@@ -75,8 +75,8 @@ def plot(
             that differ most. "images": the mean of each cluster as a picture, and some of its
             points. "tried": what "auto" has tried. "auto": images if there is a shape, the density
             of one or two columns, else profiles.
-        features: Names or positions of columns: one or two for a density, which is then their
-            marginal, or those of profiles.
+        features: Names or positions of columns, or one name: one or two for a density, which is
+            then their marginal, or those of profiles.
         image_shape: (height, width) or (channels, height, width) of rows that are images; a mixture
             of images knows it.
 
@@ -98,6 +98,7 @@ def plot(
         )
     fitted = replace(fitted, mixture=fitted.mixture.to("cpu"))
     shape = _shape(fitted, image_shape)
+    features = [features] if isinstance(features, str) else features
     n_shown = fitted.n_features if features is None else len(features)
     if kind == "auto":
         kind = "images" if shape and features is None else "profiles"
@@ -136,9 +137,9 @@ def _points(fitted: FittedMixture, X: Any) -> Tensor | None:
 
 
 def _shape(fitted: FittedMixture, wanted: Sequence[int] | None) -> tuple[int, int, int] | None:
-    shape = fitted.image_shape if wanted is None else tuple(wanted)
-    if shape is None:
-        return None
+    if wanted is None:
+        return fitted.image_shape
+    shape = tuple(wanted) if isinstance(wanted, Sequence) else ()
     shape = (1, *shape) if len(shape) == 2 else shape
     if len(shape) != 3 or int(np.prod(shape)) != fitted.n_features:
         raise ValueError(

@@ -52,7 +52,7 @@ def test_there_are_six_short_pages_with_small_pictures():
     for page in PAGES:
         text = page.read_text()
         assert f"({page.name})" in index
-        assert len(text.splitlines()) <= 85, page.name
+        assert len(text.splitlines()) <= 75, page.name
         linked |= set(build.PICTURE.findall(text))
     pictures = {picture.name: picture.stat().st_size for picture in HERE.glob("*.png")}
     assert pictures.keys() == linked

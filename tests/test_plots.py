@@ -79,6 +79,10 @@ def test_two_of_many_columns_are_their_marginal(generator):
     assert set(np.round(y, 9)) <= set(np.round(own[cluster == first, 0].numpy(), 9))
 
 
+def test_one_name_is_one_column(generator):
+    assert plot(of(generator, 4), features="c").axes[0].get_xlabel() == "c"
+
+
 def test_profiles_are_means_in_deviations(generator):
     fitted = of(generator, 4)
     x, cluster = fitted.sample(100_000, generator)
@@ -150,6 +154,7 @@ def test_a_notebook_shows_it(two_humps):
         ({"kind": "profiles", "features": [9]}, "one or more different features"),
         ({"kind": "images"}, "no shape of images: give image_shape"),
         ({"image_shape": (3, 3)}, "image_shape is .*4 features"),
+        ({"image_shape": 4}, "image_shape is 4: expected"),
         ({"kind": "tried"}, "nothing was tried"),
         ({"X": np.zeros((3, 5))}, r"X has shape \(3, 5\): expected \(N, 4\)"),
         ({"X": [["u"] * 4]}, "X must hold numbers"),

@@ -181,7 +181,7 @@ class MixtureEstimator(ClusterMixin, DensityMixin, BaseEstimator):
         X: Any = None,
         kind: str = "auto",
         *,
-        features: Sequence[str | int] | None = None,
+        features: Sequence[str | int] | str | None = None,
         image_shape: Sequence[int] | None = None,
     ) -> Picture:
         """Draw the mixture, over points if they are given; see :func:`cpmm.plots.plot`."""

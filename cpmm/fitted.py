@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -81,6 +82,11 @@ class FittedMixture:
     def unit(self) -> str:
         """Of :meth:`density`: bits per dimension for grey levels, nats per dimension for tables."""
         return self.preprocessing.density_unit[0]
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        # By name: what a notebook shows is no part of the code that stages depend on.
+        return import_module("cpmm.notebook").mixture_html(self)
 
     def allow_missing(self) -> FittedMixture:
         """Return the same, for which NaN in a point stands for what was not observed.

@@ -10,7 +10,13 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 LOG = ROOT / "docs/lab-log.md"  # entries stay as they were written, with the names of their day
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
-KEPT = [README, ROOT / "CONTRIBUTING.md", *sorted(set((ROOT / "docs").glob("*.md")) - {LOG})]
+GALLERY = sorted((ROOT / "docs/gallery").glob("*.md"))
+KEPT = [
+    README,
+    ROOT / "CONTRIBUTING.md",
+    *sorted(set((ROOT / "docs").glob("*.md")) - {LOG}),
+    *GALLERY,
+]
 WIDTH = 100
 # Files of ours that a page may name, with a folder before them, and modules that it runs.
 FILE = re.compile(

@@ -28,8 +28,10 @@ OURS = {"benchmarks", "cases", "conftest", "cpmm", "tests", "workflows"}
 NEEDS = {
     "cpmm/baselines/": "train",
     "cpmm/cli/": "cli",
+    "cpmm/export.py": "onnx",
     "cpmm/figures.py": "cli",
     "cpmm/fonts.py": "cli",
+    "cpmm/plots.py": "cli",
     "cpmm/pipeline/sweeps/": "sweep",
     "cpmm/reading/": "cli",
     "cpmm/pipeline/": "workflow",

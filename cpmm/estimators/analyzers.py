@@ -56,6 +56,7 @@ class MixtureOfFactorAnalyzers(MixtureEstimator):
         means_: In the units of the data, (K, M).
         covariances_: In the units of the data, (K, M, M).
         labels_: Cluster of each point of ``fit``, (N,).
+        log_likelihood_: Their mean log-density in the units of the data, nats.
         n_iter_: Steps taken.
         converged_: Whether the last gain was below ``tol``.
         history_: Of each step, the mean log-density before it, of the standardized points, nats.

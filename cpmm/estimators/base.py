@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -25,7 +25,11 @@ from cpmm.files import write_text
 from cpmm.fitted import FittedMixture
 from cpmm.initialization import count_distinct
 from cpmm.mixture import Mixture
+from cpmm.notebook import mixture_html
 from cpmm.preprocessing import Preprocessing
+
+if TYPE_CHECKING:
+    from cpmm.plots import Picture
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -63,6 +67,7 @@ class MixtureEstimator(ClusterMixin, DensityMixin, BaseEstimator):
     verbose: bool
     mixture_: FittedMixture
     labels_: np.ndarray
+    log_likelihood_: float
     n_iter_: int
     history_: list[dict[str, float]]
     n_features_in_: int
@@ -97,7 +102,7 @@ class MixtureEstimator(ClusterMixin, DensityMixin, BaseEstimator):
             mixture = self._fit_mixture(z, weight[used].to(self._device), progress)
             self._keep(mixture)
         self._descent = None
-        self.labels_ = self._predict(points)
+        self._look_back(points)
         return self
 
     def partial_fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
@@ -124,7 +129,7 @@ class MixtureEstimator(ClusterMixin, DensityMixin, BaseEstimator):
             self._descent.step(z, weight)
         self.n_iter_ += 1
         self._keep(self._extract(self._descent.model))
-        self.labels_ = self._predict(points)
+        self._look_back(points)
         return self
 
     def predict(self, X: Any) -> np.ndarray:
@@ -173,6 +178,20 @@ class MixtureEstimator(ClusterMixin, DensityMixin, BaseEstimator):
         device = self.mixture_.mixture.components.mean.device
         x, cluster = self.mixture_.sample(n_samples, torch.Generator(device).manual_seed(seed))
         return x.cpu().numpy(), cluster.cpu().numpy()
+
+    def plot(
+        self,
+        X: Any = None,
+        kind: str = "auto",
+        *,
+        features: Sequence[str | int] | str | None = None,
+        image_shape: Sequence[int] | None = None,
+    ) -> Picture:
+        """Draw the mixture, over points if they are given; see :func:`cpmm.plots.plot`."""
+        check_is_fitted(self)
+        from cpmm.plots import plot
+
+        return plot(self, X, kind, features=features, image_shape=image_shape)
 
     def bic(self, X: Any) -> float:
         """Bayesian information criterion of the points: lower is better.
@@ -259,6 +278,24 @@ class MixtureEstimator(ClusterMixin, DensityMixin, BaseEstimator):
         tags.input_tags.allow_nan = True
         return tags
 
+    def _repr_html_inner(self) -> str:
+        """scikit-learn's diagram, and once it is fitted the mixture."""
+        diagram = super()._repr_html_inner()
+        if not hasattr(self, "mixture_"):
+            return diagram
+        known: dict[str, object] = {}
+        if hasattr(self, "labels_"):  # not after load
+            known = {
+                "rows": len(self.labels_),
+                "log-likelihood": f"{self.log_likelihood_:.4g} nats a row",
+            }
+        return diagram + mixture_html(self.mixture_, known)
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, str]:
+        """What Jupyter shows."""
+        bundle = super()._repr_mimebundle_(**kwargs)
+        return bundle | {"text/html": self._repr_html_inner()} if "text/html" in bundle else bundle
+
     @property
     def _device(self) -> torch.device:
         try:
@@ -320,6 +357,11 @@ class MixtureEstimator(ClusterMixin, DensityMixin, BaseEstimator):
         names = self._feature_names if header == {} else self.mixture_.feature_names
         kept = FittedMixture(fitted, self._preprocessing, None, tuple(names), header)
         self.mixture_ = kept.allow_missing()
+
+    def _look_back(self, points: Tensor) -> None:
+        """Set what the mixture says of the points that it was fitted to."""
+        self.labels_ = self._predict(points)
+        self.log_likelihood_ = float(self.mixture_.log_prob(points, self._no_draws).mean())
 
     def _predict(self, points: Tensor) -> np.ndarray:
         share = self.mixture_.cluster_responsibilities(points, self._no_draws)

@@ -65,6 +65,7 @@ class CPMM(MixtureEstimator):
         n_trajectories_: How many there are.
         shrinkage_: The start's prior's weight.
         labels_: Cluster of each point of ``fit``, (N,).
+        log_likelihood_: Their mean log-density in the units of the data, nats.
         n_iter_: Gradient steps of the weights that are kept.
         history_: A dict for each look: the step, and mean log-densities of standardized points
             in training and held out, nats a point.

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from scipy.stats import multivariate_normal
+from sklearn import config_context
 from sklearn.base import clone
 from sklearn.datasets import load_iris
 from sklearn.metrics import adjusted_rand_score
@@ -318,3 +319,22 @@ def test_importing_is_light():
         "    raise AssertionError\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("estimator", [MixtureOfFactorAnalyzers, CPMM])
+def test_a_notebook_shows_the_diagram_and_then_what_was_learnt(estimator, tmp_path):
+    X = np.random.default_rng(0).normal(size=(60, 2)) * [1.0, 5.0]
+    model = estimator(1, n_factors=1, shrinkage=0.0, verbose=False)
+    before = model._repr_html_()
+    assert "log-likelihood" not in before
+    model.fit(X)
+    assert model.log_likelihood_ == pytest.approx(model.score(X))
+    after = model._repr_mimebundle_()["text/html"]
+    assert after.endswith("</table></div>")
+    assert model._repr_html_().endswith(after[-100:])
+    assert f"{model.log_likelihood_:.4g} nats a row" in after
+    assert "rows <b>60</b>" in after
+    model.save(tmp_path)
+    assert "clusters <b>1</b>" in estimator.load(tmp_path)._repr_html_()
+    with config_context(display="text"):
+        assert set(model._repr_mimebundle_()) == {"text/plain"}

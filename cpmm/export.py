@@ -154,7 +154,7 @@ def to_onnx(
         Names of the outputs.
 
     Raises:
-        ImportError: If onnx or onnxscript is missing.
+        ModuleNotFoundError: If the extra ``onnx`` is not installed.
         ValueError: If the type is another, or gaps are asked for behind a whitening.
         OSError: If the file cannot be written.
     """
@@ -164,11 +164,9 @@ def to_onnx(
         missing = fitted.preprocessing.levels is None and fitted.preprocessing.whitening is None
     if missing:
         fitted.preprocessing.require_elementwise()
-    try:
-        import onnx
-        import onnxscript  # noqa: F401 - which torch needs
-    except ImportError as error:
-        raise ImportError(f"{error.name} is not installed: pip install 'cpmm[onnx]'") from error
+    import onnx
+    import onnxscript  # noqa: F401 - which torch needs
+
     module = _Exported(fitted, dtype, missing).eval()
     outputs = ["log_density", "cluster_posterior"]
     outputs += ["imputed"] if missing and fitted.preprocessing.is_affine else []

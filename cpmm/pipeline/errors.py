@@ -36,6 +36,7 @@ OF_FILES = ("cpmm.artifact", "cpmm.files", "cpmm.pipeline.artifacts", "zarr")
 # The extra of cpmm that brings a module which not every installation has.
 EXTRAS = {
     "cli": ("matplotlib", "pandas", "rich"),
+    "onnx": ("onnx", "onnxscript"),
     "train": ("pytorch_lightning", "scipy", "sklearn", "torchdiffeq"),
     "workflow": ("dvc", "hydra", "jinja2", "omegaconf", "psutil", "yaml", "zarr"),
     "sweep": ("optuna", "pyarrow", "ray"),

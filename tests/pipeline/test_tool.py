@@ -537,6 +537,11 @@ def test_the_commands_need_no_extra_but_that_of_the_command_line(made, tmp_path)
             "plot {mixture} --out a.png",
             "matplotlib is not installed: pip install 'cpmm[cli]'",
         ),
+        (
+            "onnxscript",
+            "export {mixture} --out a.onnx",
+            "onnxscript is not installed: pip install 'cpmm[onnx]'",
+        ),
         ("dvc", "info dvc+.#a/mixture", "dvc+... needs DVC: pip install 'cpmm[workflow]'"),
     ],
 )

@@ -77,7 +77,7 @@ def user_message(error: Exception, place: Path | None = None) -> str | None:
     None for a bug of ours.
     """
     text = str(error).splitlines()[0] if str(error) else ""
-    if _lacks_memory(error):
+    if lacks_memory(error):
         asked = re.search(r"tried to allocate (\d+) bytes", text)
         text = f"{int(asked[1]) / 2**20:,.0f} MiB more were asked for" if asked else text[:200]
         return (
@@ -97,7 +97,8 @@ def user_message(error: Exception, place: Path | None = None) -> str | None:
     return None
 
 
-def _lacks_memory(error: BaseException) -> bool:
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error says that there was too little memory."""
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)

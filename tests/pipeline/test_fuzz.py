@@ -178,7 +178,9 @@ def test_any_value_that_is_no_text_is_refused_or_kept(size):
 
     def check(case):
         name, value = case
-        preset = next(p for p, known in known_options().items() if name in known)
+        preset = next((p for p, known in known_options().items() if name in known), None)
+        if preset is None:  # of a table that is to be told apart, which no preset names
+            return
         try:
             with within(30):
                 items = [*NEEDED.get(preset, []), *flatten({name: value})]
@@ -921,7 +923,7 @@ def test_any_pipeline_comes_to_its_end_or_says_why_not(size, tmp_path, run_stage
         try:
             config = compose_preset(preset, [*own, *flatten(dict(chosen))])
         except ValueError as error:  # an option of the other preset
-            expect_clear("pipeline", error, "cannot be composed")
+            expect_clear("pipeline", error, "cannot be composed", "cpmm.")
             return
         with tempfile.TemporaryDirectory(dir=tmp_path) as place:
             folder = Path(place)

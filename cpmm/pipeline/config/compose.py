@@ -67,7 +67,10 @@ def compose_preset(
     check_options(resolved, _compose_plain(ROOT, primary, preset), options)
     resolved = canonical(resolved, options)
     check_cpmm(resolved["cpmm"])
-    for source in (resolved["data"], resolved["evaluation"]["ood"]):
+    ood = resolved["evaluation"].get("ood")
+    for name, source in (("data", resolved["data"]), ("evaluation.ood", ood)):
+        if source is not None and "options" not in source:
+            raise ValueError(f"{name}.options is missing: it cannot be left out")
         if source is not None and (digests := digest_files(source["options"])):
             source["digests"] = digests  # an edited file is another configuration
     return resolved

@@ -12,6 +12,7 @@ import yaml
 from cpmm.pipeline.config import Config
 from cpmm.pipeline.config.compose import compose_preset, known_sweeps, read_overrides, split_preset
 from cpmm.pipeline.config.root import ROOT
+from cpmm.pipeline.errors import lacks_memory
 from cpmm.pipeline.sweeps import cluster, plan
 from cpmm.pipeline.sweeps.inputs import (
     Located,
@@ -108,6 +109,9 @@ def check_rows(
                 read_ood_if_there(trial.config, data)
         except ValueError as error:
             raise ValueError(f"sweep {name}, row {trial.label}: {error}") from error
+        except (MemoryError, RuntimeError) as error:
+            if not lacks_memory(error):  # such a row fails alone, when its turn comes
+                raise
 
 
 def _load(folder: Path) -> DataSplits:

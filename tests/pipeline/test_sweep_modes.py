@@ -225,7 +225,7 @@ def test_a_trial_that_asks_for_too_much_memory_fails_alone(project):
     assert status == 0, err
     table = trials(folder)
     assert table["status"].tolist() == ["finished", "failed"]
-    assert "allocate" in table["reason"].iloc[1]
+    assert "too little memory" in table["reason"].iloc[1]
 
 
 @pytest.mark.slow
